@@ -1,0 +1,71 @@
+# Each target makes the virtual environment, installs what it needs the first time and runs.
+# Needs python3 (3.10 or newer), pip and make.
+
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+CONSTRAINTS := .ci/constraints.txt
+IN_VENV := $(VENV)/bin/python
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help demo test test-slow lint bench clean
+
+help:
+	@echo 'make demo       overlap of magnitude masks and Hessian eigenspace, on real digits'
+	@echo 'make test       the tests that take seconds'
+	@echo 'make test-slow  the tests marked slow'
+	@echo 'make lint       ruff and mypy'
+	@echo 'make bench      cost of products and of eigensolves, beside other libraries'
+	@echo 'make clean      remove the virtual environment, caches and build outputs'
+	@echo
+	@echo 'ARGS="..." is handed on to the command:  make demo ARGS="--quick"'
+	@echo 'PYTHON=...  picks the interpreter, VENV=... the folder of the virtual environment.'
+
+demo: $(VENV)/.has-examples
+	@$(IN_VENV) examples/overlap.py $(ARGS)
+
+test: $(VENV)/.has-test
+	@$(IN_VENV) -m pytest -q $(ARGS)
+
+test-slow: $(VENV)/.has-test
+	@$(IN_VENV) -m pytest -q -m slow $(ARGS)
+
+lint: $(VENV)/.has-dev
+	@$(IN_VENV) -m ruff check --quiet .
+	@$(IN_VENV) -m ruff format --quiet --check . || \
+	    { echo 'Not formatted. Run: $(IN_VENV) -m ruff format .'; exit 1; }
+	@$(IN_VENV) -m mypy hesscurv integrations
+
+bench: $(VENV)/.has-bench
+	@$(IN_VENV) examples/benchmarks/products.py $(ARGS)
+	@$(IN_VENV) examples/benchmarks/eigensolvers.py $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find hesscurv integrations tests examples -name __pycache__ -prune -exec rm -rf {} +
+
+# One stamp for each extra, so that a target installs what it needs and no more, and a second call
+# installs nothing. pip speaks up only when it fails.
+$(VENV)/.has-%: $(VENV)/.made pyproject.toml $(CONSTRAINTS)
+	@echo "Installing hesscurv[$*] into $(VENV) (minutes, the first time)"
+	@$(IN_VENV) -m pip install -qq --disable-pip-version-check \
+	    -c $(CONSTRAINTS) -e '.[$*]'
+	@touch $@
+
+# Some systems ship Python without ensurepip: there the pip at hand installs the environment's own.
+$(VENV)/.made:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo 'hesscurv needs Python 3.10 or newer; "$(PYTHON)" is missing or older.'; \
+	      echo 'Name another: make PYTHON=python3.12 ...'; exit 1; }
+	@if $(IN_VENV) -m pip --version > /dev/null 2>&1; then :; \
+	elif $(PYTHON) -c 'import ensurepip' 2> /dev/null; then $(PYTHON) -m venv $(VENV); \
+	else \
+	    $(PYTHON) -m venv --without-pip $(VENV) && \
+	    $(PYTHON) -m pip --python $(IN_VENV) install -qq --disable-pip-version-check pip; \
+	fi || { echo 'Could not make a virtual environment with "$(PYTHON)": it lacks ensurepip, and'; \
+	        echo 'its pip is missing or older than 22.3. On Debian and Ubuntu,'; \
+	        echo '"apt-get install python3-venv" brings what is needed.'; exit 1; }
+	@touch $@

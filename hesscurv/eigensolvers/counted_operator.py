@@ -1,0 +1,61 @@
+"""An operator whose products are counted, checked and shown, for the length of one solve."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from hesscurv.operators.linear_operator import LinearOperator
+
+
+class CountedOperator(LinearOperator):
+    """The operator H with a count of its own, a check for NaN, and a progress bar over products.
+
+    A context manager, which closes the bar.
+
+    Args:
+        H: The symmetric operator: anything with `shape`, `dtype`, `device` and ``@`` on (D, b).
+        total: The number of products that are planned.
+        description: What stands before the bar.
+        progress: Whether to show it.
+
+    Raises:
+        ValueError: If H is not square.
+    """
+
+    def __init__(self, H: Any, total: int, description: str, progress: bool) -> None:
+        if len(H.shape) != 2 or H.shape[0] != H.shape[1]:
+            raise ValueError(f"expected a square operator, got shape {tuple(H.shape)}")
+        super().__init__(H.shape[0], H.dtype, H.device)
+        self.layout = getattr(H, "layout", None)
+        self._operator = H
+        self._bar = tqdm(total=total, desc=description, unit=" products", disable=not progress)
+
+    def __enter__(self) -> CountedOperator:
+        """Return the operator."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Close the bar."""
+        self._bar.close()
+
+    def _matmat(self, vectors_DB: Tensor) -> Tensor:
+        out = self._operator @ vectors_DB
+        # One reading of the block finds NaN as well as inf, without a mask of its size.
+        if not torch.stack(out.aminmax()).isfinite().all():
+            raise ValueError(
+                f"products {self.num_matvecs} to {self.num_matvecs + out.shape[1]} with the "
+                "operator have NaN or inf entries; check the model's loss and parameters, or "
+                "compute in float64"
+            )
+        self._bar.update(out.shape[1])
+        return out

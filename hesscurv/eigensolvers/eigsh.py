@@ -1,0 +1,142 @@
+"""One entry for all eigensolvers: the top eigenpairs of a symmetric operator."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscurv.eigensolvers.block_krylov import block_krylov
+from hesscurv.eigensolvers.eigenpairs import Eigenpairs
+from hesscurv.eigensolvers.rayleigh_ritz import rayleigh_ritz
+from hesscurv.eigensolvers.single_pass import single_pass
+from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
+
+METHODS: dict[str, Callable[..., Eigenpairs]] = {
+    "block_krylov": block_krylov,
+    "single_pass": single_pass,
+    "rayleigh_ritz": rayleigh_ritz,
+}
+
+
+def eigsh(
+    H: Any,
+    k: int,
+    method: str = "block_krylov",
+    *,
+    tol: float = 1e-3,
+    max_matvecs: int | None = None,
+    generator: torch.Generator | None = None,
+    initial: Tensor | Eigenpairs | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Eigenpairs:
+    r"""Compute the k eigenpairs of largest magnitude of a symmetric operator, matrix-free.
+
+    :math:`H v_i = \lambda_i v_i` with :math:`|\lambda_1| \ge |\lambda_2| \ge ...`, both signs.
+
+    Args:
+        H: A hesscurv operator, a dense symmetric tensor (D, D), or any object with `shape`,
+            `dtype`, `device` and ``@`` on tensors (D,) and (D, b).
+        k: Number of pairs, 1 <= k <= D.
+        method: "block_krylov" (default: fewest products at every accuracy), "single_pass" (the
+            sketch of the paper: products independent of each other, accuracy not controlled) or
+            "rayleigh_ritz" (two passes, optional subspace iterations).
+        tol: Pair i has converged when its residual is at most
+            ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
+        max_matvecs: The most products; default the method's own.
+        generator: Source of random numbers; default a new one with seed 0, so that the same call
+            gives the same result. The global generator is never used.
+        initial: A space (D, k0), or Eigenpairs, to start from; not for "single_pass".
+        progress: Whether to show a progress bar.
+        **options: The method's own options; see `block_krylov`, `single_pass`, `rayleigh_ritz`.
+
+    Returns:
+        The eigenpairs with residuals, convergence and cost.
+
+    Raises:
+        TypeError: If H is no operator, k no int, or an option unknown to the method.
+        ValueError: If a value is out of range.
+
+    Example:
+        >>> pairs = eigsh(torch.diag(torch.tensor([1.0, -3.0, 2.0])), k=2)
+        >>> pairs.eigenvalues
+        tensor([-3.,  2.])
+    """
+    if method not in METHODS:
+        raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
+    solver = METHODS[method]
+    operator = as_linear_operator(H)
+    _check_numbers(operator, k, tol, max_matvecs)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(
+            f"expected a torch.Generator, got {type(generator).__name__}; for a seed use "
+            "torch.Generator().manual_seed(seed)"
+        )
+    accepted = inspect.signature(solver).parameters
+    if initial is not None:
+        if "initial" not in accepted:
+            raise ValueError(
+                f"method {method!r} cannot start from `initial`; use 'block_krylov'"
+            )
+        options["initial"] = _check_initial(operator, initial)
+    unknown = [name for name in options if name not in accepted]
+    if unknown:
+        known = [n for n in accepted if n not in inspect.signature(eigsh).parameters]
+        raise TypeError(f"method {method!r} has no option {unknown}; its options are {known}")
+    return solver(
+        operator,
+        k,
+        tol=tol,
+        max_matvecs=max_matvecs,
+        generator=generator,
+        progress=progress,
+        **options,
+    )
+
+
+def _check_numbers(
+    operator: LinearOperator, k: int, tol: float, max_matvecs: int | None
+) -> None:
+    dim = operator.shape[0]
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"expected k to be an int, got {type(k).__name__}")
+    if not 1 <= k <= dim:
+        raise ValueError(f"expected 1 <= k <= D = {dim}, got k={k}")
+    if not (isinstance(tol, (int, float)) and math.isfinite(tol) and tol >= 0):
+        raise ValueError(f"expected a finite tol >= 0, got {tol!r}")
+    if max_matvecs is not None:
+        if isinstance(max_matvecs, bool) or not isinstance(max_matvecs, int):
+            raise TypeError(f"expected max_matvecs to be an int, got {max_matvecs!r}")
+        if max_matvecs < k:
+            raise ValueError(
+                f"expected max_matvecs >= k = {k}, got {max_matvecs}: every pair needs a product "
+                "at least, usually two"
+            )
+    if operator.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"expected an operator of dtype float32 or float64, got {operator.dtype}; an "
+            "orthonormal basis needs the digits"
+        )
+
+
+def _check_initial(operator: LinearOperator, initial: Tensor | Eigenpairs) -> Tensor:
+    vectors = initial.eigenvectors if isinstance(initial, Eigenpairs) else initial
+    if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
+        raise TypeError(
+            f"expected initial to be Eigenpairs or a floating tensor (D, k0), got "
+            f"{type(initial).__name__}"
+        )
+    dim = operator.shape[0]
+    if vectors.ndim != 2 or vectors.shape[0] != dim or not 1 <= vectors.shape[1] <= dim:
+        raise ValueError(
+            f"expected initial of shape ({dim}, k0), 1 <= k0 <= D, got {tuple(vectors.shape)}; "
+            "vectors are columns"
+        )
+    if not bool(torch.isfinite(vectors).all()):
+        raise ValueError("expected a finite initial space, got NaN or inf entries")
+    return vectors.detach()

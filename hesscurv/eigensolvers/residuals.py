@@ -1,0 +1,64 @@
+"""Residuals of eigenpairs, and when a pair counts as converged."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hesscurv.operators.linear_operator import LinearOperator
+
+
+def measured_residuals(
+    H: LinearOperator, eigenvalues: Tensor, V_Dk: Tensor, block_size: int = 32
+) -> Tensor:
+    r"""Measure :math:`\|H v_i - \lambda_i v_i\|` for every pair, by k more products.
+
+    Args:
+        H: The operator, D x D.
+        eigenvalues: Shape (k,).
+        V_Dk: Shape (D, k), unit columns.
+        block_size: Products at a time; temporary memory is three blocks of D floats each.
+
+    Returns:
+        Shape (k,), float64, on the eigenvectors' device.
+    """
+    out = torch.empty(V_Dk.shape[1], dtype=torch.float64, device=V_Dk.device)
+    for start in range(0, len(out), block_size):
+        part = slice(start, start + block_size)
+        gap = H @ V_Dk[:, part]
+        gap = gap - V_Dk[:, part] * eigenvalues[part].to(V_Dk)
+        out[part] = torch.linalg.vector_norm(gap, dim=0, dtype=torch.float64)
+    return out
+
+
+def convergence_threshold(eigenvalues: Tensor, tol: float, eps: float) -> Tensor:
+    r"""Return :math:`\max(tol |\lambda_i|, 10 \epsilon |\lambda_1|)`, the largest converged residuals.
+
+    The second bound is the rounding of the products, below which a residual says nothing.
+
+    Args:
+        eigenvalues: Shape (k,), in any order.
+        tol: Relative tolerance.
+        eps: Machine epsilon of the operator's dtype.
+
+    Returns:
+        Shape (k,).
+    """
+    magnitudes = eigenvalues.abs()
+    floor = 10 * eps * float(magnitudes.max()) if len(magnitudes) else 0.0
+    return (tol * magnitudes).clamp(min=floor)
+
+
+def converged(residuals: Tensor, eigenvalues: Tensor, tol: float, eps: float) -> Tensor:
+    """Return which pairs have converged: those with a residual up to `convergence_threshold`.
+
+    Args:
+        residuals: Shape (k,); NaN (not measured) counts as not converged.
+        eigenvalues: Shape (k,).
+        tol: Relative tolerance.
+        eps: Machine epsilon of the operator's dtype.
+
+    Returns:
+        Shape (k,), bool.
+    """
+    return residuals <= convergence_threshold(eigenvalues, tol, eps)

@@ -1,0 +1,1 @@
+"""Dense and block linear algebra on tensors; knows nothing of models."""

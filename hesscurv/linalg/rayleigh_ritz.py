@@ -1,0 +1,75 @@
+"""The projected eigenproblem: Ritz pairs of a small matrix, and the rotation of the basis to them.
+
+Small matrices live in float64 on the CPU; bases are stored row-contiguous, (m, D).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hesscurv.linalg.precision import full_precision
+
+_TEMPORARY_NUMEL = 2**22  # of one chunk in `rotate_`: 16 MiB in float32
+
+
+def ritz_pairs(T: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve the small symmetric eigenproblem, largest magnitude first.
+
+    ``(T + T^T)/2 = Y diag(theta) Y^T`` with ``|theta_1| >= |theta_2| >= ...``; equal magnitudes
+    keep the ascending order of their values, so that the result is reproducible.
+
+    Args:
+        T: Shape (m, m), the operator in an orthonormal basis, ``Q^T H Q``; any real floating dtype,
+            any device. Only its symmetric part counts.
+
+    Returns:
+        The Ritz values theta (m,) and the coefficients Y (m, m) of the Ritz vectors ``Q Y``, one
+        in each column; float64, on the CPU.
+
+    Raises:
+        ValueError: If T is not square or has NaN or inf entries.
+    """
+    if T.ndim != 2 or T.shape[0] != T.shape[1]:
+        raise ValueError(f"expected a square matrix, got shape {tuple(T.shape)}")
+    T = T.detach().to("cpu", torch.float64)
+    if not T.isfinite().all():
+        raise ValueError(
+            "expected a finite projected matrix, got NaN or inf entries; check the operator's "
+            "products"
+        )
+    values, vectors = torch.linalg.eigh((T + T.mT) / 2)
+    order = values.abs().argsort(descending=True, stable=True)
+    return values[order], vectors[:, order]
+
+
+def rotate_(basis_mD: Tensor, Y_mk: Tensor) -> Tensor:
+    """Replace the first k vectors of a stored basis by combinations of all m, in place.
+
+    ``V_Dk = Q_Dm Y_mk``, formed in the storage of Q by chunks of its rows (here columns of the
+    (m, D) storage), so that no second basis is needed.
+
+    Args:
+        basis_mD: Shape (m, D), row-contiguous: one vector in each row. Overwritten: the first k
+            rows hold the result, what the others hold is no longer of use.
+        Y_mk: Shape (m, k) with k <= m; cast to the basis' dtype and device.
+
+    Returns:
+        The view ``basis_mD[:k]``, shape (k, D).
+
+    Raises:
+        ValueError: If the shapes do not fit, or k > m.
+    """
+    m, dim = basis_mD.shape
+    if Y_mk.ndim != 2 or Y_mk.shape[0] != m or Y_mk.shape[1] > m:
+        raise ValueError(
+            f"expected coefficients of shape ({m}, k), k <= {m}, got {tuple(Y_mk.shape)}"
+        )
+    k = Y_mk.shape[1]
+    Y_km = Y_mk.mT.to(basis_mD).contiguous()
+    chunk = max(1024, _TEMPORARY_NUMEL // max(k, 1))
+    with full_precision(basis_mD.device):
+        for start in range(0, dim, chunk):
+            part_mC = basis_mD[:, start : start + chunk]
+            part_mC[:k] = Y_km @ part_mC
+    return basis_mD[:k]

@@ -1,0 +1,305 @@
+"""The common part of the Hessian, GGN and Fisher operators: data, memory, way of computing, checks."""
+
+from __future__ import annotations
+
+import logging
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscurv.operators.batches import split
+from hesscurv.operators.calibration import Calibration, calibrate, matches_reference
+from hesscurv.operators.environment import differentiable
+from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.linearizations import Linearization, NonFiniteLossError
+from hesscurv.operators.memory import MemoryPlan, plan_memory
+from hesscurv.operators.objective import Objective
+from hesscurv.operators.parameters import ParamSelection
+from hesscurv.operators.probe import check_deterministic, check_symmetric
+from hesscurv.operators.tasks import num_samples
+
+logger = logging.getLogger(__name__)
+
+# Below this many products in all, measuring which way is fastest costs more than it saves.
+_CALIBRATE_FROM = 24
+
+
+class CurvatureOperator(LinearOperator):
+    """A curvature matrix of a model's mean loss over all batches, by products.
+
+    Products loop over batches outside and vectors inside: a batch is read, and its derivative
+    set up, once for all vectors of a block; what fits the memory budget is kept for later blocks
+    until a weight changes.
+
+    Args:
+        model: The module, on its device, in any mode; left as found.
+        task: See `Objective`; `supervised(loss)` for ``(inputs, targets)`` batches.
+        batches: An iterable of batches that can be iterated again; None for a closure.
+        params: Which parameters: None (all that require grad), names, parameters, or a predicate.
+        training: Mode of the modules during products: False (default) as in inference, True as in
+            training, None as found.
+        compute_dtype: Dtype of computation and vectors; default the parameters' own, float32 for
+            half-precision weights. float64 gives products free of float32 noise.
+        way: How to compute: "auto" measures and chooses; otherwise one of the class's `ways`.
+        memory_budget: Bytes for graphs and blocks of vectors; default an eighth of the machine's
+            memory, or a quarter of the GPU's. Batches that need more are cut into micro-batches.
+        check: Evaluate every batch once and probe determinism and symmetry at construction.
+
+    Raises:
+        TypeError: If an argument is of a wrong type, or batches are a one-shot iterator.
+        ValueError: If batches are empty, the loss is not a finite scalar, nothing requires grad, or
+            the operator is not deterministic or not symmetric.
+    """
+
+    ways: tuple[str, ...] = ()  # the first is the reference that others must agree with
+    loops: tuple[str, ...] = ()  # those that take vectors one by one
+    extra_ways: tuple[str, ...] = ()  # not tried by themselves on CPUs
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Callable[..., Tensor],
+        batches: Iterable[Any] | None = None,
+        params: ParamSelection = None,
+        *,
+        training: bool | None = False,
+        compute_dtype: torch.dtype | None = None,
+        way: str = "auto",
+        memory_budget: int | None = None,
+        check: bool = True,
+    ) -> None:
+        known = self.ways + self.extra_ways
+        if way != "auto" and way not in known:
+            raise ValueError(f"expected way 'auto' or one of {known}, got {way!r}")
+        self.objective = Objective(
+            model,
+            task,
+            batches,
+            params,
+            training=training,
+            compute_dtype=compute_dtype,
+            budget=memory_budget,
+        )
+        super().__init__(self.objective.layout.numel, self.objective.dtype, self.objective.device)
+        self.layout = self.objective.layout
+        self.way = way
+        if self.device.type == "cuda":
+            self.ways = known
+        self._plan = MemoryPlan(self.objective.budget)
+        self._separable = False
+        self._compiled: Callable[..., Any] | None = None
+        self._calibration: Calibration | None = None
+        self._kept: dict[tuple[int, str], Linearization] = {}
+        self._kept_for: tuple[Any, ...] = ()
+        self._verified: set[str] = {self.ways[0]}
+        self._look_at_data(check)
+
+    # -- what subclasses say --------------------------------------------------------------------
+
+    @abstractmethod
+    def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
+        """Set up the product of one batch's curvature with blocks of vectors."""
+
+    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
+        """Refuse a batch that this kind of curvature cannot be computed on."""
+
+    # -- products -------------------------------------------------------------------------------
+
+    def _matmat(self, vectors_DB: Tensor) -> Tensor:
+        vectors_BD = vectors_DB.mT.contiguous()
+        self._forget_if_changed()
+        width = vectors_BD.shape[0]
+        if self.way == "auto" and self.num_matvecs + width > _CALIBRATE_FROM:
+            self.calibrate()
+        while True:
+            out_BD = torch.zeros_like(vectors_BD)
+            try:
+                self._accumulate(vectors_BD, out_BD)
+            except torch.OutOfMemoryError:
+                self._shrink()
+                continue
+            break
+        if not bool(torch.isfinite(out_BD).all()):
+            raise ValueError(
+                "the product has NaN or inf entries, so the loss has no finite second derivative "
+                "here; look for overflow, sqrt or norm at zero, or try compute_dtype=torch.float64"
+            )
+        return out_BD.mT
+
+    def _accumulate(self, vectors_BD: Tensor, out_BD: Tensor) -> None:
+        way, chunk = self.choice(vectors_BD.shape[0])
+        for index, batch, weight in self._microbatches():
+            apply = self._prepared(index, batch, way)
+            start = 0
+            while start < vectors_BD.shape[0]:
+                size = min(chunk, self._plan.max_vectors)
+                part = vectors_BD[start : start + size]
+                try:
+                    product = self._apply(way, apply, part)
+                except torch.OutOfMemoryError:
+                    if size == 1:
+                        raise
+                    self._plan = self._plan.with_fewer_vectors(size // 2)
+                    _empty_cache(self.device)
+                    logger.warning("out of memory: going on with %d vectors at once", size // 2)
+                    continue
+                self._add(out_BD[start : start + size], product, weight)
+                start += size
+
+    def _apply(self, way: str, apply: Linearization, part_BD: Tensor) -> tuple[Any, ...]:
+        pieces = tuple(
+            part_BD[:, span].reshape(-1, *shape)
+            for span, shape in zip(self.layout.slices().values(), self.layout.shapes, strict=True)
+        )
+        # Checkpointed models run their forward again inside a backward pass, so wherever the model
+        # as found would compute something else, it has to be put into its mode here too.
+        if way in _RUN_MODEL_CODE or not self.objective.computes_as_found():
+            with self.objective.environment():
+                return self.objective.substituted(lambda: apply(pieces))
+        with differentiable(self.device):
+            return apply(pieces)
+
+    def _add(self, out_BD: Tensor, product: tuple[Any, ...], weight: float) -> None:
+        for span, piece in zip(self.layout.slices().values(), product, strict=True):
+            if piece is not None:
+                out_BD[:, span].add_(piece.detach().reshape(len(piece), -1), alpha=weight)
+
+    def _prepared(self, index: int, batch: Any, way: str) -> Linearization:
+        if (index, way) in self._kept:
+            return self._kept[index, way]
+        apply = self.prepare(batch, way)
+        if self._plan.keep_graphs and self.objective.batches.kept is not None:
+            self._kept[index, way] = apply
+        return apply
+
+    def _microbatches(self) -> Iterator[tuple[int, Any, float]]:
+        index = 0
+        for batch in self.objective.batches:
+            share = self.objective.weight(batch) / self.total_weight
+            parts = split(batch, self._plan.max_samples) if self._separable else [batch]
+            # Each part has its own mean: weigh the parts of one batch by their weights.
+            weights = [self.objective.weight(p) for p in parts] if len(parts) > 1 else [1.0]
+            for part, w in zip(parts, weights, strict=True):
+                yield index, part, share * w / sum(weights)
+                index += 1
+
+    @property
+    def memory_plan(self) -> MemoryPlan:
+        """How much goes through a product at once."""
+        return self._plan
+
+    def prepare(self, batch: Any, way: str) -> Linearization:
+        """Set one batch's product up, in one way, without keeping it."""
+        with self.objective.environment():
+            return self._linearize(way, self.objective.parameters(), batch)
+
+    def run(self, apply: Linearization, vectors_BD: Tensor, way: str) -> Tensor:
+        """Apply what `prepare` returned to vectors (B, D), uncounted and unweighted."""
+        out_BD = torch.zeros_like(vectors_BD)
+        self._add(out_BD, self._apply(way, apply, vectors_BD), 1.0)
+        return out_BD
+
+    def product_on(self, batch: Any, vectors_BD: Tensor, way: str | None = None) -> Tensor:
+        """Return one batch's curvature times vectors (B, D), by the reference way by default."""
+        way = way or self.ways[0]
+        return self.run(self.prepare(batch, way), vectors_BD, way)
+
+    # -- choosing the way -----------------------------------------------------------------------
+
+    def choice(self, width: int) -> tuple[str, int]:
+        """Return the way and the number of vectors at once for a block of `width` vectors."""
+        limit = max(1, min(width, self._plan.max_vectors))
+        if self.way != "auto":
+            return self.way, limit
+        if self._calibration is None:
+            return self.ways[0], limit
+        way, chunk = self._calibration.choose(limit)
+        if way not in self._verified:
+            self._verify(way, chunk)
+            return self.choice(width)
+        return way, chunk
+
+    def calibrate(self) -> Calibration:
+        """Measure which way is fastest for how many vectors; once, on the first micro-batch.
+
+        The products done for it do not count in `num_matvecs`.
+        """
+        if self._calibration is None:
+            _, batch, _ = next(iter(self._microbatches()))
+            self._calibration = calibrate(self, batch)
+            self._kept.clear()
+        return self._calibration
+
+    def _verify(self, way: str, chunk: int) -> None:
+        _, batch, _ = next(iter(self._microbatches()))
+        if matches_reference(self, batch, way, chunk):
+            self._verified.add(way)
+        else:
+            assert self._calibration is not None
+            self._calibration = self._calibration.without(way)
+
+    # -- set-up and memory ----------------------------------------------------------------------
+
+    def _look_at_data(self, check: bool) -> None:
+        objective = self.objective
+        self.total_weight = 0.0
+        first: Any = None
+        largest = 0
+        for i, batch in enumerate(objective.batches.first_pass()):
+            first = batch if i == 0 else first
+            largest = max(largest, num_samples(batch))
+            weight = objective.weight(batch)
+            if not weight >= 0:
+                raise ValueError(f"expected a batch weight >= 0, got {weight} for batch {i}")
+            self.total_weight += weight
+            if check:
+                with objective.environment(), torch.no_grad():
+                    params = objective.parameters()
+                    loss = objective.loss(params, batch)
+                    if not bool(torch.isfinite(loss)):
+                        raise NonFiniteLossError(
+                            f"expected a finite loss, got {loss.item()} on batch {i}; look for "
+                            "bad inputs there, overflow, or diverged weights"
+                        )
+                    self._check_batch(params, batch, loss)
+        if not self.total_weight > 0:
+            raise ValueError(f"expected a positive total weight, got {self.total_weight}")
+        if check:
+            check_deterministic(objective, first)
+        self._plan, self._separable = plan_memory(objective, objective.budget, first, largest)
+        if check:
+            check_symmetric(self, split(first, 32)[0] if self._separable else first)
+
+    def _forget_if_changed(self) -> None:
+        # `.data` writes leave version counters alone, so the norms are compared as well.
+        state = (self.objective.state(), tuple(self.objective.norms().tolist()))
+        if state != self._kept_for:
+            self._kept.clear()
+            self._kept_for = state
+
+    def _shrink(self) -> None:
+        self._kept.clear()
+        _empty_cache(self.device)
+        if self._plan.keep_graphs:
+            self._plan = self._plan.without_kept_graphs()
+            return
+        samples = self._plan.max_samples // 2
+        if samples == 0 or not self._separable:
+            raise torch.OutOfMemoryError(
+                "out of memory for a single vector on "
+                + ("one sample" if self._separable else "one batch that cannot be cut")
+                + "; use smaller batches, a subset of the parameters, or a larger device"
+            )
+        logger.warning("out of memory: going on with micro-batches of %d samples", samples)
+        self._plan = self._plan.with_fewer_samples(samples)
+
+
+_RUN_MODEL_CODE = ("vmapped", "compiled")
+
+
+def _empty_cache(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

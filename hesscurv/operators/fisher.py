@@ -1,0 +1,56 @@
+"""The empirical Fisher matrix: the mean outer product of per-sample gradients."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscurv.operators import linearizations as ways
+from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.ggn import GAUSS_NEWTON_WAYS
+from hesscurv.operators.linearizations import Linearization
+
+
+class EmpiricalFisherOperator(CurvatureOperator):
+    r"""The empirical Fisher :math:`F = \frac1N \sum_n g_n g_n^T`, by products.
+
+    :math:`g_n` is the gradient of sample n's loss at its given target; F is positive semi-definite
+    and of rank at most N. It is not the Fisher information, which takes targets from the model
+    (Kunstner et al. 2019, equation 3); for that use `GGNOperator` with cross-entropy.
+
+    It is computed as :math:`J^T J / N` with the Jacobian of the per-sample losses, so that no
+    per-sample gradient is stored. The task must have the parts `outputs` and `loss`, and
+    `sample_losses` where the loss is not a plain mean over samples. See `CurvatureOperator` for the
+    arguments; ``F @ v`` costs about one gradient over the data.
+    """
+
+    ways = tuple(GAUSS_NEWTON_WAYS)
+    loops = ("retained",)
+
+    def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
+        return GAUSS_NEWTON_WAYS[way](
+            lambda p: self._sample_losses(p, batch), ways.scaled_identity, params
+        )
+
+    def _sample_losses(self, params: tuple[Tensor, ...], batch: Any) -> Tensor:
+        losses = self.objective.task_parts.sample_losses(
+            self.objective.outputs(params, batch), batch
+        )
+        if losses.ndim != 1:
+            raise ValueError(
+                f"expected sample_losses of shape (n,), got {tuple(losses.shape)}; give one loss a "
+                "sample in a subclass of hesscurv.Task"
+            )
+        return losses
+
+    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
+        mean = self._sample_losses(params, batch).mean()
+        tolerance = 1e3 * torch.finfo(self.dtype).eps
+        if not torch.isclose(mean, loss, rtol=tolerance, atol=tolerance):
+            raise ValueError(
+                f"expected the mean of the per-sample losses to be the loss {loss.item():.6g}, got "
+                f"{mean.item():.6g}; the loss is no plain mean over samples (class weights, ignored "
+                "targets): override sample_losses and weight in a subclass of hesscurv.Task"
+            )

@@ -1,0 +1,62 @@
+"""The Hessian of the mean loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscurv.operators import linearizations as ways
+from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.linearizations import Linearization
+
+_WAYS = {
+    "retained": ways.hessian_retained,
+    "batched": ways.hessian_batched,
+    "linearized": ways.hessian_linearized,
+    "linearized_batched": ways.hessian_linearized_batched,
+    "vmapped": ways.hessian_vmapped,
+}
+
+
+class HessianOperator(CurvatureOperator):
+    r"""The Hessian :math:`H = \nabla^2 \sum_b (n_b / N) L_b(w)` of the mean loss, by products.
+
+    ``H @ v`` costs one to two gradients over the data; see `CurvatureOperator` for the arguments.
+    The model may be any whose loss is twice differentiable: any callable
+    ``(model, batch) -> scalar mean loss`` serves as the task, and a closure without batches too.
+
+    Ways of computing: "retained" (double backward through one graph of the gradient, also the
+    reference), "batched" (the same, vectors at once), "linearized" and "linearized_batched" (a
+    trace of the gradient's derivative), "vmapped" (forward over reverse, nothing retained),
+    "compiled" (the same through torch.compile; tried by itself on GPUs alone).
+
+    Example:
+        >>> net = torch.nn.Linear(2, 1, bias=False).double()
+        >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double()
+        >>> task = supervised(torch.nn.MSELoss())
+        >>> H = HessianOperator(net, task, [(x, torch.zeros(2, 1).double())])
+        >>> H @ torch.ones(2).double()
+        tensor([1., 4.], dtype=torch.float64)
+    """
+
+    ways = tuple(_WAYS)
+    extra_ways = ("compiled",)
+    loops = ("retained", "linearized")
+
+    def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
+        if way == "compiled":
+            return self._compiled_product(params, batch)
+        return _WAYS[way](lambda p: self.objective.loss(p, batch), params)
+
+    def _compiled_product(self, params: tuple[Tensor, ...], batch: Any) -> Linearization:
+        # One compiled function for all batches: only a new shape compiles anew.
+        if self._compiled is None:
+
+            def product(params: Any, batch: Any, block: Any) -> Any:
+                return ways.hessian_vmapped(lambda p: self.objective.loss(p, batch), params)(*block)
+
+            self._compiled = torch.compile(product, dynamic=False)
+        compiled = self._compiled
+        return lambda block: compiled(params, batch, block)

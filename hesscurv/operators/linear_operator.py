@@ -1,0 +1,217 @@
+"""A symmetric linear operator known by its products alone."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class LinearOperator(ABC):
+    """A symmetric operator H of size D x D that is applied, never formed.
+
+    Subclasses implement `_matmat` for a block; ``H @ v`` and ``H @ V`` check the operand, count the
+    products and call it. SciPy, skerch and curvlinops find the attributes that they look for
+    (`shape`, `dtype`, `device`, `@` from both sides, `T`, `to_scipy`).
+
+    Args:
+        size: The size D.
+        dtype: The dtype of the vectors.
+        device: The device of the vectors.
+    """
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.shape = torch.Size((size, size))
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.num_matvecs = 0
+
+    @abstractmethod
+    def _matmat(self, vectors_DB: Tensor) -> Tensor:
+        """Apply the operator to the columns of a checked block (D, b)."""
+
+    def __matmul__(self, other: Tensor) -> Tensor:
+        """Return ``H @ v`` for v (D,) or ``H @ V`` for V (D, b), in H's dtype on H's device.
+
+        Raises:
+            TypeError: If the operand is not a tensor or has another dtype.
+            ValueError: If its shape or device does not fit, or it has NaN or inf entries.
+        """
+        self._check(other)
+        with torch.inference_mode(False), torch.no_grad():
+            other = other.clone() if other.is_inference() else other
+            block = other.detach().unsqueeze(1) if other.ndim == 1 else other.detach()
+            if block.shape[1] == 0:
+                return torch.empty_like(block)
+            out = self._matmat(block)
+        self.num_matvecs += block.shape[1]
+        return out.squeeze(1) if other.ndim == 1 else out
+
+    def __rmatmul__(self, other: Tensor) -> Tensor:
+        """Return ``v @ H`` or ``V @ H`` for V (b, D): the operator is symmetric."""
+        return (self @ other.mT).mT if other.ndim == 2 else self @ other
+
+    def matvec(self, vector: Tensor) -> Tensor:
+        """Return ``H @ v``."""
+        return self @ vector
+
+    def matmat(self, vectors: Tensor) -> Tensor:
+        """Return ``H @ V``."""
+        return self @ vectors
+
+    @property
+    def T(self) -> LinearOperator:
+        """The transpose: the operator itself."""
+        return self
+
+    def adjoint(self) -> LinearOperator:
+        """Return the adjoint: the operator itself."""
+        return self
+
+    def to_dense(self, block_size: int = 64) -> Tensor:
+        """Form the matrix (D, D), symmetrised, in D products and D^2 floats; for small D."""
+        size = self.shape[0]
+        dense = torch.empty(size, size, dtype=self.dtype, device=self.device)
+        for start in range(0, size, block_size):
+            stop = min(start + block_size, size)
+            unit = torch.zeros(size, stop - start, dtype=self.dtype, device=self.device)
+            unit[torch.arange(start, stop), torch.arange(stop - start)] = 1
+            dense[:, start:stop] = self @ unit
+        return (dense + dense.mT) / 2
+
+    def to_scipy(self) -> Any:
+        """Return a `scipy.sparse.linalg.LinearOperator` over NumPy vectors (needs SciPy).
+
+        Raises:
+            ImportError: If SciPy is not installed.
+        """
+        try:
+            from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
+        except ImportError as error:
+            raise ImportError("to_scipy needs SciPy: pip install 'hesscurv[bench]'") from error
+
+        def apply(array: Any) -> Any:
+            tensor = torch.as_tensor(array, dtype=self.dtype, device=self.device)
+            return (self @ tensor).cpu().numpy()
+
+        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        return ScipyLinearOperator(
+            shape=tuple(self.shape), matvec=apply, rmatvec=apply, matmat=apply, dtype=numpy_dtype
+        )
+
+    def _check(self, other: Any) -> None:
+        size = self.shape[0]
+        if not isinstance(other, Tensor):
+            raise TypeError(
+                f"expected a torch.Tensor of shape ({size},) or ({size}, b), got "
+                f"{type(other).__name__}; convert it with torch.as_tensor"
+            )
+        if other.ndim not in (1, 2) or other.shape[0] != size:
+            raise ValueError(
+                f"expected shape ({size},) or ({size}, b), got {tuple(other.shape)}; "
+                "vectors are columns"
+            )
+        if other.dtype != self.dtype:
+            raise TypeError(
+                f"expected dtype {self.dtype}, got {other.dtype}; convert with .to(H.dtype)"
+            )
+        if other.device.type != self.device.type or (
+            None not in (other.device.index, self.device.index)
+            and other.device.index != self.device.index
+        ):
+            raise ValueError(
+                f"expected a vector on device {self.device}, got {other.device}; "
+                "move it with .to(H.device)"
+            )
+        if not bool(torch.isfinite(other.detach()).all()):
+            raise ValueError("expected a finite vector, got NaN or inf entries")
+
+
+class DenseOperator(LinearOperator):
+    """A symmetric matrix as an operator.
+
+    Args:
+        matrix: Shape (D, D), floating, symmetric to rounding.
+
+    Raises:
+        TypeError: If it is not a floating tensor.
+        ValueError: If it is not square, finite and symmetric.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
+            raise TypeError(f"expected a real floating matrix, got {_kind(matrix)}")
+        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
+            raise ValueError(f"expected a square matrix (D, D), got {tuple(matrix.shape)}")
+        matrix = matrix.detach()
+        scale = matrix.abs().max()
+        if not bool(torch.isfinite(scale)):
+            raise ValueError("expected a finite matrix, got NaN or inf entries")
+        gap = float((matrix - matrix.mT).abs().max())
+        if gap > 1e3 * torch.finfo(matrix.dtype).eps * float(scale):
+            raise ValueError(
+                f"expected a symmetric matrix, got one with max|A - A^T| = {gap:.3g} against "
+                f"max|A| = {float(scale):.3g}; symmetrise it with (A + A.mT) / 2"
+            )
+        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        self._matrix = matrix
+
+    def _matmat(self, vectors_DB: Tensor) -> Tensor:
+        return self._matrix @ vectors_DB
+
+
+class ForeignOperator(LinearOperator):
+    """Another library's symmetric operator, by its `shape`, `dtype`, `device` and `@`.
+
+    Args:
+        operator: An object with a square `shape` and ``@`` on tensors (D,) and (D, b), as those of
+            curvlinops and skerch. Without `dtype` or `device`: float32 on the CPU.
+
+    Raises:
+        TypeError: If it lacks `shape` or ``@``.
+        ValueError: If it is not square.
+    """
+
+    def __init__(self, operator: Any) -> None:
+        if not hasattr(operator, "shape") or not hasattr(operator, "__matmul__"):
+            raise TypeError(
+                "expected an operator with shape, dtype, device and @, or a symmetric tensor; got "
+                f"{_kind(operator)}"
+            )
+        shape = tuple(operator.shape)
+        if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
+            raise ValueError(f"expected a square operator (D, D), got shape {shape}")
+        dtype = getattr(operator, "dtype", None)
+        super().__init__(
+            int(shape[0]),
+            dtype if isinstance(dtype, torch.dtype) else torch.float32,
+            torch.device(getattr(operator, "device", None) or "cpu"),
+        )
+        self._operator = operator
+        self.layout = getattr(operator, "layout", None)
+
+    def _matmat(self, vectors_DB: Tensor) -> Tensor:
+        out = self._operator @ vectors_DB
+        if not isinstance(out, Tensor) or out.shape != vectors_DB.shape:
+            raise ValueError(
+                f"expected the operator to return a tensor of shape {tuple(vectors_DB.shape)}, got "
+                f"{_kind(out)}"
+            )
+        return out.detach()
+
+
+def as_linear_operator(operator: Any) -> LinearOperator:
+    """Return the operator itself, or a symmetric matrix or another library's operator as one."""
+    if isinstance(operator, LinearOperator):
+        return operator
+    if isinstance(operator, Tensor):
+        return DenseOperator(operator)
+    return ForeignOperator(operator)
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+    return f"a {type(value).__name__}"

@@ -1,0 +1,73 @@
+"""Cheap probes that refuse an operator which is not one: not deterministic, or not symmetric."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from hesscurv.operators.objective import Objective
+
+if TYPE_CHECKING:
+    from hesscurv.operators.curvature_operator import CurvatureOperator
+
+
+def check_deterministic(objective: Objective, batch: Any) -> None:
+    """Evaluate the loss of one batch twice and compare; two forward passes.
+
+    Raises:
+        ValueError: If the two differ by more than rounding, with the likely cause.
+    """
+    with objective.environment(), torch.no_grad():
+        params = objective.parameters()
+        # Two evaluations within one environment draw different random numbers.
+        first, second = (float(objective.loss(params, batch)) for _ in range(2))
+        active = [
+            name or type(m).__name__
+            for name, m in objective.model.named_modules()
+            if m.training and isinstance(m, nn.modules.dropout._DropoutNd)
+        ]
+    tolerance = 1e2 * torch.finfo(objective.dtype).eps
+    if abs(first - second) <= tolerance * max(abs(first), abs(second), tolerance):
+        return
+    if active:
+        cause = f"dropout is active in {active[:4]}"
+        remedy = "measure in eval mode, training=False (the default)"
+    else:
+        cause = (
+            "the model or the loss draws random numbers, or keeps a state between calls "
+            "(functional dropout without training=self.training, sampled latents, noise)"
+        )
+        remedy = "make it deterministic in eval mode, or fix its noise as part of the batch"
+    raise ValueError(
+        f"the loss is not deterministic: {first:.9g} and {second:.9g} on the same batch; {cause}; "
+        f"{remedy}"
+    )
+
+
+def check_symmetric(operator: CurvatureOperator, batch: Any) -> None:
+    """Compare u.(H v) with v.(H u) for two random pairs on part of a batch; four products.
+
+    Raises:
+        ValueError: If they differ by more than rounding, with the likely cause.
+    """
+    objective = operator.objective
+    generator = torch.Generator().manual_seed(0)
+    size = operator.shape[0]
+    probes_BD = torch.randn(4, size, generator=generator, dtype=torch.float64)
+    probes_BD = probes_BD.to(operator.device, operator.dtype)
+    products_BD = operator.product_on(batch, probes_BD)
+    for i in (0, 2):
+        u, v, h_u, h_v = probes_BD[i], probes_BD[i + 1], products_BD[i], products_BD[i + 1]
+        left, right = float(u.double() @ h_v.double()), float(v.double() @ h_u.double())
+        # Each side is a sum of D products with random signs, of size |u| |Hv| / sqrt(D).
+        scale = float(u.norm() * h_v.norm() + v.norm() * h_u.norm()) / (2 * size**0.5)
+        allowed = max(2e-2, 50 * torch.finfo(objective.dtype).eps) * max(scale, 1e-30)
+        if abs(left - right) > allowed:
+            raise ValueError(
+                f"the operator is not symmetric: u.Hv = {left:.6g} but v.Hu = {right:.6g} for "
+                "random u, v; some function's backward is not its derivative (a custom "
+                "autograd.Function, a straight-through estimator, detach inside the loss); replace "
+                "it, or pass check=False to go on at your own risk"
+            )

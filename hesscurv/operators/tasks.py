@@ -1,0 +1,191 @@
+"""What is measured on a batch: the task that turns a model and a batch into outputs and a loss."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+
+
+class Task:
+    """A loss in two parts, ``loss(outputs(model, batch), batch)``, mean over the batch's samples.
+
+    Subclass it for a model or a batch that `supervised` does not fit. The Hessian needs the whole
+    alone; the GGN needs the two parts, and the empirical Fisher also `sample_losses`.
+    """
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the model's outputs on a batch, one row a sample: shape (n, ...)."""
+        raise NotImplementedError
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the scalar mean loss of the outputs; convex in them for a GGN that is psd."""
+        raise NotImplementedError
+
+    def sample_losses(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return each sample's loss, shape (n,); their mean must be `loss`.
+
+        By default `loss` on each row alone, vectorised: right for every mean over samples.
+        """
+        n = outputs.shape[0]
+
+        def one(row: Tensor, part: Any) -> Tensor:
+            lifted = map_tensors(part, lambda t: t.unsqueeze(0))
+            return self.loss(row.unsqueeze(0), lifted)
+
+        axes = map_tensors(batch, lambda t: 0 if t.ndim > 0 and t.shape[0] == n else None)
+        return torch.func.vmap(one, in_dims=(0, axes))(outputs, batch)
+
+    def weight(self, batch: Any) -> float:
+        """Return the batch's weight in the mean over all data: its number of samples.
+
+        Override it where the loss averages something else than samples, say unmasked tokens.
+        """
+        return float(num_samples(batch))
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the scalar mean loss of the model on a batch."""
+        return self.loss(self.outputs(model, batch), batch)
+
+
+class SupervisedTask(Task):
+    """The task of `supervised`: inputs go to the model, outputs and targets to a loss."""
+
+    def __init__(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
+        if not callable(loss_fn):
+            raise TypeError(
+                "expected a loss such as torch.nn.CrossEntropyLoss(), got "
+                f"{type(loss_fn).__name__}"
+            )
+        reduction = getattr(loss_fn, "reduction", "mean")
+        if reduction != "mean":
+            raise ValueError(
+                f"expected a loss with reduction='mean', got reduction={reduction!r}; the curvature "
+                "of a mean over all samples is what is measured"
+            )
+        self.loss_fn = loss_fn
+
+    def outputs(self, model: nn.Module, batch: Any) -> Tensor:
+        """Call the model on the batch's inputs: one tensor, a sequence, or keyword inputs."""
+        inputs, _ = split_batch(batch)
+        if isinstance(inputs, Mapping):
+            out = _call_with_keywords(model, inputs)
+        elif isinstance(inputs, (tuple, list)):
+            out = model(*inputs)
+        else:
+            out = model(inputs)
+        out = getattr(out, "logits", out)
+        if not isinstance(out, Tensor):
+            raise TypeError(
+                f"expected the model to return a tensor (or an object with .logits), got "
+                f"{type(out).__name__}; subclass hesscurv.Task and pick the tensor in `outputs`"
+            )
+        return out
+
+    def loss(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the loss of outputs against the batch's targets."""
+        return self.loss_fn(outputs, split_batch(batch)[1])
+
+
+def supervised(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> SupervisedTask:
+    """Make the task of a model with inputs and targets: ``loss_fn(model(inputs), targets)``.
+
+    Args:
+        loss_fn: A loss with mean reduction over samples, such as ``torch.nn.CrossEntropyLoss()``
+            or any callable ``(outputs, targets) -> scalar``.
+
+    Returns:
+        A task for batches ``(inputs, targets)``, where the inputs may themselves be a sequence
+        (``model(*inputs)``) or a mapping (``model(**inputs)``), and for dict batches, whose targets
+        are under "labels", "label", "targets", "target" or "y".
+
+    Raises:
+        TypeError: If `loss_fn` cannot be called.
+        ValueError: If its `reduction` is not "mean".
+    """
+    return SupervisedTask(loss_fn)
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+    """Split a batch into inputs and targets.
+
+    Raises:
+        ValueError: If the batch is neither a pair nor a mapping with a target.
+    """
+    if isinstance(batch, Mapping):
+        for key in _TARGET_KEYS:
+            if key in batch:
+                return {k: v for k, v in batch.items() if k != key}, batch[key]
+        raise ValueError(
+            f"expected a dict batch with its targets under one of {_TARGET_KEYS}, got keys "
+            f"{list(batch)}; subclass hesscurv.Task, or pass a callable (model, batch) -> loss"
+        )
+    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
+        return batch[0], batch[1]
+    raise ValueError(
+        f"expected batches (inputs, targets) or dicts, got {describe(batch)}; subclass "
+        "hesscurv.Task, or pass a callable (model, batch) -> loss"
+    )
+
+
+def num_samples(batch: Any) -> int:
+    """Return the length of the first tensor's first dimension; 1 where there is none."""
+    for tensor in tensors_of(batch):
+        if tensor.ndim > 0:
+            return tensor.shape[0]
+    return 1
+
+
+def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
+    """Apply a function to every tensor in nested dicts, lists and tuples; leave the rest."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, Mapping):
+        mapped = {k: map_tensors(v, fn) for k, v in value.items()}
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return mapped
+        value = copy.copy(value)  # a Hugging Face BatchEncoding stays one
+        value.update(mapped)
+        return value
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(v, fn) for v in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(v, fn) for v in value)
+    return value
+
+
+def tensors_of(value: Any) -> list[Tensor]:
+    """Return every tensor in nested dicts, lists and tuples, in order."""
+    found: list[Tensor] = []
+    map_tensors(value, found.append)
+    return found
+
+
+def describe(value: Any) -> str:
+    """Say what a batch is, for an error message."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a dict with keys {list(value)}"
+    if isinstance(value, (list, tuple)):
+        return f"a {type(value).__name__} of length {len(value)}"
+    return f"a {type(value).__name__}"
+
+
+def _call_with_keywords(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
+    accepted = inspect.signature(model.forward).parameters
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
+    if takes_any or all(key in accepted for key in inputs):
+        return model(**inputs)
+    if len(inputs) == 1:  # {"x": ..., "y": ...} for a model whose argument has another name
+        return model(*inputs.values())
+    raise ValueError(
+        f"the model's forward takes {list(accepted)}, but the dict batch holds {list(inputs)}; "
+        "rename the keys, or subclass hesscurv.Task"
+    )

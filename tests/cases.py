@@ -1,0 +1,487 @@
+"""Small problems of every kind that the operators must be exact on, built anew by each call.
+
+A problem says what is measured in two ways: by what the operators take (`model`, `task`, `batches`,
+`params`, `training`) and by plain functions on the model for the oracles (`loss`, or `outputs` and
+`output_loss`, and the `names` of the parameters in the vector's order).
+"""
+
+from __future__ import annotations
+
+from collections import UserDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import hesscurv
+
+
+@dataclass
+class Problem:
+    """A model, its data, and what to measure, in float64 until `cast`."""
+
+    model: nn.Module
+    task: Any
+    batches: list[Any] | None
+    loss: Callable[[nn.Module, Any], Tensor]
+    outputs: Callable[[nn.Module, Any], Tensor] | None = None
+    output_loss: Callable[[Tensor, Any], Tensor] | None = None
+    params: Any = None
+    names: list[str] | None = None  # default: all that require grad
+    training: bool | None = False
+    points: list[Tensor] = field(default_factory=list)  # what a closure has captured
+
+    def cast(self, dtype: torch.dtype, data: torch.dtype | None = None) -> Problem:
+        """Round the model's weights to a dtype, and the data to the same or another, in place."""
+        self.model.to(dtype)
+        if self.batches is not None:
+            self.batches[:] = [_cast(batch, data or dtype) for batch in self.batches]
+        self.points[:] = [_cast(p, data or dtype) for p in self.points]
+        return self
+
+    def operator(self, kind: type, **options: Any) -> Any:
+        options.setdefault("training", self.training)
+        return kind(self.model, self.task, self.batches, self.params, **options)
+
+    def selected(self) -> list[str]:
+        names = [n for n, p in self.model.named_parameters() if p.requires_grad]
+        return names if self.names is None else self.names
+
+
+CASES: dict[str, Callable[[], Problem]] = {}
+WITHOUT_PARTS = {"callable", "pinn", "pinn_of_model", "pinn_func", "linear_loss", "regularised"}
+
+# Ways that torch has no rule for on these models; they may refuse, but never be wrong.
+MAY_REFUSE = {
+    "lstm": {"linearized", "linearized_batched", "vmapped", "batched"},
+    "checkpointed": {"linearized", "linearized_batched", "vmapped", "batched"},
+    "conv_bn_train": {"linearized", "linearized_batched", "vmapped", "batched"},
+    "pinn": {"linearized", "linearized_batched", "vmapped", "batched"},
+    "pinn_of_model": {"linearized", "linearized_batched", "vmapped", "batched"},
+    "encoder_layer": {"linearized_batched", "vmapped"},
+}
+
+
+def build(name: str) -> Problem:
+    """Build a problem: the same one every time, in float64."""
+    torch.manual_seed(len(name))
+    problem = CASES[name]()
+    problem.model.double()
+    if problem.batches is not None:
+        problem.batches = [_cast(batch, torch.float64) for batch in problem.batches]
+    problem.points[:] = [_cast(p, torch.float64) for p in problem.points]
+    return problem
+
+
+def case(fn: Callable[[], Problem]) -> Callable[[], Problem]:
+    CASES[fn.__name__] = fn
+    return fn
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, UserDict):
+        return type(value)({k: _cast(v, dtype) for k, v in value.items()})
+    if isinstance(value, dict):
+        return {k: _cast(v, dtype) for k, v in value.items()}
+    return type(value)(_cast(v, dtype) for v in value)
+
+
+def _supervised(model: nn.Module, batches: list[Any], loss_fn: Any = None, **kw: Any) -> Problem:
+    """A problem of (inputs, targets) batches."""
+    loss_fn = loss_fn or nn.CrossEntropyLoss()
+    return Problem(
+        model,
+        hesscurv.supervised(loss_fn),
+        batches,
+        loss=lambda model, batch: loss_fn(model(batch[0]), batch[1]),
+        outputs=lambda model, batch: model(batch[0]),
+        output_loss=lambda outputs, batch: loss_fn(outputs, batch[1]),
+        **kw,
+    )
+
+
+def _data(*shape: int, classes: int = 3, sizes: tuple[int, ...] = (4, 3)) -> list[Any]:
+    return [(torch.randn(n, *shape), torch.randint(classes, (n,))) for n in sizes]
+
+
+def _tokens(length: int, vocabulary: int, sizes: tuple[int, ...] = (2, 1)) -> list[Any]:
+    shapes = [(n, length) for n in sizes]
+    return [(torch.randint(vocabulary, s), torch.randint(vocabulary, s)) for s in shapes]
+
+
+def _token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
+def _mlp() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+# -- plain networks ---------------------------------------------------------------------------
+
+
+@case
+def mlp() -> Problem:
+    return _supervised(_mlp(), _data(4))
+
+
+@case
+def relu_mlp() -> Problem:
+    # Its last layer's second derivative with itself, and the ReLU's own, are zero.
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    return _supervised(model, [(torch.randn(6, 4), torch.randn(6, 2))], nn.MSELoss())
+
+
+@case
+def ragged() -> Problem:
+    return _supervised(_mlp(), _data(4, sizes=(5, 5, 2)))
+
+
+@case
+def smooth_l1() -> Problem:
+    batches = [(torch.randn(n, 4), 2 * torch.randn(n, 3)) for n in (4, 2)]
+    return _supervised(_mlp(), batches, nn.SmoothL1Loss())
+
+
+@case
+def linear() -> Problem:
+    return _supervised(nn.Linear(4, 3), _data(4))
+
+
+class ConvNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 3)
+        self.norm = nn.BatchNorm2d(2)
+        self.head = nn.Linear(8, 3)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.softplus(self.norm(self.conv(x))), 2)
+        return self.head(x.flatten(1))
+
+
+@case
+def conv_bn() -> Problem:
+    return _supervised(ConvNet().train(), _data(1, 6, 6))
+
+
+@case
+def conv_bn_train() -> Problem:
+    return _supervised(ConvNet().eval(), _data(1, 6, 6, sizes=(5, 4)), training=True)
+
+
+class ResNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 2, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False)
+        self.norm1 = nn.BatchNorm2d(3)
+        self.conv2 = nn.Conv2d(3, 3, 3, padding=1, bias=False)
+        self.norm2 = nn.BatchNorm2d(3)
+        self.shortcut = nn.Sequential(nn.Conv2d(2, 3, 1, stride=2, bias=False), nn.BatchNorm2d(3))
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
+        return self.head(F.relu(inner + self.shortcut(x)).mean((2, 3)))
+
+
+@case
+def resnet() -> Problem:
+    return _supervised(ResNet(), _data(1, 4, 4, classes=2, sizes=(3, 2)))
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, width = x.shape
+        qkv = self.qkv(self.norm(x)).view(n, length, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(mixed.transpose(1, 2).reshape(n, length, width))
+
+
+class Transformer(nn.Module):
+    def __init__(self, *, tied: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 4)
+        self.block = Attention(4, 2)
+        self.dropout = nn.Dropout(0.3)
+        self.head = nn.Linear(4, 5, bias=False)
+        if tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.dropout(self.block(self.embedding(tokens))))
+
+
+@case
+def transformer() -> Problem:
+    return _supervised(Transformer(tied=False), _tokens(3, 5), _token_loss)
+
+
+@case
+def tied_weights() -> Problem:
+    return _supervised(Transformer(tied=True), _tokens(3, 5), _token_loss)
+
+
+class EncoderLayer(nn.Module):
+    """Torch's own layer, which takes a fused path where it sees no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=3, batch_first=True)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x).mean(1))
+
+
+@case
+def encoder_layer() -> Problem:
+    return _supervised(EncoderLayer(), _data(3, 4, classes=2, sizes=(3, 2)))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 2, batch_first=True)
+        self.head = nn.Linear(2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+@case
+def lstm() -> Problem:
+    return _supervised(Recurrent(), _data(4, 3))
+
+
+# -- which parameters -------------------------------------------------------------------------
+
+
+@case
+def frozen() -> Problem:
+    model = _mlp()
+    model[0].weight.requires_grad_(False)
+    return _supervised(model, _data(4))
+
+
+class WithUnused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 3)
+        self.unused = nn.Linear(2, 2)
+        self.last = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
+
+
+@case
+def unused() -> Problem:
+    return _supervised(WithUnused(), _data(4))
+
+
+@case
+def by_name() -> Problem:
+    names = ["2.bias", "0.weight"]  # given in another order than the model's
+    return _supervised(_mlp(), _data(4), params=names, names=["0.weight", "2.bias"])
+
+
+@case
+def by_module() -> Problem:
+    return _supervised(_mlp(), _data(4), params="2", names=["2.weight", "2.bias"])
+
+
+@case
+def by_parameter() -> Problem:
+    model = _mlp()
+    params = list(model[0].parameters())
+    return _supervised(model, _data(4), params=params, names=["0.weight", "0.bias"])
+
+
+@case
+def by_predicate() -> Problem:
+    return _supervised(
+        _mlp(), _data(4), params=lambda n, p: p.ndim == 2, names=["0.weight", "2.weight"]
+    )
+
+
+# -- batches and losses of other forms --------------------------------------------------------
+
+
+@dataclass
+class ModelOutput:
+    loss: Tensor | None
+    logits: Tensor
+
+
+class TokenClassifier(nn.Module):
+    """As in Hugging Face's library: keyword arguments in, an object with .loss and .logits out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(5, 3)
+        self.head = nn.Linear(3, 4)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
+    ) -> ModelOutput:
+        mask = attention_mask.unsqueeze(-1)
+        pooled = (torch.tanh(self.embedding(input_ids)) * mask).sum(1) / mask.sum(1)
+        logits = self.head(pooled)
+        loss = None if labels is None else F.cross_entropy(logits, labels)
+        return ModelOutput(loss, logits)
+
+
+class BatchEncoding(UserDict):
+    """As in Hugging Face's library: a mapping that is no dict."""
+
+
+def _encodings() -> list[BatchEncoding]:
+    return [
+        BatchEncoding(
+            input_ids=torch.randint(5, (n, 3)),
+            attention_mask=torch.tensor([[1, 1, 0]]).repeat(n, 1),
+            labels=torch.randint(4, (n,)),
+        )
+        for n in (3, 2)
+    ]
+
+
+@case
+def callable() -> Problem:  # noqa: A001
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(**batch).loss
+
+    return Problem(TokenClassifier(), loss, [dict(b) for b in _encodings()], loss)
+
+
+@case
+def dict_batches() -> Problem:
+    def outputs(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch["input_ids"], batch["attention_mask"]).logits
+
+    def output_loss(outputs: Tensor, batch: Any) -> Tensor:
+        return F.cross_entropy(outputs, batch["labels"])
+
+    return Problem(
+        TokenClassifier(),
+        hesscurv.supervised(nn.CrossEntropyLoss()),
+        list(_encodings()),
+        loss=lambda model, batch: model(**batch).loss,
+        outputs=outputs,
+        output_loss=output_loss,
+    )
+
+
+@case
+def regularised() -> Problem:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        penalty = sum((p**4).sum() for p in model.parameters())
+        return F.cross_entropy(model(batch[0]), batch[1]) + 0.1 * penalty
+
+    return Problem(_mlp(), loss, _data(4), loss)
+
+
+@case
+def linear_loss() -> Problem:
+    def loss(model: nn.Module, batch: Any) -> Tensor:
+        return model(batch).mean()
+
+    return Problem(nn.Linear(4, 3), loss, [torch.randn(5, 4), torch.randn(2, 4)], loss)
+
+
+# -- closures with derivatives of the net's output in them ------------------------------------
+
+
+def _residual(net: Callable[[Tensor], Tensor], points: Tensor) -> Tensor:
+    """The mean squared residual of u'' + u = x."""
+    x = points.detach().requires_grad_()
+    u = net(x)
+    (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+    return ((second + u - x) ** 2).mean()
+
+
+def _residual_func(model: nn.Module, points: Tensor) -> Tensor:
+    def u(x: Tensor) -> Tensor:
+        return model(x.reshape(1, 1)).squeeze()
+
+    second = torch.func.vmap(torch.func.grad(torch.func.grad(u)))
+    return ((second(points[:, 0]) + torch.func.vmap(u)(points[:, 0]) - points[:, 0]) ** 2).mean()
+
+
+def _pinn() -> tuple[nn.Module, list[Tensor]]:
+    return nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)), [torch.randn(6, 1)]
+
+
+@case
+def pinn() -> Problem:
+    model, points = _pinn()
+    closure = lambda: _residual(model, points[0])  # noqa: E731
+    return Problem(model, closure, None, lambda model, _: _residual(model, points[0]), points=points)
+
+
+@case
+def pinn_of_model() -> Problem:
+    model, points = _pinn()
+    loss = lambda model, _=None: _residual(model, points[0])  # noqa: E731
+    return Problem(model, loss, None, loss, points=points)
+
+
+@case
+def pinn_func() -> Problem:
+    model, points = _pinn()
+    loss = lambda model, _=None: _residual_func(model, points[0])  # noqa: E731
+    return Problem(model, loss, None, loss, points=points)
+
+
+# -- modules that compute their weights or their graph anew -----------------------------------
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 3))
+        self.head = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = checkpoint(self.body, x, use_reentrant=False)
+        return self.head(torch.tanh(hidden))
+
+
+@case
+def checkpointed() -> Problem:
+    return _supervised(Checkpointed().train(), _data(4))
+
+
+@case
+def pruned() -> Problem:
+    model = _mlp()
+    nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.4)
+    return _supervised(model, _data(4))
+
+
+@case
+def weight_norm() -> Problem:
+    model = _mlp()
+    nn.utils.parametrizations.weight_norm(model[0])
+    nn.utils.parametrizations.orthogonal(model[2], orthogonal_map="cayley", use_trivialization=False)
+    return _supervised(model, _data(4))

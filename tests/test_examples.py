@@ -1,0 +1,44 @@
+"""Every script in examples/ runs to its end: each asserts what it shows."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted((ROOT / "examples").glob("*.py"))  # examples/benchmarks/ and reproduce/ measure
+SLOW: set[str] = set()  # file names of those that take more than a minute even with --quick
+
+pytestmark = pytest.mark.skipif(not SCRIPTS, reason="there is no example yet")
+
+
+def run(script: Path, *arguments: str, folder: Path) -> str:
+    """What a script prints, run from a folder of its own and with figures drawn off screen."""
+    done = subprocess.run(
+        [sys.executable, str(script), *arguments],
+        cwd=folder,
+        env={**os.environ, "MPLBACKEND": "Agg"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, f"{script.name} {' '.join(arguments)}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(path, id=path.stem, marks=pytest.mark.slow if path.name in SLOW else ())
+        for path in SCRIPTS
+    ],
+)
+def test_example_runs(script, tmp_path):
+    quick = ["--quick"] if "--quick" in run(script, "--help", folder=tmp_path) else []
+    run(script, *quick, folder=tmp_path)
+
+
+def test_the_main_job_is_an_example():
+    assert "overlap.py" in {script.name for script in SCRIPTS}
