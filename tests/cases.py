@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
 import hesscurv
@@ -436,7 +437,9 @@ def _pinn() -> tuple[nn.Module, list[Tensor]]:
 def pinn() -> Problem:
     model, points = _pinn()
     closure = lambda: _residual(model, points[0])  # noqa: E731
-    return Problem(model, closure, None, lambda model, _: _residual(model, points[0]), points=points)
+    return Problem(
+        model, closure, None, lambda model, _: _residual(model, points[0]), points=points
+    )
 
 
 @case
@@ -475,13 +478,29 @@ def checkpointed() -> Problem:
 @case
 def pruned() -> Problem:
     model = _mlp()
-    nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.4)
+    prune.l1_unstructured(model[0], "weight", amount=0.4)
     return _supervised(model, _data(4))
+
+
+class WeightNormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
+        self.last = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x)))
 
 
 @case
 def weight_norm() -> Problem:
-    model = _mlp()
-    nn.utils.parametrizations.weight_norm(model[0])
-    nn.utils.parametrizations.orthogonal(model[2], orthogonal_map="cayley", use_trivialization=False)
-    return _supervised(model, _data(4))
+    def outputs(model: nn.Module, batch: Any) -> Tensor:
+        # By hand: torch 2.13's own second derivative of weight normalisation is wrong.
+        g, v = model.first.parametrizations.weight.parameters()
+        weight = g * v / v.square().sum(1, keepdim=True).sqrt()
+        return model.last(torch.tanh(batch[0] @ weight.T + model.first.bias))
+
+    problem = _supervised(WeightNormed(), _data(4))
+    problem.outputs = outputs
+    problem.loss = lambda model, batch: F.cross_entropy(outputs(model, batch), batch[1])
+    return problem

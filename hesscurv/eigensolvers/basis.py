@@ -100,6 +100,10 @@ class Basis:
                 row.copy_(source)
             self.size -= n - k
 
+    def truncate(self, size: int) -> None:
+        """Drop the vectors from `size` on; their memory is used again by later ones."""
+        self.size = min(self.size, size)
+
     def shrink(self) -> Tensor:
         """Free all slabs but the first and return its filled rows, (k, D)."""
         del self._slabs[1:]

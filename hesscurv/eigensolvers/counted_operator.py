@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +17,13 @@ class CountedOperator(LinearOperator):
     A context manager, which closes the bar.
 
     Args:
-        H: The symmetric operator: anything with `shape`, `dtype`, `device` and ``@`` on (D, b).
+        H: The symmetric operator.
         total: The number of products that are planned.
         description: What stands before the bar.
         progress: Whether to show it.
-
-    Raises:
-        ValueError: If H is not square.
     """
 
-    def __init__(self, H: Any, total: int, description: str, progress: bool) -> None:
-        if len(H.shape) != 2 or H.shape[0] != H.shape[1]:
-            raise ValueError(f"expected a square operator, got shape {tuple(H.shape)}")
+    def __init__(self, H: LinearOperator, total: int, description: str, progress: bool) -> None:
         super().__init__(H.shape[0], H.dtype, H.device)
         self.layout = getattr(H, "layout", None)
         self._operator = H

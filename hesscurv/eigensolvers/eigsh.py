@@ -80,9 +80,7 @@ def eigsh(
     accepted = inspect.signature(solver).parameters
     if initial is not None:
         if "initial" not in accepted:
-            raise ValueError(
-                f"method {method!r} cannot start from `initial`; use 'block_krylov'"
-            )
+            raise ValueError(f"method {method!r} cannot start from `initial`; use 'block_krylov'")
         options["initial"] = _check_initial(operator, initial)
     unknown = [name for name in options if name not in accepted]
     if unknown:
@@ -99,9 +97,7 @@ def eigsh(
     )
 
 
-def _check_numbers(
-    operator: LinearOperator, k: int, tol: float, max_matvecs: int | None
-) -> None:
+def _check_numbers(operator: LinearOperator, k: int, tol: float, max_matvecs: int | None) -> None:
     dim = operator.shape[0]
     if isinstance(k, bool) or not isinstance(k, int):
         raise TypeError(f"expected k to be an int, got {type(k).__name__}")

@@ -12,7 +12,7 @@ from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
-from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
 
 # Keeps the probes apart from the test matrices of a solver that was given an equal generator.
 _PROBE_SEED = 0x5BD1E995
@@ -142,6 +142,7 @@ def a_posteriori_error(
         Tropp, Yurtsever, Udell, Cevher, "Streaming low-rank matrix approximation with an
         application to scientific simulation", SIAM J. Sci. Comput. 41 (2019), section 6.
     """
+    H = as_linear_operator(H)
     dim = H.shape[0]
     if pairs.eigenvectors.shape[0] != dim:
         raise ValueError(

@@ -12,7 +12,7 @@ from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.ritz_result import ritz_result
 from hesscurv.linalg.orthogonalization import inner_products, orthonormalize_
 from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
-from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
 
 
 def rayleigh_ritz(
@@ -37,8 +37,7 @@ def rayleigh_ritz(
     ``(|lambda_{m+1}| / |mu|)^(2 q + 2)``: the flatter the spectrum, the more iterations.
 
     Args:
-        H: The symmetric operator, D x D: `shape`, `dtype` (float32 or float64), `device` and ``@``
-            on (D, b).
+        H: The symmetric operator, D x D, float32 or float64; what `eigsh` takes.
         k: Number of pairs, 1 <= k <= D.
         num_measurements: m, the vectors in the basis, k <= m <= D; default 2 k, or as many as
             `initial` has. This is what is stored.
@@ -74,6 +73,7 @@ def rayleigh_ritz(
         algorithms 4.4 and 5.3.
     """
     start = time.perf_counter()
+    H = as_linear_operator(H)
     dim = H.shape[0]
     if subspace_iterations < 0 or block_size < 1:
         raise ValueError(
@@ -84,6 +84,8 @@ def rayleigh_ritz(
     num_initial = _check_initial(initial, dim)
     extra = k if residuals else 0
     m = _num_measurements(k, dim, num_measurements, num_initial, passes, max_matvecs, extra)
+    if m == dim:
+        measurements = "ssrft"  # any basis of the whole space will do, if only it is one
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     omega = make_test_matrix(
         measurements, dim, m - num_initial, draw_seed(generator), H.dtype, H.device

@@ -32,9 +32,10 @@ def measured_residuals(
 
 
 def convergence_threshold(eigenvalues: Tensor, tol: float, eps: float) -> Tensor:
-    r"""Return :math:`\max(tol |\lambda_i|, 10 \epsilon |\lambda_1|)`, the largest converged residuals.
+    r"""Return the largest residuals of converged pairs.
 
-    The second bound is the rounding of the products, below which a residual says nothing.
+    :math:`\max(tol |\lambda_i|, 10 \epsilon |\lambda_1|)`. The second bound is the
+    rounding of the products, below which a residual says nothing.
 
     Args:
         eigenvalues: Shape (k,), in any order.

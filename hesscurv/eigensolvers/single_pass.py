@@ -12,7 +12,7 @@ from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.ritz_result import ritz_result
 from hesscurv.linalg.orthogonalization import orthonormalize_
 from hesscurv.linalg.test_matrices import TestMatrix, draw_seed, make_test_matrix
-from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
 
 
 def single_pass(
@@ -39,8 +39,7 @@ def single_pass(
     percent.
 
     Args:
-        H: The symmetric operator, D x D: `shape`, `dtype` (float32 or float64), `device` and ``@``
-            on (D, b).
+        H: The symmetric operator, D x D, float32 or float64; what `eigsh` takes.
         k: Number of pairs, 1 <= k <= D.
         outer: Vectors in the basis, k <= outer <= inner; default 2 k. This is what is stored.
         inner: Measurements; default 2 outer. At most D: D orthogonal (SSRFT) measurements
@@ -77,6 +76,7 @@ def single_pass(
         application to scientific simulation", SIAM J. Sci. Comput. 41 (2019).
     """
     start = time.perf_counter()
+    H = as_linear_operator(H)
     dim = H.shape[0]
     outer, inner = _sizes(k, dim, outer, inner, max_matvecs, k if residuals else 0)
     if block_size < 1:
@@ -151,7 +151,7 @@ def measure(
 
 
 def core_matrix(Q_rD: Tensor, M_nn: Tensor, omega: TestMatrix, psi: TestMatrix) -> Tensor:
-    """Return the core C of ``H ~ Q C Q^T`` that fits the measurements best, by two least squares.
+    """Return the core C of ``H ~ Q C Q^T`` that fits the measurements best, by least squares.
 
     ``C = (Psi^T Q)^+ M ((Omega^T Q)^+)^T``, from ``M = Psi^T H Omega ~ (Psi^T Q) C (Q^T Omega)``.
 
@@ -164,8 +164,12 @@ def core_matrix(Q_rD: Tensor, M_nn: Tensor, omega: TestMatrix, psi: TestMatrix) 
     Returns:
         Shape (r, r), float64 on the CPU; not yet symmetrised.
     """
-    left_rn = torch.linalg.lstsq(psi.transpose_matmul(Q_rD.mT), M_nn).solution
-    return torch.linalg.lstsq(omega.transpose_matmul(Q_rD.mT), left_rn.mT).solution.mT
+    # By singular values: LAPACK's default driver for least squares (gelsy) does not give the same
+    # bits twice, and a small sign matrix can be singular.
+    rtol = len(M_nn) * torch.finfo(Q_rD.dtype).eps
+    left_rn = torch.linalg.pinv(psi.transpose_matmul(Q_rD.mT), rtol=rtol)
+    right_rn = torch.linalg.pinv(omega.transpose_matmul(Q_rD.mT), rtol=rtol)
+    return left_rn @ M_nn @ right_rn.mT
 
 
 def _sizes(

@@ -29,7 +29,7 @@ def orthonormalize_(W_bD: Tensor, *, floor: float = 0.0) -> tuple[Tensor, Tensor
     conditioned block (CholeskyQR2). Where the Cholesky factorisation is not safe, the inverse
     square root by eigenvalues, clipped from below, takes its place (SVQB); repeating it finds the
     directions that one pass does not resolve. Singular values of W at or below
-    ``max(floor, 4 eps max_j ||w_j||)`` count as zero.
+    ``max(floor, 4 eps ||W||_2)`` count as zero.
 
     Args:
         W_bD: Shape (b, D), row-contiguous, float32 or float64, any device. Overwritten: the first
@@ -66,8 +66,8 @@ def orthonormalize_against_(
     removes what the first orthonormalisation amplified: a direction that keeps only 1e-6 of its
     norm carries 1e6 times the rounding error of the first projection. It is repeated while it
     still finds much. Singular values of the projected W at or below
-    ``max(floor, (4 + sqrt(m)/2) eps max_j ||w_j||)``, with the norms before the projection, count
-    as zero: such a direction lies in the basis' span.
+    ``max(floor, (4 + sqrt(m)/2) eps max_j ||w_j||, 4 eps ||W||_2)``, the column norms being those
+    before the projection, count as zero: such a direction lies in the basis' span.
 
     Args:
         W_bD: Shape (b, D), row-contiguous, float32 or float64. Overwritten, as in
@@ -238,7 +238,9 @@ def _factor_(P_bD: Tensor, R_bn: Tensor, threshold: float) -> tuple[Tensor, Tens
             f"a block of {len(P_bD)} vectors did not become orthonormal in {_MAX_PASSES} passes; "
             "check that nothing else writes to it meanwhile"
         )
-    if torch.linalg.svdvals(R_bn)[-1] > threshold:
+    sigma = torch.linalg.svdvals(R_bn)
+    threshold = max(threshold, 4 * eps * sigma[0].item())
+    if sigma[-1] > threshold:
         return P_bD, R_bn
     U_br, sigma, Vh = torch.linalg.svd(R_bn, full_matrices=False)
     rank = int((sigma > threshold).sum())
@@ -249,11 +251,12 @@ def _whitening(G: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return T and F with ``T G T^T = I`` (as far as eps allows) and ``F = T^-T``.
 
     G has unit diagonal and entries that are good to eps. T is the inverse Cholesky factor, or,
-    where its pivots drown in that error, the inverse square root with clipped eigenvalues.
+    where a pivot is small, the inverse square root with clipped eigenvalues: it still gives
+    ``P = F^T (T P)`` to a few eps, where the rounding of ``L (L^-1 P)`` grows with L's condition.
     """
     n = len(G)
     L, info = torch.linalg.cholesky_ex(G)
-    if info == 0 and L.diagonal().min() ** 2 > 10 * n * eps:
+    if info == 0 and L.diagonal().min() > 0.1:
         return torch.linalg.solve_triangular(L, torch.eye(n, dtype=G.dtype), upper=False), L.mT
     values, Z = torch.linalg.eigh(G)
     roots = values.clamp(min=math.sqrt(n) * eps * values[-1].item()).sqrt()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,20 +12,31 @@ from torch import Tensor
 
 from hesscurv.operators.tasks import describe, map_tensors, num_samples, tensors_of
 
+_END = object()
+
 
 class Batches:
     """The data of an operator: a re-iterable of batches, the same in every pass.
 
     Batches are kept in memory, on the operator's device, while they fit `keep_bytes`, so that a
-    product does no input work and a shuffled loader still gives one operator; larger data are read
-    again in every pass, and a pass that differs from the first is an error.
+    product does no input work. Larger data are read again in every pass, each time from the same
+    state of torch's random number generator, so that a loader that shuffles by it still gives one
+    operator; a pass that differs from the first is an error. The generator's own state is left as
+    found. Tensors of a list are used as they are where device and dtype allow, and later writes to
+    them are noticed; what other iterables yield is copied.
 
     Args:
         source: An iterable that can be iterated again, such as a list or a DataLoader; or None for
             a closure without data, which counts as one batch.
         device: Where the tensors go.
         cast: The dtype that floating tensors are converted to; None leaves them.
-        keep_bytes: The most bytes to keep in memory.
+        keep_bytes: The most bytes to keep in memory beside a list's own.
+
+    Attributes:
+        count: The number of batches.
+        kept: The batches, where they are kept.
+        ordered: Whether it matters which samples share a batch, so that a pass which only shuffles
+            them is an error too.
 
     Raises:
         TypeError: If `source` is a one-shot iterator or not iterable.
@@ -40,10 +52,14 @@ class Batches:
     ) -> None:
         _check_source(source)
         self._source: Iterable[Any] = [None] if source is None else source
+        self._listed = isinstance(self._source, (list, tuple))
         self._device = device
         self._cast = cast
         self._keep_bytes = keep_bytes
-        self._sum = 0.0
+        self._random_state = _random_state(device)
+        self._sums = (0.0, 0.0)
+        self._versions: tuple[Any, ...] = ()
+        self.ordered = False
         self.count = 0
         self.kept: list[Any] | None = None
 
@@ -53,16 +69,16 @@ class Batches:
         Raises:
             ValueError: If there is no batch.
         """
+        self._versions = self._read_versions()
+        self._sums, self.count = (0.0, 0.0), 0
         kept: list[Any] | None = []
-        refills = not isinstance(self._source, (list, tuple))  # some loaders refill one buffer
-        seen: set[int] = set()
         size = 0
-        for batch in self._read():
+        for raw, batch in self._read():
             self.count += 1
-            self._sum += _checksum(batch)
+            self._sums = _add_to(self._sums, self.count, batch)
+            size += _added_bytes(raw, batch)
             if kept is not None:
-                size += sum(t.numel() * t.element_size() for t in tensors_of(batch))
-                kept = [*kept, _own(batch, seen) if refills else batch]
+                kept.append(batch)
                 if size > self._keep_bytes:
                     kept = None
             yield batch
@@ -78,31 +94,51 @@ class Batches:
         if self.kept is not None:
             yield from self.kept
             return
-        total, count = 0.0, 0
-        for batch in self._read():
-            total += _checksum(batch)
+        sums, count = (0.0, 0.0), 0
+        for _, batch in self._read():
             count += 1
+            sums = _add_to(sums, count, batch)
             yield batch
-        if count != self.count or not math.isclose(total, self._sum, rel_tol=1e-6, abs_tol=1e-6):
-            raise RuntimeError(
-                "the batches differ from pass to pass, so there is no one operator: expected "
-                f"{self.count} batches with checksum {self._sum:.9g}, got {count} with {total:.9g}; "
-                "turn off shuffling with drop_last and random augmentation, or pass list(loader)"
+        got, expected = sums[self.ordered], self._sums[self.ordered]
+        if count != self.count or not math.isclose(got, expected, rel_tol=1e-6, abs_tol=1e-6):
+            raise ValueError(
+                "expected the same batches in every pass, without which there is no one operator: "
+                f"{self.count} batches with checksum {expected:.9g}, got {count} with {got:.9g}; "
+                "turn off random augmentation, and shuffling where drop_last leaves samples out or "
+                "samples in a batch depend on each other, or pass list(loader)"
             )
 
-    def versions(self) -> tuple[int, ...]:
-        """Return what tells whether kept batches were written to."""
-        return tuple(t._version for batch in self.kept or [] for t in tensors_of(batch))
+    def reread_if_written(self) -> bool:
+        """Read a list again whose tensors were written to; return whether that was so."""
+        if self._versions == self._read_versions():
+            return False
+        for _ in self.first_pass():
+            pass
+        return True
 
-    def _read(self) -> Iterator[Any]:
-        for batch in self._source:
-            yield map_tensors(batch, self._convert)
+    def _read_versions(self) -> tuple[Any, ...]:
+        if not isinstance(self._source, (list, tuple)):
+            return ()
+        tensors = [t for batch in self._source for t in tensors_of(batch)]
+        return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
+
+    def _read(self) -> Iterator[tuple[Any, Any]]:
+        state = list(self._random_state)
+        with _drawing_from(state, self._device):
+            iterator = iter(self._source)
+        while True:
+            with _drawing_from(state, self._device):
+                raw = next(iterator, _END)
+            if raw is _END:
+                return
+            yield raw, map_tensors(raw, self._convert)
 
     def _convert(self, tensor: Tensor) -> Tensor:
-        if tensor.is_inference():  # such a tensor cannot take part in a graph
-            tensor = tensor.clone()
         dtype = self._cast if tensor.is_floating_point() else None
-        return tensor.detach().to(device=self._device, dtype=dtype or tensor.dtype)
+        # A loader may refill one buffer; an inference tensor cannot take part in a graph.
+        copy = not self._listed or tensor.is_inference()
+        out = tensor.detach().to(device=self._device, dtype=dtype or tensor.dtype, copy=copy)
+        return out.requires_grad_(tensor.requires_grad)
 
 
 def split(batch: Any, size: int) -> list[Any]:
@@ -119,19 +155,44 @@ def split(batch: Any, size: int) -> list[Any]:
     return [part(start) for start in range(0, n, size)]
 
 
-def _own(batch: Any, seen: set[int]) -> Any:
-    """Copy the tensors whose memory an earlier batch shares, and note the memory of all."""
-    batch = map_tensors(batch, lambda t: t.clone() if t.data_ptr() in seen else t)
-    seen.update(t.data_ptr() for t in tensors_of(batch))
-    return batch
+def _random_state(device: torch.device) -> list[Tensor]:
+    state = [torch.get_rng_state()]
+    return [*state, torch.cuda.get_rng_state(device)] if device.type == "cuda" else state
 
 
-def _checksum(batch: Any) -> float:
+def _set_random_state(state: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state[0])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state[1], device)
+
+
+@contextmanager
+def _drawing_from(state: list[Tensor], device: torch.device) -> Iterator[None]:
+    """Draw random numbers from a state, and leave there how far that got."""
+    outside = _random_state(device)
+    _set_random_state(state, device)
+    try:
+        yield
+    finally:
+        state[:] = _random_state(device)
+        _set_random_state(outside, device)
+
+
+def _added_bytes(raw: Any, batch: Any) -> int:
+    """Count the bytes of a batch that are not the source's own."""
+    pairs = zip(tensors_of(raw), tensors_of(batch), strict=True)
+    return sum(t.numel() * t.element_size() for s, t in pairs if s.data_ptr() != t.data_ptr())
+
+
+def _add_to(sums: tuple[float, float], index: int, batch: Any) -> tuple[float, float]:
+    """Add to two numbers that tell data apart: whatever the samples' order, and by batch."""
     total = 0.0
     for t in tensors_of(batch):
         if t.numel() and not t.is_complex():
-            total += float(t.double().abs().mean()) * t.shape[0] if t.ndim else float(t)
-    return total
+            rows = t.detach().reshape(t.shape[0] if t.ndim else 1, -1).double().nan_to_num()
+            pattern = torch.arange(rows.shape[1], dtype=torch.float64, device=t.device).cos()
+            total += float((rows @ pattern).abs().sum())
+    return sums[0] + total, sums[1] + index * total
 
 
 def _check_source(source: Any) -> None:

@@ -9,7 +9,6 @@ import logging
 import os
 import tempfile
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +22,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WIDTHS = (1, 4, 16, 32, 64)
+WIDTHS = (4, 16, 32, 64)
+# Above this per product, batching has no overhead left to save: two vectors tell enough.
+_LONG_PRODUCT = 0.05
+# Tracing a derivative takes from tenths of a second to seconds: it must have something to save.
+_WORTH_TRACING = 2.0
 _REMEMBERED: dict[str, Calibration] = {}
 
 
@@ -32,41 +35,28 @@ class Calibration:
     """Measured seconds per vector of each way, by the number of vectors at once.
 
     Args:
-        seconds: ``{way: {width: seconds per vector on one micro-batch}}``.
-        setup: Seconds to set a way up on one micro-batch, paid in every pass where graphs are not
-            kept.
-        kept: Whether graphs are kept between products.
+        seconds: ``{way: {width: seconds per vector on one micro-batch}}``; width 1 is a loop.
+        setup: Seconds to set each way up on one micro-batch.
+        kept: Whether what is set up is kept between products; if not, every pass pays for it.
     """
 
     seconds: dict[str, dict[int, float]]
     setup: dict[str, float]
     kept: bool
 
-    def cost(self, way: str, width: int, block: int) -> float:
-        """Return the seconds per vector of a way that takes `width` of `block` vectors at once."""
-        extra = 0.0 if self.kept else self.setup[way] / block
-        return self.seconds[way][width] + extra
+    def choose(self, block: int, expected: int) -> tuple[str, int]:
+        """Return the fastest way, and how many vectors at once, for blocks of `block` vectors.
 
-    def choose(self, block: int) -> tuple[str, int]:
-        """Return the fastest way, and how many vectors at once, for blocks of `block` vectors."""
-        options = [
-            (self.cost(way, width, block), way, width)
-            for way, by_width in self.seconds.items()
-            for width in by_width
-            if width <= block
-        ]
-        _, way, width = min(options)
-        # A loop's width says nothing: it takes vectors one by one anyway.
-        return way, block if width == 1 else width
+        Args:
+            block: The number of vectors in a block.
+            expected: The number of products over which a set-up that is kept pays off.
+        """
+        _, way, width = self._best(block, expected)
+        return way, block if width == 1 else width  # a loop takes vectors one by one anyway
 
-    def seconds_per_vector(self, block: int) -> float:
-        """Return the predicted seconds per vector on one micro-batch in blocks of `block`."""
-        return min(
-            self.cost(way, width, block)
-            for way, by_width in self.seconds.items()
-            for width in by_width
-            if width <= block
-        )
+    def seconds_per_vector(self, block: int, expected: int) -> float:
+        """Return the predicted seconds per vector on one micro-batch; arguments as in `choose`."""
+        return self._best(block, expected)[0]
 
     def without(self, way: str) -> Calibration:
         """Return the calibration without one way."""
@@ -74,8 +64,17 @@ class Calibration:
             {w: s for w, s in self.seconds.items() if w != way}, self.setup, self.kept
         )
 
+    def _best(self, block: int, expected: int) -> tuple[float, str, int]:
+        products = max(expected if self.kept else block, 1)
+        return min(
+            (seconds + self.setup[way] / products, way, width)
+            for way, by_width in self.seconds.items()
+            for width, seconds in by_width.items()
+            if width <= block
+        )
 
-def calibrate(operator: CurvatureOperator, batch: Any) -> Calibration:
+
+def calibrate(operator: CurvatureOperator, batch: Any, expected: int) -> Calibration:
     """Measure every way of an operator on one micro-batch, or recall what was measured before.
 
     A way that fails or disagrees with the first one, the reference, is left out. Results are kept
@@ -85,14 +84,15 @@ def calibrate(operator: CurvatureOperator, batch: Any) -> Calibration:
     Args:
         operator: The operator.
         batch: A micro-batch.
+        expected: The number of products to come: ways with a long set-up are tried for many.
 
     Returns:
-        The calibration; about 30 products of one micro-batch were spent on it.
+        The calibration; it costs some 50 to 200 products of one micro-batch.
     """
-    key = _key(operator, batch)
-    known = _REMEMBERED.get(key) or _read(key)
+    key = _key(operator, batch, expected)
+    known = _REMEMBERED.get(key) or _read(key, operator.ways)
     if known is None:
-        known = _measure(operator, batch)
+        known = _measure(operator, batch, expected)
         _write(key, known)
     _REMEMBERED[key] = known
     return known
@@ -112,52 +112,61 @@ def matches_reference(operator: CurvatureOperator, batch: Any, way: str, width: 
     return _agree(expected, got)
 
 
-def _measure(operator: CurvatureOperator, batch: Any) -> Calibration:
+def _measure(operator: CurvatureOperator, batch: Any, expected: int) -> Calibration:
     plan = operator.memory_plan
     widths = [w for w in WIDTHS if w <= plan.max_vectors]
+    passes = 1 if plan.keep_graphs else max(1, operator.objective.batches.count)
     seconds: dict[str, dict[int, float]] = {}
     setup: dict[str, float] = {}
-    expected = None
+    applies: dict[str, Any] = {}
+    reference = None
+    few = _probes(operator, 2)
     for way in operator.ways:
+        best = min((min(s.values()) for s in seconds.values()), default=float("inf"))
+        if way in operator.traced and expected * passes * best < _WORTH_TRACING:
+            continue
         try:
-            with warnings.catch_warnings():
-                # Missing batching rules and the like make a way slow, which is measured.
-                warnings.simplefilter("ignore")
-                setup[way], apply = _timed(operator, lambda w=way: operator.prepare(batch, w))
-                few = _probes(operator, 2)
-                got = operator.run(apply, few, way)
-                expected = got if expected is None else expected
-                if not _agree(expected, got):
-                    logger.warning("way %r disagrees with double backward; left out", way)
-                    continue
-                best = min((min(s.values()) for s in seconds.values()), default=float("inf"))
-                seconds[way] = {}
-                for width in [1] if way in operator.loops else widths:
-                    per_vector = _per_vector(operator, apply, way, width)
-                    seconds[way][width] = per_vector
-                    if width > 1 and per_vector > 1.5 * min(best, *seconds[way].values()):
-                        break
+            setup[way], applies[way] = _timed(operator, lambda w=way: operator.prepare(batch, w))
+            pair, got = _timed(operator, lambda w=way: operator.run(applies[w], few, w))
+            reference = got if reference is None else reference
+            if not _agree(reference, got):
+                logger.warning("way %r disagrees with double backward; left out", way)
+                continue
+            hopeless = pair / 2 > 1.5 * best and best > _LONG_PRODUCT
+            if way in operator.loops:
+                seconds[way] = {1: _per_vector(operator, applies[way], way, 2, pair / 2)}
+            elif widths and not hopeless:
+                width = widths[min(1, len(widths) - 1)]
+                seconds[way] = {width: _per_vector(operator, applies[way], way, width, best)}
         except torch.OutOfMemoryError:
             seconds.pop(way, None)
         except Exception as error:
             if way == operator.ways[0]:
                 raise
-            seconds.pop(way, None)
             logger.info("way %r is not available here: %s", way, error)
     if not seconds:
         raise torch.OutOfMemoryError("out of memory for a single vector")
+    batched = [way for way in seconds if way not in operator.loops]
+    if batched:  # the best of them at the other widths too
+        way = min(batched, key=lambda w: min(seconds[w].values()))
+        loop = min((s[1] for s in seconds.values() if 1 in s), default=float("inf"))
+        if min(seconds[way].values()) < 1.5 * loop:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                for width in widths:
+                    if width not in seconds[way]:
+                        seconds[way][width] = _per_vector(operator, applies[way], way, width, loop)
     return Calibration(seconds, setup, plan.keep_graphs)
 
 
-def _per_vector(operator: CurvatureOperator, apply: Any, way: str, width: int) -> float:
+def _per_vector(
+    operator: CurvatureOperator, apply: Any, way: str, width: int, best: float
+) -> float:
     probes = _probes(operator, width)
-    first, _ = _timed(operator, lambda: operator.run(apply, probes, way))
-    times = [first]
-    while len(times) < 3 or (sum(times) < 0.02 and len(times) < 10):
-        times.append(_timed(operator, lambda: operator.run(apply, probes, way))[0])
-        if times[-1] > 1.0:  # long ones are told apart without repeats
-            break
-    return min(times) / width
+    times = [_timed(operator, lambda: operator.run(apply, probes, way))[0] / width]
+    # A second look only where it may change the choice.
+    while len(times) < 3 and min(times) < 1.5 * best and sum(times) * width < 1.0:
+        times.append(_timed(operator, lambda: operator.run(apply, probes, way))[0] / width)
+    return min(times)
 
 
 def _timed(operator: CurvatureOperator, fn: Any) -> tuple[float, Any]:
@@ -175,7 +184,9 @@ def _synchronize(device: torch.device) -> None:
 
 def _probes(operator: CurvatureOperator, width: int) -> torch.Tensor:
     generator = torch.Generator().manual_seed(width)
-    probes = torch.randn(width, operator.shape[0], generator=generator, dtype=torch.float32)
+    probes = torch.randn(
+        width, operator.shape[0], generator=generator, dtype=torch.float32, device="cpu"
+    )
     return probes.to(operator.device, operator.dtype)
 
 
@@ -188,7 +199,7 @@ def _agree(expected: torch.Tensor, got: torch.Tensor) -> bool:
 # -- memory across processes ------------------------------------------------------------------
 
 
-def _key(operator: CurvatureOperator, batch: Any) -> str:
+def _key(operator: CurvatureOperator, batch: Any, expected: int) -> str:
     device = operator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     parts = [
@@ -201,6 +212,7 @@ def _key(operator: CurvatureOperator, batch: Any) -> str:
         str(operator.objective.training),
         str(operator.memory_plan.max_vectors >= WIDTHS[-1] or operator.memory_plan.max_vectors),
         str(operator.memory_plan.keep_graphs),
+        str(max(expected, 1).bit_length()),  # so that nearby numbers share an entry
         name,
         str(torch.get_num_threads()),
         torch.__version__,
@@ -222,16 +234,24 @@ def _folder() -> Path | None:
     return Path(base) / "hesscurv"
 
 
-def _read(key: str) -> Calibration | None:
+def _read(key: str, ways: tuple[str, ...]) -> Calibration | None:
     folder = _folder()
     if folder is None:
         return None
     try:
         data = json.loads((folder / f"calibration-{key}.json").read_text())
-        seconds = {w: {int(n): float(s) for n, s in by.items()} for w, by in data["seconds"].items()}
-        return Calibration(seconds, dict(data["setup"]), bool(data["kept"]))
+        seconds = {
+            way: {int(width): float(s) for width, s in by_width.items()}
+            for way, by_width in data["seconds"].items()
+        }
+        setup = {way: float(data["setup"][way]) for way in seconds}
+        kept = bool(data["kept"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
+    # A file that was cut short or written by hand must not decide anything.
+    if not any(seconds.values()) or not set(seconds) <= set(ways):
+        return None
+    return Calibration(seconds, setup, kept)
 
 
 def _write(key: str, calibration: Calibration) -> None:

@@ -1,8 +1,9 @@
-"""The common part of the Hessian, GGN and Fisher operators: data, memory, way of computing, checks."""
+"""The common part of the Hessian, GGN and Fisher: data, memory, way of computing, checks."""
 
 from __future__ import annotations
 
 import logging
+import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -15,16 +16,22 @@ from hesscurv.operators.calibration import Calibration, calibrate, matches_refer
 from hesscurv.operators.environment import differentiable
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.linearizations import Linearization, NonFiniteLossError
-from hesscurv.operators.memory import MemoryPlan, plan_memory
+from hesscurv.operators.memory import (
+    MemoryPlan,
+    is_mean_over_parts,
+    is_mean_over_samples,
+    plan_memory,
+)
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParamSelection
-from hesscurv.operators.probe import check_deterministic, check_symmetric
+from hesscurv.operators.probe import check_dependent, check_deterministic, check_symmetric
 from hesscurv.operators.tasks import num_samples
 
 logger = logging.getLogger(__name__)
 
 # Below this many products in all, measuring which way is fastest costs more than it saves.
 _CALIBRATE_FROM = 24
+_EXPECTED = 500  # products to come, where nobody says
 
 
 class CurvatureOperator(LinearOperator):
@@ -56,6 +63,8 @@ class CurvatureOperator(LinearOperator):
 
     ways: tuple[str, ...] = ()  # the first is the reference that others must agree with
     loops: tuple[str, ...] = ()  # those that take vectors one by one
+    traced: tuple[str, ...] = ()  # those with a long set-up
+    needs_parts = False  # whether the task must have the parts `outputs` and `loss`
     extra_ways: tuple[str, ...] = ()  # not tried by themselves on CPUs
 
     def __init__(
@@ -74,28 +83,34 @@ class CurvatureOperator(LinearOperator):
         known = self.ways + self.extra_ways
         if way != "auto" and way not in known:
             raise ValueError(f"expected way 'auto' or one of {known}, got {way!r}")
-        self.objective = Objective(
-            model,
-            task,
-            batches,
-            params,
-            training=training,
-            compute_dtype=compute_dtype,
-            budget=memory_budget,
-        )
+        with torch.inference_mode(False):
+            self.objective = Objective(
+                model,
+                task,
+                batches,
+                params,
+                training=training,
+                compute_dtype=compute_dtype,
+                budget=memory_budget,
+            )
         super().__init__(self.objective.layout.numel, self.objective.dtype, self.objective.device)
         self.layout = self.objective.layout
         self.way = way
         if self.device.type == "cuda":
             self.ways = known
+        if self.needs_parts:
+            _ = self.objective.task_parts
+        self.total_weight = 0.0
         self._plan = MemoryPlan(self.objective.budget)
         self._separable = False
+        self._largest: Any = None
         self._compiled: Callable[..., Any] | None = None
         self._calibration: Calibration | None = None
+        self._expected = _EXPECTED
         self._kept: dict[tuple[int, str], Linearization] = {}
-        self._kept_for: tuple[Any, ...] = ()
         self._verified: set[str] = {self.ways[0]}
-        self._look_at_data(check)
+        with torch.inference_mode(False), torch.no_grad():
+            self._look_at_data(check)
 
     # -- what subclasses say --------------------------------------------------------------------
 
@@ -113,15 +128,15 @@ class CurvatureOperator(LinearOperator):
         self._forget_if_changed()
         width = vectors_BD.shape[0]
         if self.way == "auto" and self.num_matvecs + width > _CALIBRATE_FROM:
-            self.calibrate()
+            self.calibrate(max(_EXPECTED, self.num_matvecs))
         while True:
             out_BD = torch.zeros_like(vectors_BD)
             try:
                 self._accumulate(vectors_BD, out_BD)
+                break
             except torch.OutOfMemoryError:
-                self._shrink()
-                continue
-            break
+                pass  # and leave the handler, which keeps the failed frames' tensors alive
+            self._shrink()
         if not bool(torch.isfinite(out_BD).all()):
             raise ValueError(
                 "the product has NaN or inf entries, so the loss has no finite second derivative "
@@ -140,14 +155,18 @@ class CurvatureOperator(LinearOperator):
                 try:
                     product = self._apply(way, apply, part)
                 except torch.OutOfMemoryError:
-                    if size == 1:
+                    if part.shape[0] == 1:
                         raise
-                    self._plan = self._plan.with_fewer_vectors(size // 2)
-                    _empty_cache(self.device)
-                    logger.warning("out of memory: going on with %d vectors at once", size // 2)
+                    product = None
+                if product is not None:
+                    self._add(out_BD[start : start + size], product, weight)
+                    start += size
                     continue
-                self._add(out_BD[start : start + size], product, weight)
-                start += size
+                self._plan = self._plan.with_fewer_vectors(part.shape[0] // 2)
+                _empty_cache(self.device)
+                logger.warning(
+                    "out of memory: going on with %d vectors at once", self._plan.max_vectors
+                )
 
     def _apply(self, way: str, apply: Linearization, part_BD: Tensor) -> tuple[Any, ...]:
         pieces = tuple(
@@ -157,7 +176,7 @@ class CurvatureOperator(LinearOperator):
         # Checkpointed models run their forward again inside a backward pass, so wherever the model
         # as found would compute something else, it has to be put into its mode here too.
         if way in _RUN_MODEL_CODE or not self.objective.computes_as_found():
-            with self.objective.environment():
+            with self.objective.environment(compiling=way == "compiled"):
                 return self.objective.substituted(lambda: apply(pieces))
         with differentiable(self.device):
             return apply(pieces)
@@ -165,7 +184,8 @@ class CurvatureOperator(LinearOperator):
     def _add(self, out_BD: Tensor, product: tuple[Any, ...], weight: float) -> None:
         for span, piece in zip(self.layout.slices().values(), product, strict=True):
             if piece is not None:
-                out_BD[:, span].add_(piece.detach().reshape(len(piece), -1), alpha=weight)
+                entries = piece.detach().reshape(out_BD.shape[0], span.stop - span.start)
+                out_BD[:, span].add_(entries, alpha=weight)
 
     def _prepared(self, index: int, batch: Any, way: str) -> Linearization:
         if (index, way) in self._kept:
@@ -179,12 +199,15 @@ class CurvatureOperator(LinearOperator):
         index = 0
         for batch in self.objective.batches:
             share = self.objective.weight(batch) / self.total_weight
+            if share == 0:  # nothing in it to average over
+                continue
             parts = split(batch, self._plan.max_samples) if self._separable else [batch]
             # Each part has its own mean: weigh the parts of one batch by their weights.
             weights = [self.objective.weight(p) for p in parts] if len(parts) > 1 else [1.0]
             for part, w in zip(parts, weights, strict=True):
-                yield index, part, share * w / sum(weights)
-                index += 1
+                if w != 0:
+                    yield index, part, share * w / sum(weights)
+                    index += 1
 
     @property
     def memory_plan(self) -> MemoryPlan:
@@ -216,26 +239,42 @@ class CurvatureOperator(LinearOperator):
             return self.way, limit
         if self._calibration is None:
             return self.ways[0], limit
-        way, chunk = self._calibration.choose(limit)
+        way, chunk = self._calibration.choose(limit, self._expected)
         if way not in self._verified:
             self._verify(way, chunk)
             return self.choice(width)
         return way, chunk
 
-    def calibrate(self) -> Calibration:
-        """Measure which way is fastest for how many vectors; once, on the first micro-batch.
+    def calibrate(self, expected: int = _EXPECTED) -> Calibration:
+        """Measure which way is fastest for how many vectors, on the first micro-batch.
 
-        The products done for it do not count in `num_matvecs`.
+        Done once, by itself when products come in numbers; eigensolvers call it first. The products
+        done for it do not count in `num_matvecs`.
+
+        Args:
+            expected: The number of products to come; ways with a long set-up pay off over many.
+
+        Returns:
+            The measured seconds per vector of every way.
         """
-        if self._calibration is None:
-            _, batch, _ = next(iter(self._microbatches()))
-            self._calibration = calibrate(self, batch)
-            self._kept.clear()
+        if self._calibration is None or expected > 4 * self._expected:
+            self._expected = expected
+            with torch.inference_mode(False):
+                _, batch, _ = next(iter(self._microbatches()))
+                self._calibration = calibrate(self, batch, expected)
         return self._calibration
 
+    def seconds_per_vector(self, block: int) -> float:
+        """Return the predicted seconds per vector and pass over the data, in blocks of `block`."""
+        block = max(1, min(block, self._plan.max_vectors))
+        per_batch = self.calibrate().seconds_per_vector(block, self._expected)
+        return per_batch * self.objective.batches.count
+
     def _verify(self, way: str, chunk: int) -> None:
-        _, batch, _ = next(iter(self._microbatches()))
-        if matches_reference(self, batch, way, chunk):
+        with torch.inference_mode(False):
+            _, batch, _ = next(iter(self._microbatches()))
+            matches = matches_reference(self, batch, way, chunk)
+        if matches:
             self._verified.add(way)
         else:
             assert self._calibration is not None
@@ -245,18 +284,13 @@ class CurvatureOperator(LinearOperator):
 
     def _look_at_data(self, check: bool) -> None:
         objective = self.objective
-        self.total_weight = 0.0
-        first: Any = None
-        largest = 0
         for i, batch in enumerate(objective.batches.first_pass()):
-            first = batch if i == 0 else first
-            largest = max(largest, num_samples(batch))
-            weight = objective.weight(batch)
-            if not weight >= 0:
-                raise ValueError(f"expected a batch weight >= 0, got {weight} for batch {i}")
-            self.total_weight += weight
-            if check:
-                with objective.environment(), torch.no_grad():
+            weight = self._count_in(i, batch)
+            is_larger = num_samples(batch) > num_samples(self._largest)
+            if weight and (self._largest is None or is_larger):
+                self._largest = batch
+            if check and weight:
+                with objective.environment():
                     params = objective.parameters()
                     loss = objective.loss(params, batch)
                     if not bool(torch.isfinite(loss)):
@@ -268,29 +302,57 @@ class CurvatureOperator(LinearOperator):
         if not self.total_weight > 0:
             raise ValueError(f"expected a positive total weight, got {self.total_weight}")
         if check:
-            check_deterministic(objective, first)
-        self._plan, self._separable = plan_memory(objective, objective.budget, first, largest)
+            check_deterministic(objective, self._largest)
+        self._set_separable(is_mean_over_samples(objective, self._largest))
         if check:
-            check_symmetric(self, split(first, 32)[0] if self._separable else first)
+            if not self._may_cut(self._plan.max_samples):
+                self._set_separable(False)
+            few = split(self._largest, 32)[0] if self._separable else self._largest
+            check_dependent(objective, few)
+            check_symmetric(self, few)
+
+    def _count_in(self, index: int, batch: Any) -> float:
+        weight = self.objective.weight(batch)
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"expected a batch weight >= 0, got {weight} for batch {index}")
+        self.total_weight += weight
+        return weight
+
+    def _set_separable(self, separable: bool) -> None:
+        self._separable = separable
+        self.objective.batches.ordered = not separable
+        self._plan = plan_memory(self.objective, self.objective.budget, self._largest, separable)
+
+    def _may_cut(self, size: int) -> bool:
+        """Whether every batch's loss is its parts' mean; cheap where no batch has to be cut."""
+        return num_samples(self._largest) <= size or all(
+            is_mean_over_parts(self.objective, batch, size)
+            for batch in self.objective.batches
+            if num_samples(batch) > size and self.objective.weight(batch)
+        )
 
     def _forget_if_changed(self) -> None:
-        # `.data` writes leave version counters alone, so the norms are compared as well.
-        state = (self.objective.state(), tuple(self.objective.norms().tolist()))
-        if state != self._kept_for:
-            self._kept.clear()
-            self._kept_for = state
+        batches = self.objective.batches.kept
+        if not self.objective.refresh():
+            return
+        self._kept.clear()
+        if self.objective.batches.kept is not batches:  # the weights may have changed with them
+            self.total_weight = 0.0
+            for i, batch in enumerate(self.objective.batches):
+                self._count_in(i, batch)
 
     def _shrink(self) -> None:
         self._kept.clear()
         _empty_cache(self.device)
         if self._plan.keep_graphs:
+            logger.warning("out of memory: going on without keeping graphs between products")
             self._plan = self._plan.without_kept_graphs()
             return
-        samples = self._plan.max_samples // 2
-        if samples == 0 or not self._separable:
+        samples = min(self._plan.max_samples, num_samples(self._largest)) // 2
+        if samples == 0 or not self._separable or not self._may_cut(samples):
             raise torch.OutOfMemoryError(
                 "out of memory for a single vector on "
-                + ("one sample" if self._separable else "one batch that cannot be cut")
+                + ("one sample" if samples == 0 else "one batch, which cannot be cut")
                 + "; use smaller batches, a subset of the parameters, or a larger device"
             )
         logger.warning("out of memory: going on with micro-batches of %d samples", samples)

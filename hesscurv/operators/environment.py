@@ -1,13 +1,16 @@
-"""Run a model's code and leave no trace: modes, buffers, attributes, RNG, grad mode, autocast."""
+"""Run a model's code and leave no trace: modes, attributes, RNG, grad mode, autocast."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from hesscurv.linalg.precision import full_precision
 
@@ -28,29 +31,35 @@ def differentiable(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def preserved(model: nn.Module, device: torch.device, training: bool | None) -> Iterator[None]:
+def preserved(
+    model: nn.Module, device: torch.device, training: bool | None, compiling: bool = False
+) -> Iterator[None]:
     """Run the model in one mode and put back all that running its code may change.
 
-    Put back, also after an exception: each module's `training` flag, plain tensor attributes (as
-    pruning and weight normalisation set them in every forward), and the state of the CPU's and the
-    device's random number generators. Parameters and buffers are not touched: the caller runs the
-    model on substitutes. torch.compile is suspended, since compiled code cannot be differentiated
-    twice.
+    Put back, also after an exception: each module's attributes, among them its `training` flag and
+    the plain tensors that pruning, weight normalisation and recurrent layers set in every forward;
+    and the state of the CPU's and the device's random number generators. Parameters and buffers are
+    not touched: the caller runs the model on substitutes. torch.compile is suspended, since
+    compiled code cannot be differentiated twice.
 
     Args:
         model: The module.
         device: The device whose generator is saved beside the CPU's.
         training: The mode to run in; None leaves the modules' own.
+        compiling: Whether the caller itself compiles, so that torch.compile is let through.
     """
     modules = list(model.modules())
     flags = [m.training for m in modules]
-    attributes = [{k: v for k, v in vars(m).items() if isinstance(v, Tensor)} for m in modules]
+    attributes = [dict(vars(m)) for m in modules]
     devices = [device] if device.type == "cuda" else []
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules and not compiling:  # else nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
             stack.enter_context(_without_cudnn())
+        if any(map(has_weight_norm, modules)):
+            stack.enter_context(_PlainWeightNorm())
         try:
             if training is not None:
                 for m in modules:
@@ -59,10 +68,33 @@ def preserved(model: nn.Module, device: torch.device, training: bool | None) -> 
         finally:
             for m, flag, before in zip(modules, flags, attributes, strict=True):
                 m.training = flag
-                for key in [k for k, v in vars(m).items() if isinstance(v, Tensor)]:
-                    if key not in before:
-                        del vars(m)[key]
+                for key in vars(m).keys() - before.keys():
+                    del vars(m)[key]
                 vars(m).update(before)
+
+
+def has_weight_norm(module: nn.Module) -> bool:
+    """Whether a module is torch's weight normalisation, of the older or the newer kind."""
+    parts = (module, *module._forward_pre_hooks.values())
+    return any(type(part).__name__ in ("WeightNorm", "_WeightNorm") for part in parts)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether a module runs compiled: wrapped by torch.compile, or by its own `compile()`."""
+    return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in vars(module)
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    """Compute weight normalisation by its formula: torch 2.13's own has a wrong double backward."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 @contextmanager

@@ -28,6 +28,8 @@ class EmpiricalFisherOperator(CurvatureOperator):
 
     ways = tuple(GAUSS_NEWTON_WAYS)
     loops = ("retained",)
+    needs_parts = True
+    traced = ("linearized_batched",)
 
     def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
         return GAUSS_NEWTON_WAYS[way](
@@ -50,7 +52,7 @@ class EmpiricalFisherOperator(CurvatureOperator):
         tolerance = 1e3 * torch.finfo(self.dtype).eps
         if not torch.isclose(mean, loss, rtol=tolerance, atol=tolerance):
             raise ValueError(
-                f"expected the mean of the per-sample losses to be the loss {loss.item():.6g}, got "
-                f"{mean.item():.6g}; the loss is no plain mean over samples (class weights, ignored "
-                "targets): override sample_losses and weight in a subclass of hesscurv.Task"
+                f"expected per-sample losses with the loss as their mean, {loss.item():.6g}, got "
+                f"{mean.item():.6g}; this loss is no plain mean over samples (class weights, "
+                "ignored targets): override sample_losses and weight in a subclass of hesscurv.Task"
             )

@@ -32,6 +32,8 @@ class GGNOperator(CurvatureOperator):
 
     ways = tuple(GAUSS_NEWTON_WAYS)
     loops = ("retained",)
+    needs_parts = True
+    traced = ("linearized_batched",)
 
     def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
         task = self.objective.task_parts

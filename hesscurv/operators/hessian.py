@@ -14,9 +14,9 @@ from hesscurv.operators.linearizations import Linearization
 _WAYS = {
     "retained": ways.hessian_retained,
     "batched": ways.hessian_batched,
+    "vmapped": ways.hessian_vmapped,
     "linearized": ways.hessian_linearized,
     "linearized_batched": ways.hessian_linearized_batched,
-    "vmapped": ways.hessian_vmapped,
 }
 
 
@@ -44,6 +44,7 @@ class HessianOperator(CurvatureOperator):
     ways = tuple(_WAYS)
     extra_ways = ("compiled",)
     loops = ("retained", "linearized")
+    traced = ("linearized", "linearized_batched", "compiled")
 
     def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
         if way == "compiled":

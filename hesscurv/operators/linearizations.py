@@ -6,16 +6,19 @@ takes functions of the parameters and returns a map from block to block, ``None`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
-from typing import Any, Union
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, vjp, vmap
+from torch.func import grad, jvp, linearize, vjp, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
 
 Params = tuple[Tensor, ...]
 Block = tuple[Tensor, ...]
-Product = tuple[Union[Tensor, None], ...]
+Product = tuple[Tensor | None, ...]
 Linearization = Callable[[Block], Product]
 LinearMap = Callable[[Tensor], Tensor]  # on outputs, (B, *outputs.shape) both ways
 
@@ -39,6 +42,7 @@ def hessian_batched(loss: Callable[[Params], Tensor], params: Params) -> Lineari
 
 def hessian_vmapped(loss: Callable[[Params], Tensor], params: Params) -> Linearization:
     """Forward over reverse, vectorised: vmap of jvp(grad), nothing retained."""
+    _load_forward_rules()
     gradient = grad(lambda *p: loss(p), argnums=tuple(range(len(params))))
     product = vmap(lambda *v: jvp(gradient, params, v)[1])
     return lambda block: product(*block)
@@ -83,6 +87,7 @@ def gauss_newton_vmapped(
     params: Params,
 ) -> Linearization:
     """J v by vectorised forward mode, J^T u through a retained graph."""
+    _load_forward_rules()
 
     def forward(*tangents: Tensor) -> Tensor:
         return jvp(lambda *p: outputs(p), params, tangents)[1]
@@ -96,7 +101,7 @@ def gauss_newton_linearized(
     params: Params,
 ) -> Linearization:
     """J v by running a trace of the outputs' derivative on all vectors at once."""
-    _, tangent = torch.func.linearize(lambda *p: outputs(p), *params)
+    tangent = _trace(lambda *p: outputs(p), params)
     return _gauss_newton_with(vmap(tangent), outputs, curvature, params)
 
 
@@ -115,10 +120,17 @@ def output_hessian(loss: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Linea
             return torch.zeros_like
 
         def apply(block: Tensor) -> Tensor:
+            # One at a time without vmap, for which some losses have no rule.
+            many = len(block) > 1
             (out,) = torch.autograd.grad(
-                slope, z, block, retain_graph=True, is_grads_batched=True, allow_unused=True
+                slope,
+                z,
+                block if many else block[0],
+                retain_graph=True,
+                is_grads_batched=many,
+                allow_unused=True,
             )
-            return torch.zeros_like(block) if out is None else out
+            return torch.zeros_like(block) if out is None else out.view_as(block)
 
         return apply
 
@@ -187,8 +199,41 @@ def _batched(graph: tuple[list[Any], list[Tensor]], params: Params) -> Lineariza
 
 
 def _traced_gradient(loss: Callable[[Params], Tensor], params: Params) -> Callable[..., Any]:
-    gradient = grad(lambda *p: loss(p), argnums=tuple(range(len(params))))
-    return torch.func.linearize(gradient, *params)[1]
+    return _trace(grad(lambda *p: loss(p), argnums=tuple(range(len(params)))), params)
+
+
+def _trace(fn: Callable[..., Any], params: Params) -> Callable[..., Any]:
+    _load_forward_rules()
+
+    def traced(*p: Tensor) -> Any:
+        with _PlainZeros():
+            return fn(*p)
+
+    with warnings.catch_warnings():
+        # Folding the constants of the trace warns about its own intermediate graph.
+        warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
+        return linearize(traced, *params)[1]
+
+
+@cache
+def _load_forward_rules() -> None:
+    """Let torch load its rules of forward mode, which warns of torch's own code, deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        with torch.autograd.forward_ad.dual_level():
+            torch.autograd.forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+class _PlainZeros(TorchDispatchMode):
+    """Make zero tangents real zeros: the tracer folds constants, and a zero tensor has no memory.
+
+    Without it, torch 2.13 ends in a segmentation fault where it traces `mse_loss`.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._efficientzerotensor.default:
+            func = torch.ops.aten.zeros.default
+        return func(*args, **(kwargs or {}))
 
 
 def _gauss_newton_retained(
@@ -222,7 +267,7 @@ def _gauss_newton_retained(
         if batched:
             return pull_back(middle(push_forward([block[i] for i in active])))
         forward = [push_forward([block[i][j] for i in active]) for j in range(len(block[0]))]
-        return _stack([pull_back(row) for row in middle(torch.stack(forward))])
+        return _stack([pull_back(middle(row.unsqueeze(0))[0]) for row in forward])
 
     return apply
 
@@ -233,15 +278,14 @@ def _gauss_newton_with(
     curvature: Callable[[Tensor], LinearMap],
     params: Params,
 ) -> Linearization:
-    z, pull_back = vjp(lambda *p: outputs(p), *params)
+    z, pull_back = vjp(lambda *p: outputs(p), *params)  # type: ignore[misc]
     middle, back = curvature(z), vmap(pull_back)
     return lambda block: back(middle(push_forward(*block)))
 
 
 def _stack(rows: list[Any]) -> Product:
     return tuple(
-        None if columns[0] is None else torch.stack(columns)
-        for columns in zip(*rows, strict=True)
+        None if columns[0] is None else torch.stack(columns) for columns in zip(*rows, strict=True)
     )
 
 

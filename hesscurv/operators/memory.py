@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hesscurv.linalg.device_memory import device_memory
 from hesscurv.operators.batches import split
-from hesscurv.operators.tasks import num_samples
+from hesscurv.operators.tasks import num_samples, tensors_of
 
 if TYPE_CHECKING:
     from hesscurv.operators.objective import Objective
@@ -47,9 +49,7 @@ class MemoryPlan:
         return replace(self, keep_graphs=False)
 
 
-def plan_memory(
-    objective: Objective, budget: int, batch: Any, largest: int
-) -> tuple[MemoryPlan, bool]:
+def plan_memory(objective: Objective, budget: int, batch: Any, separable: bool) -> MemoryPlan:
     """Fit micro-batches and blocks of vectors into a budget, by measuring on a few samples.
 
     The bytes that a gradient's graph retains are linear in the samples; they are counted on four
@@ -59,82 +59,94 @@ def plan_memory(
     Args:
         objective: What is measured.
         budget: Bytes.
-        batch: A batch to measure on.
-        largest: The number of samples of the largest batch.
-
-    Returns:
-        The plan, and whether batches may be cut: whether the loss is a mean over samples.
+        batch: The largest batch, to measure on.
+        separable: Whether batches may be cut.
     """
-    separable = _is_mean_over_samples(objective, batch)
     n = num_samples(batch)
-    if not separable or n < 2:
-        fixed, slope = _graph_bytes(objective, batch), 0.0
-        samples = _UNLIMITED
-    else:
+    samples = _UNLIMITED
+    fixed, slope = 0.0, 0.0
+    if separable and n > 1:
         low, high = max(1, min(4, n // 2)), min(8, n)
         b_low = _graph_bytes(objective, split(batch, low)[0])
         b_high = _graph_bytes(objective, split(batch, high)[0])
         slope = max(0.0, (b_high - b_low) / (high - low))
         fixed = max(0.0, b_high - slope * high)
         room = budget / 4 - fixed
-        samples = largest if slope == 0 else max(1, min(largest, int(room / slope)))
-    per_batch = fixed + slope * min(samples, max(largest, 1))
-    in_all = per_batch * objective.batches.count * max(1, -(-largest // samples))
+        samples = n if slope == 0 else max(1, min(n, int(room / slope)))
+    else:
+        fixed = _graph_bytes(objective, batch)
+    per_batch = fixed + slope * min(samples, n)
+    in_all = per_batch * objective.batches.count * max(1, -(-n // samples))
     vector = per_batch + 3 * objective.layout.numel * torch.finfo(objective.dtype).bits // 8
     keep = in_all <= budget / 2
-    plan = MemoryPlan(
+    return MemoryPlan(
         budget=budget,
         max_samples=samples,
         max_vectors=max(1, int((budget - (in_all if keep else per_batch)) / max(vector, 1))),
         keep_graphs=keep,
     )
-    return plan, separable
+
+
+def is_mean_over_samples(objective: Objective, batch: Any) -> bool:
+    """Whether a few samples' loss is their halves' mean; not so for batch statistics, rankings."""
+    few = split(batch, 8)[0]
+    return is_mean_over_parts(objective, few, -(-num_samples(few) // 2))
+
+
+def is_mean_over_parts(objective: Objective, batch: Any, size: int) -> bool:
+    """Whether a batch's loss is the mean over its parts of at most `size` samples; two forwards."""
+    parts = [(objective.weight(part), part) for part in split(batch, size)]
+    parts = [(w, part) for w, part in parts if w != 0]
+    if len(parts) < 2:
+        return True
+    with objective.environment(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what cannot be cut may warn of shapes
+        params = objective.parameters()
+        try:
+            loss = float(objective.loss(params, batch).detach())
+            losses = [float(objective.loss(params, part).detach()) for _, part in parts]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a model of fixed batch size, in whatever way it says so
+            return False
+    weights = [w for w, _ in parts]
+    mean = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    tolerance = 1e3 * torch.finfo(objective.dtype).eps
+    return abs(loss - mean) <= tolerance * max(abs(loss), abs(mean), tolerance)
 
 
 def _graph_bytes(objective: Objective, batch: Any) -> float:
-    """Count the bytes that the gradient's graph of a batch retains, the parameters' own aside."""
-    own = {t.untyped_storage().data_ptr() for t in objective.model.parameters()}
-    sizes: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return t
-
+    """Count the bytes that the gradient's graph of a batch holds, inputs and parameters aside."""
     with objective.environment():
-        leaves = tuple(p.requires_grad_() for p in objective.parameters())
-        own.update(p.untyped_storage().data_ptr() for p in leaves)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        leaves = tuple(p.detach().requires_grad_() for p in objective.parameters())
+        made = _Storages()
+        with made:
             loss = objective.loss(leaves, batch)
             if not loss.requires_grad:
                 return 0.0
             grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-        del grads
-    return float(sum(sizes.values()))
+        alive = made.bytes_alive()
+        del grads, loss
+    return alive
 
 
-def _is_mean_over_samples(objective: Objective, batch: Any) -> bool:
-    """Whether a batch's loss is its parts' mean: not so for batch statistics or ranking losses."""
-    n = num_samples(batch)
-    if n < 2:
-        return True
-    whole = split(batch, 8)[0]
-    parts = split(whole, -(-num_samples(whole) // 2))
-    weights = [objective.weight(p) for p in parts]
-    if not sum(weights) > 0:
-        return False
-    with objective.environment(), torch.no_grad():
-        params = objective.parameters()
-        try:
-            loss = float(objective.loss(params, whole))
-            mean = sum(
-                w * float(objective.loss(params, p)) for w, p in zip(weights, parts, strict=True)
-            ) / sum(weights)
-        except (RuntimeError, ValueError, IndexError):
-            return False  # a model of fixed batch size
-    tolerance = 1e3 * torch.finfo(objective.dtype).eps
-    return abs(loss - mean) <= tolerance * max(abs(loss), abs(mean), tolerance)
+class _Storages(TorchDispatchMode):
+    """Remembers the memory of all tensors that are made inside, without keeping it alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for t in tensors_of(out):
+            storage = t.untyped_storage()
+            self._made[id(storage)] = weakref.ref(storage)
+        return out
+
+    def bytes_alive(self) -> float:
+        storages = [made() for made in self._made.values()]
+        return float(sum(s.nbytes() for s in storages if s is not None))
 
 
 def memory_budget(device: torch.device, wanted: int | None) -> int:

@@ -1,4 +1,4 @@
-"""The function whose curvature is measured: a model's mean loss, as a function of its parameters."""
+"""The function whose curvature is measured: a model's mean loss in its parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from hesscurv.operators.batches import Batches
-from hesscurv.operators.environment import differentiable, preserved
+from hesscurv.operators.environment import (
+    differentiable,
+    has_weight_norm,
+    is_compiled,
+    preserved,
+)
 from hesscurv.operators.memory import memory_budget
 from hesscurv.operators.parameters import (
     ParameterLayout,
@@ -23,15 +28,13 @@ from hesscurv.operators.parameters import (
 )
 from hesscurv.operators.tasks import Task
 
-_HALF = (torch.float16, torch.bfloat16)
-
 
 class Objective:
     """A model's mean loss over batches, as a pure function of the selected parameters.
 
-    The model's code runs on substitutes: the parameters' values as fresh leaves, in the compute
-    dtype, and copies of the buffers. The model's own tensors, `.grad` fields and hooks on them are
-    never involved.
+    The model's code runs on substitutes: copies of the selected parameters' values in the compute
+    dtype, taken by `refresh`, and copies of the buffers. The model's own tensors, `.grad` fields
+    and hooks on them are never involved.
 
     Args:
         model: The module; torch.compile and DDP wrappers are looked through.
@@ -42,7 +45,7 @@ class Objective:
         training: Mode of the modules: False evaluates as in inference, True as in training, None
             leaves each module's own flag.
         compute_dtype: Dtype of the computation and of the vectors; by default the parameters' own,
-            but float32 for float16 and bfloat16 weights.
+            but float32 for those of half precision.
         budget: Bytes for graphs and vectors, see `memory_budget`; a quarter more keeps batches.
 
     Raises:
@@ -65,6 +68,7 @@ class Objective:
             raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
         self.model = unwrap(model)
         self._selected = select_parameters(self.model, params)
+        self._signatures = {name: _signature(p) for name, p in self._selected.items()}
         self.layout: ParameterLayout = layout_of(self._selected)
         self.device = _common_device(self._selected)
         self.dtype = _compute_dtype(self._selected, compute_dtype)
@@ -76,7 +80,12 @@ class Objective:
         self.budget = memory_budget(self.device, budget)
         self.batches = Batches(batches, self.device, self._cast, self.budget // 4)
         self._wrapper = _Wrapper(self.model)
-        self._modules = list(self.model.modules())
+        self._values: tuple[Tensor, ...] = ()
+        self._constants: dict[str, Tensor] = {}
+        self._marks: tuple[Any, ...] = ()
+        self._is_closure = batches is None
+        self._closure_loss: float | None = None
+        self.refresh()
 
     @property
     def task_parts(self) -> Task:
@@ -95,8 +104,35 @@ class Objective:
         return task
 
     def parameters(self) -> tuple[Tensor, ...]:
-        """Return the selected parameters' present values, detached, in the compute dtype."""
-        return tuple(p.detach().to(self.dtype) for p in self._selected.values())
+        """Return the selected parameters' values, in the compute dtype, as of `refresh`."""
+        return self._values
+
+    def refresh(self) -> bool:
+        """Take note of what changed in the model and in a list of batches; return whether any did.
+
+        Writes that bypass autograd's version counters (`.data`) are noticed as well: the selected
+        parameters are compared with the copies taken, the others by their norms. What a closure
+        has captured is compared by its loss, for one evaluation.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            changed = self.batches.reread_if_written()
+            self._look_up()
+            marks = self._read_marks()
+            if marks != self._marks or self._differs():
+                self._values = tuple(p.to(self.dtype, copy=True) for p in self._selected.values())
+                self._constants = {
+                    name: self._substitute(p)
+                    for name, p in self._named()
+                    if name not in self._selected
+                }
+                self._marks = marks
+                changed = True
+        if self._is_closure:
+            with self.environment():
+                loss = float(self.loss(self._values, None).detach())
+            changed |= loss != self._closure_loss
+            self._closure_loss = loss
+        return changed
 
     def weight(self, batch: Any) -> float:
         """Return the batch's weight in the mean, its number of samples unless the task says."""
@@ -106,11 +142,18 @@ class Objective:
     def loss(self, params: tuple[Tensor, ...], batch: Any) -> Tensor:
         """Return the scalar mean loss of a batch at given parameters."""
         loss = self._call(self._loss, params, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            got = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"{type(loss)}"
-            raise ValueError(
-                f"expected a scalar loss, got {got}; average over the samples (reduction='mean')"
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"expected the loss as a scalar tensor, got a {type(loss).__name__}; return the "
+                "tensor itself, without .item() or float()"
             )
+        if loss.numel() != 1:
+            raise ValueError(
+                f"expected a scalar loss, got shape {tuple(loss.shape)}; average over the samples "
+                "(reduction='mean')"
+            )
+        if not loss.is_floating_point():
+            raise TypeError(f"expected a real floating loss, got {loss.dtype}; check the task")
         return loss.reshape(())
 
     def outputs(self, params: tuple[Tensor, ...], batch: Any) -> Tensor:
@@ -124,42 +167,77 @@ class Objective:
         return out
 
     @contextmanager
-    def environment(self) -> Iterator[None]:
+    def environment(self, *, compiling: bool = False) -> Iterator[None]:
         """Run the model's code inside: in the chosen mode, differentiable, leaving no trace."""
-        with preserved(self.model, self.device, self.training), differentiable(self.device):
+        with (
+            preserved(self.model, self.device, self.training, compiling),
+            differentiable(self.device),
+        ):
             yield
 
     def computes_as_found(self) -> bool:
-        """Whether the model, run as it stands, would compute what products are made of."""
-        return self._cast is None and (
-            self.training is None or all(m.training == self.training for m in self._modules)
+        """Whether the model, run as it stands, would compute what products are made of.
+
+        And would leave no trace: batch statistics are written to in training mode.
+        """
+        modules = list(self.model.modules())
+        return (
+            self._cast is None
+            and (self.training is None or all(m.training == self.training for m in modules))
+            and all(p.requires_grad == (n in self._selected) for n, p in self._named())
+            and not any(m.training and m._buffers for m in modules)
+            and not any(is_compiled(m) or has_weight_norm(m) for m in modules)
         )
 
     def substituted(self, fn: Callable[[], Any]) -> Any:
-        """Run `fn` while the model's own parameters are substituted in the compute dtype."""
-        return fn() if self._cast is None else self._call(lambda model, _: fn(), None, None)
+        """Run `fn` while leaves with the values of `parameters` stand in for the model's own."""
+        leaves = tuple(p.detach().requires_grad_() for p in self._values)
+        return self._call(lambda *_: fn(), leaves, None)
 
-    def state(self) -> tuple[Any, ...]:
-        """Return what tells whether the model changed, but for writes that bypass autograd."""
+    def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return self.model.named_parameters()
+
+    def _look_up(self) -> None:
+        """Find the selected parameters again: assigning to a model replaces them."""
+        found = dict(self._named())
+        for name, expected in self._signatures.items():
+            got = _signature(found[name]) if name in found else "none"
+            if got != expected:
+                raise ValueError(
+                    f"expected parameter {name!r} as this operator was built for, {expected}, got "
+                    f"{got}; build a new operator after moving or pruning the model"
+                )
+            self._selected[name] = found[name]
+
+    def _differs(self) -> bool:
+        """Whether the selected parameters differ from their copies; one look at the device."""
+        pairs = zip(self._selected.values(), self._values, strict=True)
+        return bool(torch.stack([(p != copy).any() for p, copy in pairs]).any())
+
+    def _read_marks(self) -> tuple[Any, ...]:
+        selected = {id(p) for p in self._selected.values()}
         tensors = [*self.model.parameters(), *self.model.buffers()]
-        versions = tuple((t.data_ptr(), t._version) for t in tensors if not t.is_inference())
-        return versions, self.batches.versions()
+        marks: tuple[Any, ...] = tuple(
+            (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors
+        )
+        if self.training is None:
+            marks += tuple(m.training for m in self.model.modules())
+        others: dict[torch.device, list[Tensor]] = {}
+        for t in tensors:
+            if id(t) not in selected and t.is_floating_point() and t.numel() and t.itemsize > 1:
+                norm = torch.linalg.vector_norm(t, dtype=torch.float64)
+                others.setdefault(t.device, []).append(norm)
+        return marks, tuple(x for n in others.values() for x in torch.stack(n).tolist())
 
-    def norms(self) -> Tensor:
-        """Return the parameters' norms, which change where `.data` is written to as well."""
-        with torch.no_grad():
-            values = [p.detach() for p in self.model.parameters() if p.is_floating_point()]
-            return torch.stack([n.double() for n in torch._foreach_norm(values)])
+    def _substitute(self, tensor: Tensor) -> Tensor:
+        # Outside its mode, an inference tensor cannot take part in a graph; a copy can.
+        tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
+        return tensor.to(self._cast) if self._cast and tensor.is_floating_point() else tensor
 
-    def _call(self, fn: Callable[..., Any], params: tuple[Tensor, ...] | None, batch: Any) -> Any:
-        def substitute(t: Tensor) -> Tensor:
-            return t.detach().to(self._cast if t.is_floating_point() else None)
-
-        tensors = {n: substitute(p) for n, p in self.model.named_parameters()}
+    def _call(self, fn: Callable[..., Any], params: tuple[Tensor, ...], batch: Any) -> Any:
+        tensors = dict(zip(self._selected, params, strict=True)) | self._constants
         # Copies, so that what a forward writes to a buffer is lost with them.
-        tensors.update({n: substitute(b).clone() for n, b in self.model.named_buffers()})
-        if params is not None:
-            tensors.update(zip(self._selected, params, strict=True))
+        tensors.update({n: self._substitute(b).clone() for n, b in self.model.named_buffers()})
         return functional_call(
             self._wrapper, {f"model.{n}": t for n, t in tensors.items()}, (fn, batch)
         )
@@ -212,6 +290,10 @@ def _as_loss(task: Any, has_batches: bool) -> Callable[[nn.Module, Any], Any]:
     return lambda model, batch: task()
 
 
+def _signature(p: Tensor) -> tuple[Any, ...]:
+    return tuple(p.shape), p.dtype, p.device
+
+
 def _common_device(params: dict[str, nn.Parameter]) -> torch.device:
     devices = {p.device for p in params.values()}
     if len(devices) > 1:
@@ -230,5 +312,5 @@ def _compute_dtype(params: dict[str, nn.Parameter], wanted: torch.dtype | None) 
         if not wanted.is_floating_point:
             raise TypeError(f"expected a floating compute_dtype, got {wanted}")
         return wanted
-    dtypes = {torch.float32 if p.dtype in _HALF else p.dtype for p in params.values()}
+    dtypes = {torch.float32 if p.itemsize < 4 else p.dtype for p in params.values()}
     return max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)

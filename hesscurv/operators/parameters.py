@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Union
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-ParamSelection = Union[
-    None, str, Iterable[str], Iterable[nn.Parameter], Callable[[str, nn.Parameter], bool]
-]
+ParamSelection = (
+    str | Iterable[str] | Iterable[nn.Parameter] | Callable[[str, nn.Parameter], bool] | None
+)
 
 
 @dataclass(frozen=True)
@@ -166,6 +166,8 @@ def select_parameters(model: nn.Module, params: ParamSelection = None) -> dict[s
             )
     else:
         chosen = dict(_chosen_explicitly(params, by_alias, first_name))
+        if not chosen:
+            raise ValueError("expected at least one name or parameter in `params`, got none")
         order = {name: i for i, name in enumerate(by_alias)}
         chosen = dict(sorted(chosen.items(), key=lambda item: order[item[0]]))
         _require_floating(chosen)
@@ -188,6 +190,8 @@ def select_parameters(model: nn.Module, params: ParamSelection = None) -> dict[s
             raise ValueError(
                 f"parameter {name!r} is not initialised yet; run the lazy model on one batch first"
             )
+    if not sum(p.numel() for p in chosen.values()):
+        raise ValueError(f"the selected parameters {_shorten(chosen)} have no entries")
     return chosen
 
 
@@ -221,8 +225,7 @@ def _chosen_explicitly(
             found = [p for n, p in by_alias.items() if n == item or n.startswith(prefix)]
             if not found:
                 raise ValueError(
-                    f"the model has no parameter or submodule {item!r}; it has "
-                    f"{_shorten(by_alias)}"
+                    f"the model has no parameter or submodule {item!r}; it has {_shorten(by_alias)}"
                 )
         elif isinstance(item, Tensor):
             if id(item) not in first_name:

@@ -35,12 +35,15 @@ class Task:
         """
         n = outputs.shape[0]
 
-        def one(row: Tensor, part: Any) -> Tensor:
-            lifted = map_tensors(part, lambda t: t.unsqueeze(0))
-            return self.loss(row.unsqueeze(0), lifted)
+        def has_rows(t: Tensor) -> bool:
+            return t.ndim > 0 and t.shape[0] == n
 
-        axes = map_tensors(batch, lambda t: 0 if t.ndim > 0 and t.shape[0] == n else None)
-        return torch.func.vmap(one, in_dims=(0, axes))(outputs, batch)
+        def one(row: Tensor, *rows: Tensor) -> Tensor:
+            left = iter(rows)
+            part = map_tensors(batch, lambda t: next(left).unsqueeze(0) if has_rows(t) else t)
+            return self.loss(row.unsqueeze(0), part)
+
+        return torch.func.vmap(one)(outputs, *filter(has_rows, tensors_of(batch)))
 
     def weight(self, batch: Any) -> float:
         """Return the batch's weight in the mean over all data: its number of samples.
@@ -60,14 +63,14 @@ class SupervisedTask(Task):
     def __init__(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
         if not callable(loss_fn):
             raise TypeError(
-                "expected a loss such as torch.nn.CrossEntropyLoss(), got "
-                f"{type(loss_fn).__name__}"
+                f"expected a loss such as torch.nn.CrossEntropyLoss(), got {type(loss_fn).__name__}"
             )
-        reduction = getattr(loss_fn, "reduction", "mean")
+        given = getattr(loss_fn, "keywords", {})  # of a functools.partial
+        reduction = given.get("reduction", getattr(loss_fn, "reduction", "mean"))
         if reduction != "mean":
             raise ValueError(
-                f"expected a loss with reduction='mean', got reduction={reduction!r}; the curvature "
-                "of a mean over all samples is what is measured"
+                f"expected a loss with reduction='mean', got reduction={reduction!r}; what is "
+                "measured is the curvature of a mean over all samples"
             )
         self.loss_fn = loss_fn
 
@@ -90,7 +93,23 @@ class SupervisedTask(Task):
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Return the loss of outputs against the batch's targets."""
-        return self.loss_fn(outputs, split_batch(batch)[1])
+        targets = split_batch(batch)[1]
+        if isinstance(self.loss_fn, nn.Module):
+            # Its class weights and the like, in the dtype that the outputs are computed in.
+            state = dict(self.loss_fn.named_parameters()) | dict(self.loss_fn.named_buffers())
+            other = {
+                name: t.to(outputs.dtype)
+                for name, t in state.items()
+                if t.is_floating_point() and t.dtype != outputs.dtype
+            }
+            if other:
+                return torch.func.functional_call(self.loss_fn, other, (outputs, targets))
+        return self.loss_fn(outputs, targets)
+
+    def weight(self, batch: Any) -> float:
+        """Return the number of targets: inputs may have another dimension first."""
+        targets = split_batch(batch)[1]
+        return float(num_samples(targets if tensors_of(targets) else batch))
 
 
 def supervised(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> SupervisedTask:

@@ -8,7 +8,12 @@ import torch
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
 
 KINDS = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": EmpiricalFisherOperator}
-PAIRS = [(name, k) for name in cases.CASES for k in KINDS if k == "hessian" or name not in cases.WITHOUT_PARTS]
+PAIRS = [
+    (name, k)
+    for name in cases.CASES
+    for k in KINDS
+    if k == "hessian" or name not in cases.WITHOUT_PARTS
+]
 
 
 def gap(got, expected):
@@ -29,6 +34,7 @@ def test_all_ways(name, kind):
             print(name, kind, way, "REFUSED", type(e).__name__, str(e)[:300])
             continue
         g = gap(D, oracles.dense(name, kind))
-        if g > 1e-10: print(name, kind, way, "WRONG", g)
+        if g > 1e-10:
+            print(name, kind, way, "WRONG", g)
     H = problem.operator(KINDS[kind], way="auto")
     assert gap(H.to_dense(), oracles.dense(name, kind)) < 1e-10

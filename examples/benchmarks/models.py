@@ -1,0 +1,364 @@
+"""The networks that the benchmarks measure: built, trained a little, with their Hessians' data.
+
+Import it; it is not run. `build` gives a `Problem`, the same one every time on one machine:
+
+    name    parameters  network                                            Hessian's data
+    mlp          7,030  256-20-20-20-20-20-10, tanh                        500 images, 16x16
+    convnet     72,010  2 convolutions, tanh, average pooling, 2 dense     200 images, 16x16
+    3c3d       895,210  3 convolutions, ReLU, max pooling, 3 dense         64 images, 3x32x32
+    resnet20   272,474  CIFAR ResNet-20, batch norm in eval mode           64 images, 3x32x32
+    gpt        354,336  3 layers, 4 heads, width 96, 65 tokens             16 sequences of 64
+
+The images are scikit-learn's digits, enlarged; with a folder of data, MNIST (in torchvision's
+layout, ``MNIST/raw``) for the first two and CIFAR-10 (``cifar-10-batches-py``) for the next two,
+where the folder has them. The tokens come from a random Markov chain, so that there is something to
+learn. Training is SGD for the steps given in `RECIPES`, enough for a Hessian with the few large and
+many small eigenvalues of both signs that trained networks have.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CLASSES = 10
+VOCABULARY = 65
+
+
+@dataclass
+class Problem:
+    """A trained model in eval mode, its mean loss, and the batches that its Hessian is taken on."""
+
+    name: str
+    model: nn.Module
+    loss_fn: nn.Module
+    batches: list[tuple[Tensor, Tensor]]
+
+    @property
+    def params(self) -> list[nn.Parameter]:
+        return list(self.model.parameters())
+
+    @property
+    def size(self) -> int:
+        return sum(p.numel() for p in self.params)
+
+    @property
+    def num_samples(self) -> int:
+        return sum(len(x) for x, _ in self.batches)
+
+    def gradient(self) -> tuple[Tensor, ...]:
+        """Return the gradient over all batches, of one batch: the unit of cost."""
+        ((inputs, targets),) = self.batches
+        return torch.autograd.grad(self.loss_fn(self.model(inputs), targets), self.params)
+
+
+# -- networks ---------------------------------------------------------------------------------
+
+
+def mlp(*widths: int) -> nn.Sequential:
+    """Return dense layers with tanh between them, on flattened inputs."""
+    layers: list[nn.Module] = [nn.Flatten()]
+    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+        layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
+    return nn.Sequential(*layers[:-1])
+
+
+def convnet(width: int = 16, hidden: int = 128, side: int = 16) -> nn.Sequential:
+    """Return a small smooth conv net on grey images: its Hessian is the same in any precision."""
+    return nn.Sequential(
+        nn.Conv2d(1, width, 5, padding=2),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Conv2d(width, 2 * width, 3, padding=1),
+        nn.Tanh(),
+        nn.AvgPool2d(2),
+        nn.Flatten(),
+        nn.Linear(2 * width * (side // 4) ** 2, hidden),
+        nn.Tanh(),
+        nn.Linear(hidden, CLASSES),
+    )
+
+
+def three_c_three_d() -> nn.Sequential:
+    """Return 3c3d on 3x32x32 images; pooling rounds sizes up, 32-28-14-12-6-6-3."""
+    layers: list[nn.Module] = []
+    for fan_in, fan_out, kernel, padding in [(3, 64, 5, 0), (64, 96, 3, 0), (96, 128, 3, 1)]:
+        layers += [nn.Conv2d(fan_in, fan_out, kernel, padding=padding), nn.ReLU()]
+        layers += [nn.MaxPool2d(3, stride=2, ceil_mode=True)]
+    layers += [nn.Flatten(), nn.Linear(1152, 512), nn.ReLU()]
+    layers += [nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, CLASSES)]
+    return nn.Sequential(*layers)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(fan_out)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(fan_out)
+        self.shortcut = nn.Sequential()
+        if stride > 1:
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.BatchNorm2d(fan_out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(out + self.shortcut(x))
+
+
+def resnet20() -> nn.Sequential:
+    """Return the CIFAR ResNet-20 with projections where the width changes."""
+    layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16)]
+    layers += [nn.ReLU()]
+    for fan_in, fan_out in [(16, 16), (16, 32), (32, 64)]:
+        layers += [ResidualBlock(fan_in, fan_out, fan_out // fan_in)]
+        layers += [ResidualBlock(fan_out, fan_out, 1) for _ in range(2)]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        parts = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, width // self.heads)
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        x = x + self.project(mixed.transpose(1, 2).reshape(batch, length, width))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    """A character-level transformer; logits (batch, length, vocabulary)."""
+
+    def __init__(self, width: int = 96, depth: int = 3, heads: int = 4, length: int = 64) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(VOCABULARY, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(length, width))
+        self.blocks = nn.Sequential(*(TransformerBlock(width, heads) for _ in range(depth)))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.tokens(tokens) + self.positions[: tokens.shape[1]]
+        return self.head(self.norm(self.blocks(x)))
+
+
+class TokenLoss(nn.CrossEntropyLoss):
+    """Cross-entropy, mean over all tokens."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return super().forward(logits.flatten(0, 1), targets.flatten())
+
+
+# -- data -------------------------------------------------------------------------------------
+
+
+def digits(folder: Path | None, side: int, channels: int) -> tuple[Tensor, Tensor]:
+    """Return images (n, channels, side, side) in [0, 1] and labels: MNIST, or bundled digits."""
+    raw = None if folder is None else folder / "MNIST" / "raw"
+    if raw is not None and raw.is_dir():
+        pixels = np.frombuffer(_unzipped(raw / "t10k-images-idx3-ubyte"), np.uint8, offset=16)
+        labels = np.frombuffer(_unzipped(raw / "t10k-labels-idx1-ubyte"), np.uint8, offset=8)
+        images = torch.tensor(pixels.reshape(-1, 1, 28, 28) / 255, dtype=torch.float32)
+    else:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise SystemExit("the digits need scikit-learn: pip install 'hesscurv[bench]'") from error
+        bundle = load_digits()
+        images = torch.tensor(bundle.images / 16, dtype=torch.float32).unsqueeze(1)
+        labels = bundle.target
+    images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+    return images.expand(-1, channels, -1, -1).contiguous(), torch.tensor(labels.astype(np.int64))
+
+
+def cifar10(folder: Path) -> tuple[Tensor, Tensor]:
+    """Return CIFAR-10's test images, normalised, and labels."""
+
+    class ArraysOnly(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> object:
+            if (module.split(".")[0], name) in {
+                ("numpy", "_reconstruct"),
+                ("numpy", "ndarray"),
+                ("numpy", "dtype"),
+            }:
+                module = module.replace("numpy.core", "numpy._core")
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError(f"expected arrays and plain values, got {module}.{name}")
+
+    content = (folder / "cifar-10-batches-py" / "test_batch").read_bytes()
+    batch = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+    images = torch.tensor(batch[b"data"].reshape(-1, 3, 32, 32), dtype=torch.float32) / 255
+    return (images - 0.5) / 0.25, torch.tensor(batch[b"labels"])
+
+
+def colour_images(folder: Path | None) -> tuple[Tensor, Tensor]:
+    if folder is not None and (folder / "cifar-10-batches-py").is_dir():
+        return cifar10(folder)
+    return digits(None, 32, 3)
+
+
+def markov_tokens(count: int, length: int = 64) -> tuple[Tensor, Tensor]:
+    """Return sequences of a random Markov chain, and the same shifted by one."""
+    transitions = torch.softmax(3 * torch.randn(VOCABULARY, VOCABULARY), dim=1)
+    tokens = torch.randint(VOCABULARY, (count, length + 1))
+    for t in range(length):
+        tokens[:, t + 1] = torch.multinomial(transitions[tokens[:, t]], 1).squeeze(1)
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+
+def balanced(labels: Tensor, count: int) -> Tensor:
+    """Return a mask of `count` samples, the first ones of every class in equal numbers."""
+    chosen = torch.zeros(len(labels), dtype=torch.bool)
+    for c in range(CLASSES):
+        chosen[(labels == c).nonzero()[: -(-(count - c) // CLASSES), 0]] = True
+    return chosen
+
+
+def _unzipped(path: Path) -> bytes:
+    zipped = path.with_name(path.name + ".gz")
+    return gzip.decompress(zipped.read_bytes()) if zipped.exists() else path.read_bytes()
+
+
+# -- problems ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a problem is made: its network and data, SGD's steps, batch and rate, and sample count."""
+
+    model: Callable[[], nn.Module]
+    data: Callable[[Path | None], tuple[Tensor, Tensor]]
+    num_params: int
+    steps: int
+    batch: int
+    lr: float
+    samples: int
+    momentum: float = 0.0
+
+
+RECIPES = {
+    "mlp": Recipe(
+        model=lambda: mlp(256, 20, 20, 20, 20, 20, CLASSES),
+        data=lambda folder: digits(folder, 16, 1),
+        num_params=7_030,
+        steps=300,
+        batch=500,
+        lr=0.3,
+        samples=500,
+    ),
+    "convnet": Recipe(
+        model=convnet,
+        data=lambda folder: digits(folder, 16, 1),
+        num_params=72_010,
+        steps=300,
+        batch=64,
+        lr=0.1,
+        samples=200,
+    ),
+    "3c3d": Recipe(
+        model=three_c_three_d,
+        data=colour_images,
+        num_params=895_210,
+        steps=200,
+        batch=64,
+        lr=0.02,
+        momentum=0.9,
+        samples=64,
+    ),
+    "resnet20": Recipe(
+        model=resnet20,
+        data=colour_images,
+        num_params=272_474,
+        steps=100,
+        batch=64,
+        lr=0.05,
+        momentum=0.9,
+        samples=64,
+    ),
+    "gpt": Recipe(
+        model=GPT,
+        data=lambda folder: markov_tokens(1000),
+        num_params=354_336,
+        steps=200,
+        batch=32,
+        lr=0.1,
+        momentum=0.9,
+        samples=16,
+    ),
+    # For --quick alone.
+    "small mlp": Recipe(
+        model=lambda: mlp(64, 12, 12, CLASSES),
+        data=lambda folder: digits(folder, 8, 1),
+        num_params=1_066,
+        steps=200,
+        batch=500,
+        lr=0.3,
+        samples=200,
+    ),
+    "small convnet": Recipe(
+        model=lambda: convnet(width=4, hidden=32, side=8),
+        data=lambda folder: digits(folder, 8, 1),
+        num_params=1_786,
+        steps=200,
+        batch=64,
+        lr=0.1,
+        samples=100,
+    ),
+}
+
+
+def build(name: str, folder: Path | None = None, steps: int | None = None) -> Problem:
+    """Build and train a network of `RECIPES`, and choose its Hessian's data.
+
+    Args:
+        name: A key of `RECIPES`.
+        folder: Where MNIST or CIFAR-10 lie; None for the digits that come with scikit-learn.
+        steps: Steps of training, instead of the recipe's.
+
+    Returns:
+        The problem: images or tokens that the training did not see, classes balanced.
+    """
+    recipe = RECIPES[name]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = recipe.model()
+        inputs, targets = recipe.data(folder)
+        if targets.ndim == 1:
+            chosen, loss_fn = balanced(targets, recipe.samples), nn.CrossEntropyLoss()
+        else:
+            chosen, loss_fn = torch.arange(len(inputs)) < recipe.samples, TokenLoss()
+        seen_inputs, seen_targets = inputs[~chosen], targets[~chosen]
+        optimizer = torch.optim.SGD(model.parameters(), recipe.lr, momentum=recipe.momentum)
+        for _ in range(recipe.steps if steps is None else steps):
+            part = torch.randint(len(seen_inputs), (recipe.batch,))
+            optimizer.zero_grad()
+            loss_fn(model(seen_inputs[part]), seen_targets[part]).backward()
+            optimizer.step()
+        optimizer.zero_grad()
+    problem = Problem(name, model.eval(), loss_fn, [(inputs[chosen], targets[chosen])])
+    if (problem.size, problem.num_samples) != (recipe.num_params, recipe.samples):
+        raise AssertionError(
+            f"expected {recipe.num_params} parameters and {recipe.samples} samples for {name!r}, "
+            f"got {problem.size} and {problem.num_samples}"
+        )
+    return problem

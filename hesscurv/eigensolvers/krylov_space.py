@@ -1,0 +1,223 @@
+r"""A growing Krylov space with its exact projection: the state of a block Lanczos process.
+
+[E, P] is orthonormal. E are the m *expanded* vectors, whose products with H are known; P are the p
+*pending* ones, stored after them. With A = [E, P]^T H E, of shape (m + p, m),
+
+.. math:: H E = E T + P R, \qquad T = A_{1..m}, \quad R = A_{m+1..m+p},
+
+so that a Ritz pair (theta, E y) of T has the residual norm ||R y|| without another product. Any
+orthonormal vectors may join P at any time: their rows in R are zero.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hesscurv.eigensolvers.basis import Basis
+from hesscurv.eigensolvers.residuals import converged, convergence_threshold
+from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_out_
+from hesscurv.linalg.rayleigh_ritz import ritz_pairs
+from hesscurv.operators.linear_operator import LinearOperator
+
+
+class KrylovSpace:
+    """The space, the steps that change it, and its Ritz pairs.
+
+    Args:
+        H: The operator, D x D.
+        k: The number of wanted pairs, those of largest magnitude.
+        tol: Their relative tolerance.
+        block: The usual number of vectors in a step.
+        capacity: The most vectors to store, at least min(D, k + 3 block).
+        generator: Source of random vectors.
+    """
+
+    def __init__(
+        self,
+        H: LinearOperator,
+        k: int,
+        tol: float,
+        block: int,
+        capacity: int,
+        generator: torch.Generator,
+    ) -> None:
+        self.H, self.k, self.tol, self.block = H, k, tol, block
+        self.dim, self.capacity = H.shape[0], capacity
+        self.eps = torch.finfo(H.dtype).eps
+        self.num_matvecs = 0
+        self.num_expanded = 0
+        # Vectors to expand before all others: they belong together, coupled or not.
+        self.num_initial = 0
+        self.basis = Basis(self.dim, capacity, k, max(block, k // 4), H.dtype, H.device)
+        self.A = torch.zeros(0, 0, dtype=torch.float64)
+        self._cached: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._asymmetries: list[float] = []
+        self._scale = 0.0  # the largest ||H q|| seen: rounding is relative to it
+        self._generator = generator
+
+    @property
+    def num_pending(self) -> int:
+        """The number p of vectors that wait for their product."""
+        return self.basis.size - self.num_expanded
+
+    def fits(self, count: int) -> bool:
+        """Whether so many more vectors can be stored, or the whole space can."""
+        return self.basis.size + count <= self.capacity or self.capacity >= self.dim
+
+    # -- Ritz pairs -----------------------------------------------------------------------------
+
+    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Return Ritz values (m,), coefficients (m, m), and the residuals of the first k.
+
+        T is read from the upper triangle: when a column of it was computed, all earlier vectors
+        were in the basis, while parts of an earlier column may have been dropped since.
+        """
+        m = self.num_expanded
+        if self._cached is None or self._cached[0] is not self.A:
+            upper = self.A[:m].triu()
+            values, Y = ritz_pairs(upper + upper.triu(1).mT)
+            residuals = (self.A[m:] @ Y[:, : self.k]).norm(dim=0)
+            self._cached = self.A, (values, Y, residuals)
+        return self._cached[1]
+
+    def thresholds(self, values: Tensor) -> Tensor:
+        """Return the largest residuals with which pairs of these values count as converged."""
+        return convergence_threshold(values, self.tol, self.eps)
+
+    def converged(self) -> Tensor:
+        """Return which of the first k Ritz pairs have converged, bool."""
+        values, _, residuals = self.ritz()
+        return converged(residuals, values[: self.k], self.tol, self.eps)
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def expand(self, size: int) -> int:
+        """Multiply the first `size` pending vectors; return how many new directions came of it."""
+        m, rows = self.num_expanded, self.basis.size
+        W_BD = (self.H @ torch.cat(self.basis.slabs(m, m + size)).mT).mT.contiguous()
+        self.num_matvecs += size
+        self._scale = max(self._scale, float(torch.linalg.vector_norm(W_BD, dim=1).max()))
+        if rows == self.dim:
+            C, R = project_out_(W_BD, self.basis.slabs()), torch.zeros(0, size)
+        else:
+            floor = self.eps * self._scale
+            Q_rD, C, R = orthonormalize_against_(W_BD, self.basis.slabs(), floor=floor)
+            # Where the whole space is nearly spanned, rounding may look like further directions.
+            Q_rD, R = Q_rD[: self.dim - rows], R[: self.dim - rows]
+            self.basis.append(Q_rD)
+        self._note_asymmetry(C[:m], self.A[m : m + size])
+        A = torch.zeros(self.basis.size, m + size, dtype=torch.float64)
+        A[:rows, :m] = self.A
+        A[:rows, m:] = C
+        A[rows:, m:] = R
+        self.A, self.num_expanded = A, m + size
+        return self.basis.size - rows
+
+    def add_pending(self, block_BD: Tensor) -> int:
+        """Orthonormalise vectors (b, D) against the basis, in place, and let them wait.
+
+        Returns how many independent ones there were.
+        """
+        room = min(self.capacity, self.dim) - self.basis.size
+        Q_rD, _, _ = orthonormalize_against_(block_BD[:room], self.basis.slabs())
+        self.basis.append(Q_rD)
+        self.A = torch.cat([self.A, torch.zeros(len(Q_rD), self.A.shape[1], dtype=torch.float64)])
+        return len(Q_rD)
+
+    def add_random(self, count: int) -> int:
+        """Let random vectors, orthogonal to the basis, wait; return how many there was room for."""
+        block_BD = torch.randn(
+            count,
+            self.dim,
+            generator=self._generator,
+            device=self._generator.device,
+            dtype=self.H.dtype,
+        )
+        return self.add_pending(block_BD.to(self.H.device))
+
+    def select(self, size: int) -> None:
+        """Turn the pending vectors so that the first `size` couple most to unconverged pairs."""
+        if self.num_pending <= size:
+            return
+        _, Y, _ = self.ritz()
+        unfinished = ~self.converged()
+        coupling = self.A[self.num_expanded :] @ Y[:, : len(unfinished)][:, unfinished]
+        self._turn_pending(torch.linalg.svd(coupling, full_matrices=True)[0])
+
+    def bring_last_forward(self, count: int) -> None:
+        """Put the last `count` pending vectors before the other ones."""
+        self._turn_pending(torch.eye(self.num_pending, dtype=torch.float64).roll(count, dims=1))
+
+    def restart(self) -> None:
+        """Keep the best Ritz vectors and the pending ones; drop the rest (thick restart)."""
+        dropped = self._drop_pending()
+        m = self.num_expanded
+        values, Y, _ = self.ritz()
+        room = self.capacity - self.block - self.num_pending
+        if room >= self.k:
+            # What was dropped is negligible for the wanted pairs alone: keep no others then.
+            extra = 0 if dropped else max(self.block, (self.capacity - self.k) // 3)
+            keep = min(m - 1, room, self.k + extra)
+            self.A = torch.cat([torch.diag(values[:keep]), self.A[m:] @ Y[:, :keep]])
+            self.num_expanded = keep
+            self.basis.rotate_(0, m, Y[:, :keep])
+        else:
+            # Too many pending vectors matter (a far warm start): start anew from the Ritz vectors.
+            keep = self.num_initial = min(m, self.k)
+            self.A = torch.zeros(keep, 0, dtype=torch.float64)
+            self.num_expanded = 0
+            self.basis.rotate_(0, m, Y[:, :keep])
+            self.basis.truncate(keep)
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Form the k Ritz vectors in place and give up the rest: the space ends with this.
+
+        Returns:
+            Ritz values (k,) and residuals (k,), float64 on the CPU, and the vectors (D, k).
+        """
+        values, Y, residuals = self.ritz()
+        self.basis.rotate_(0, self.num_expanded, Y[:, : self.k])
+        return values[: self.k], residuals.clone(), self.basis.shrink().mT
+
+    @property
+    def noise(self) -> float:
+        """The norm of a product's error, as seen in the asymmetry of the projection.
+
+        Both E^T (H S) and (S^T H E)^T are computed. With errors of norm s in random directions,
+        their entries differ by sqrt(2 / D) s.
+        """
+        return float(torch.tensor(self._asymmetries).median()) if self._asymmetries else 0.0
+
+    # -- pieces ---------------------------------------------------------------------------------
+
+    def _note_asymmetry(self, upper_ms: Tensor, lower_sm: Tensor) -> None:
+        if upper_ms.numel() > 0:
+            rms = float((upper_ms - lower_sm.mT).square().mean().sqrt())
+            self._asymmetries.append(rms * math.sqrt(self.dim / 2))
+
+    def _turn_pending(self, U: Tensor) -> None:
+        m = self.num_expanded
+        self.basis.rotate_(m, self.basis.size, U)
+        self.A = torch.cat([self.A[:m], U.mT @ self.A[m:]])
+
+    def _drop_pending(self) -> bool:
+        """Drop pending vectors beyond a block, as far as no wanted pair's residual needs them."""
+        m = self.num_expanded
+        if self.num_pending <= self.block:
+            return False
+        values, Y, _ = self.ritz()
+        thresholds = self.thresholds(values[: self.k])
+        coupling = self.A[m:] @ (Y[:, : len(thresholds)] / thresholds.clamp(min=1e-300))
+        U, sigma, _ = torch.linalg.svd(coupling, full_matrices=True)
+        # The norm of all that follows, relative to the thresholds; restarts add up.
+        rest = sigma.flip(0).square().cumsum(0).sqrt().flip(0)
+        keep = max(self.block, int((rest > 0.02).sum()))
+        if self.capacity < 2 * self.k + 3 * self.block:  # no room for any other way out
+            keep = self.block
+        self._turn_pending(U)
+        self.basis.truncate(m + keep)
+        self.A = self.A[: m + keep]
+        return True
