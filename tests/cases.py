@@ -54,17 +54,25 @@ class Problem:
 
 
 CASES: dict[str, Callable[[], Problem]] = {}
-WITHOUT_PARTS = {"callable", "pinn", "pinn_of_model", "pinn_func", "linear_loss", "regularised"}
-
-# Ways that torch has no rule for on these models; they may refuse, but never be wrong.
-MAY_REFUSE = {
-    "lstm": {"linearized", "linearized_batched", "vmapped", "batched"},
-    "checkpointed": {"linearized", "linearized_batched", "vmapped", "batched"},
-    "conv_bn_train": {"linearized", "linearized_batched", "vmapped", "batched"},
-    "pinn": {"linearized", "linearized_batched", "vmapped", "batched"},
-    "pinn_of_model": {"linearized", "linearized_batched", "vmapped", "batched"},
-    "encoder_layer": {"linearized_batched", "vmapped"},
+WITHOUT_PARTS = ("callable", "pinn", "pinn_of_model", "pinn_func", "linear_loss", "regularised")
+# Cases that differ in the graph of the loss, on which every way of computing is tried.
+OWN_GRAPH = (
+    *("mlp", "relu_mlp", "smooth_l1", "conv_bn", "conv_bn_train", "resnet", "transformer"),
+    *("encoder_layer", "lstm", "tied_weights", "unused", "linear_loss", "dict_batches"),
+    *("pinn_of_model", "pinn_func", "checkpointed", "weight_norm"),
+)
+# Ways of computing the Hessian for which torch lacks a rule on these models.
+_FUNCTIONAL = ("vmapped", "linearized", "linearized_batched")
+REFUSED = {
+    "relu_mlp": ("vmapped",),
+    "pinn_of_model": _FUNCTIONAL,
+    "checkpointed": _FUNCTIONAL,
 }
+
+
+def kinds(name: str) -> tuple[str, ...]:
+    """The matrices that a case has."""
+    return ("hessian",) if name in WITHOUT_PARTS else ("hessian", "ggn", "fisher")
 
 
 def build(name: str) -> Problem:

@@ -23,6 +23,7 @@ import io
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ class Problem:
 def mlp(*widths: int) -> nn.Sequential:
     """Return dense layers with tanh between them, on flattened inputs."""
     layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in zip(widths, widths[1:], strict=False):
+    for fan_in, fan_out in pairwise(widths):
         layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -183,7 +184,9 @@ def digits(folder: Path | None, side: int, channels: int) -> tuple[Tensor, Tenso
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:
-            raise SystemExit("the digits need scikit-learn: pip install 'hesscurv[bench]'") from error
+            raise SystemExit(
+                "the digits need scikit-learn: pip install 'hesscurv[bench]'"
+            ) from error
         bundle = load_digits()
         images = torch.tensor(bundle.images / 16, dtype=torch.float32).unsqueeze(1)
         labels = bundle.target
@@ -244,7 +247,7 @@ def _unzipped(path: Path) -> bytes:
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a problem is made: its network and data, SGD's steps, batch and rate, and sample count."""
+    """How a problem is made: network, data, and SGD's steps, batch and rate."""
 
     model: Callable[[], nn.Module]
     data: Callable[[Path | None], tuple[Tensor, Tensor]]

@@ -37,8 +37,7 @@ class Basis:
         self.dim, self.capacity = dim, capacity
         self.size = 0
         self._grow = max(1, grow)
-        self._like = {"dtype": dtype, "device": device}
-        self._slabs = [torch.empty(min(first, capacity), dim, **self._like)]
+        self._slabs = [torch.empty(min(first, capacity), dim, dtype=dtype, device=device)]
 
     def slabs(self, start: int = 0, stop: int | None = None) -> list[Tensor]:
         """Return views of vectors start, ..., stop - 1, slab by slab."""
@@ -63,7 +62,7 @@ class Basis:
             )
         while self.size + len(Q_rD) > sum(map(len, self._slabs)):
             left = self.capacity - sum(map(len, self._slabs))
-            self._slabs.append(torch.empty(min(self._grow, left), self.dim, **self._like))
+            self._slabs.append(self._slabs[0].new_empty(min(self._grow, left), self.dim))
         self.size += len(Q_rD)
         done = 0
         for view in self.slabs(self.size - len(Q_rD)):
@@ -80,10 +79,10 @@ class Basis:
         if n != stop - start or k > n:
             raise ValueError(f"expected coefficients ({stop - start}, k), got {(n, k)}")
         views, targets = self.slabs(start, stop), self.slabs(start, start + k)
-        Y_kn = Y_nk.mT.to(**self._like).contiguous()
+        Y_kn = Y_nk.mT.to(self._slabs[0]).contiguous()
         parts = Y_kn.split([len(v) for v in views], dim=1)
         chunk = max(1024, _TEMPORARY_NUMEL // max(k, 1))
-        with full_precision(self._like["device"]):
+        with full_precision(self._slabs[0].device):
             for low in range(0, self.dim, chunk):
                 columns = slice(low, low + chunk)
                 new_kC = parts[0] @ views[0][:, columns]

@@ -66,12 +66,13 @@ class Calibration:
 
     def _best(self, block: int, expected: int) -> tuple[float, str, int]:
         products = max(expected if self.kept else block, 1)
-        return min(
+        options = (
             (seconds + self.setup[way] / products, way, width)
             for way, by_width in self.seconds.items()
             for width, seconds in by_width.items()
             if width <= block
         )
+        return min(options, default=(float("inf"), "", 1))
 
 
 def calibrate(operator: CurvatureOperator, batch: Any, expected: int) -> Calibration:
@@ -93,23 +94,16 @@ def calibrate(operator: CurvatureOperator, batch: Any, expected: int) -> Calibra
     known = _REMEMBERED.get(key) or _read(key, operator.ways)
     if known is None:
         known = _measure(operator, batch, expected)
+        operator.verified.update(known.seconds)
         _write(key, known)
     _REMEMBERED[key] = known
     return known
 
 
-def matches_reference(operator: CurvatureOperator, batch: Any, way: str, width: int) -> bool:
+def matches_reference(operator: CurvatureOperator, batch: Any, way: str) -> bool:
     """Whether a way gives the reference's products on a micro-batch, to rounding."""
-    probes = _probes(operator, min(width, 2))
-    expected = operator.product_on(batch, probes)
-    try:
-        got = operator.product_on(batch, probes, way)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        logger.info("way %r is not available here: %s", way, error)
-        return False
-    return _agree(expected, got)
+    probes = _probes(operator, 2)
+    return _agree(operator.product_on(batch, probes), operator.product_on(batch, probes, way))
 
 
 def _measure(operator: CurvatureOperator, batch: Any, expected: int) -> Calibration:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad, jvp, linearize, vjp, vmap
+from torch.func import functionalize, grad, jvp, linearize, vjp, vmap
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Params = tuple[Tensor, ...]
@@ -209,10 +209,12 @@ def _trace(fn: Callable[..., Any], params: Params) -> Callable[..., Any]:
         with _PlainZeros():
             return fn(*p)
 
+    # Without writes in place: the trace would do them again and again to the constants it folded.
+    pure = functionalize(traced)
     with warnings.catch_warnings():
         # Folding the constants of the trace warns about its own intermediate graph.
         warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
-        return linearize(traced, *params)[1]
+        return linearize(pure, *params)[1]
 
 
 @cache

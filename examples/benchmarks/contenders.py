@@ -1,0 +1,113 @@
+"""The other ways to multiply with a Hessian: curvlinops, and plain double backward.
+
+Import it; it is not run. Both are used in their best settings: data in memory, checks off, the
+number of samples given, attention without its fused kernels (which have no second derivative), and
+blocks cut into the width that a measurement finds fastest.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from models import Problem
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+WIDTHS = (1, 4, 8, 16, 32, 64)
+
+
+class DoubleBackward:
+    """Products by two backward passes, the gradient's graph built anew for every vector."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.shape = (problem.size, problem.size)
+        self.dtype = problem.params[0].dtype
+        self.device = problem.params[0].device
+        self._problem = problem
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        if V.ndim == 1:
+            return self._product(V)
+        return torch.stack([self._product(v) for v in V.mT.contiguous()]).mT
+
+    def _product(self, v: Tensor) -> Tensor:
+        params = self._problem.params
+        parts = v.split([p.numel() for p in params])
+        pieces = [part.view_as(p) for part, p in zip(parts, params, strict=True)]
+        out = torch.zeros_like(v)
+        for inputs, targets in self._problem.batches:
+            loss = self._problem.loss_fn(self._problem.model(inputs), targets)
+            slopes = torch.autograd.grad(loss, params, create_graph=True)
+            product = torch.autograd.grad(slopes, params, pieces)
+            flat = torch.cat([piece.reshape(-1) for piece in product])
+            out.add_(flat, alpha=len(inputs) / self._problem.num_samples)
+        return out
+
+
+class Counted:
+    """An operator whose products are counted and taken at most `width` at a time.
+
+    It has what hesscurv and skerch look for: `shape`, `dtype`, `device` and ``@``.
+    """
+
+    def __init__(self, operator: Any, width: int | None = None) -> None:
+        self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
+        self.num_matvecs = 0
+        self.width = width
+        self._operator = operator
+
+    def __matmul__(self, V: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            if V.ndim == 1:
+                self.num_matvecs += 1
+                return (self._operator @ V).detach()
+            self.num_matvecs += V.shape[1]
+            if self.width is None or V.shape[1] <= self.width:
+                return (self._operator @ V).detach()
+            return torch.cat(
+                [(self._operator @ part).detach() for part in V.split(self.width, 1)], 1
+            )
+
+
+def curvlinops_hessian(problem: Problem) -> Any:
+    """Return curvlinops' Hessian operator.
+
+    Raises:
+        ImportError: If curvlinops is not installed.
+    """
+    from curvlinops import HessianLinearOperator
+
+    return HessianLinearOperator(
+        problem.model,
+        problem.loss_fn,
+        problem.params,
+        problem.batches,
+        check_deterministic=False,
+        num_data=problem.num_samples,
+    )
+
+
+def fastest_width(operator: Any, most: int, rounds: int = 3) -> int:
+    """Return how many vectors at once, up to `most`, cost an operator the least per vector."""
+    best: dict[int, float] = {}
+    for width in [w for w in WIDTHS if w < most] + [most]:
+        block, chunked = block_of_vectors(operator, width), Counted(operator)
+        chunked @ block
+        times = []
+        while len(times) < rounds and sum(times) < 5:
+            start = time.perf_counter()
+            chunked @ block
+            times.append(time.perf_counter() - start)
+        best[width] = min(times) / width
+        if best[width] > 1.7 * min(best.values()):
+            break  # wider is worse still
+    return min(best, key=lambda width: best[width])
+
+
+def block_of_vectors(operator: Any, width: int) -> Tensor:
+    """Return random vectors (D, width), each contiguous: the order that suits all contenders."""
+    generator = torch.Generator().manual_seed(width)
+    rows = torch.randn(width, operator.shape[0], generator=generator, dtype=operator.dtype)
+    return rows.to(operator.device).mT
