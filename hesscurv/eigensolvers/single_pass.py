@@ -65,9 +65,9 @@ def single_pass(
     Warns:
         ConvergenceWarning: If residuals are measured and exceed the tolerance.
 
-    Cost: inner products, and k for the residuals. Storage: 1.25 outer D floats and some blocks.
-    SSRFT takes 4 inner + 4 outer FFTs of length D; the other kinds draw their 2 inner D random
-    numbers four times over and take inner (inner + 2 outer) D multiply-adds.
+    Cost: inner products, and k for the residuals. Storage: 1.125 outer D floats and some blocks.
+    SSRFT takes 4 (inner + outer) FFTs of length D; the other kinds take inner (inner + 2 outer) D
+    multiply-adds and, as Psi is drawn anew for each eighth of the basis, 12 inner D random numbers.
 
     References:
         Fernandez, Schneider, Mahsereci, Hennig, "Connecting parameter magnitudes and Hessian
@@ -95,7 +95,7 @@ def single_pass(
         M_nn[:, :outer] = measure(counted, omega, psi, 0, outer, basis_mD, block_size)
         # The other columns of Y count through Psi^T Y alone. They come in groups, wider than a
         # block, because Gaussian and Rademacher Psi are drawn anew for each.
-        group = max(block_size, outer // 4)
+        group = max(block_size, outer // 8)
         scratch_gD = basis_mD.new_empty(min(group, inner - outer), dim)
         for first in range(outer, inner, group):
             last = min(first + group, inner)

@@ -16,7 +16,7 @@ from torch import Tensor
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.rayleigh_ritz import rotate_
 
-_CHUNK_NUMEL = 2**24  # entries of one chunk of a basis: bounds what a cast to W's dtype takes
+_CHUNK_NUMEL = 2**23  # entries of one chunk of a basis: bounds what a cast to W's dtype takes
 _SUM_LENGTH = 4096  # products summed in W's dtype before the sum goes on in float64
 _MAX_PASSES = 12  # a block of condition 1/eps takes 4 or 5
 

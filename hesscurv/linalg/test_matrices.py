@@ -18,7 +18,7 @@ from torch import Tensor
 
 from hesscurv.linalg.orthogonalization import inner_products
 
-_BLOCK_NUMEL = 2**24  # entries drawn or transformed at once: 64 MiB in float32
+_BLOCK_NUMEL = 2**23  # entries drawn or transformed at once: 32 MiB in float32
 _MASK = 2**32 - 1
 
 

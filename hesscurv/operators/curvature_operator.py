@@ -104,7 +104,7 @@ class CurvatureOperator(LinearOperator):
         self._plan = MemoryPlan(self.objective.budget)
         self._separable = False
         self._largest: Any = None
-        self._compiled: Callable[..., Any] | None = None
+        self._compiled: dict[Any, Callable[..., Any]] = {}
         self._calibration: Calibration | None = None
         self._expected = _EXPECTED
         self._kept: dict[tuple[int, str], Linearization] = {}

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from hesscurv.operators import linearizations as ways
 from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.operators.linearizations import Linearization
+from hesscurv.operators.linearizations import Block, Linearization, Product
+from hesscurv.operators.tasks import map_tensors, tensors_of
 
 _WAYS = {
     "retained": ways.hessian_retained,
@@ -52,12 +53,27 @@ class HessianOperator(CurvatureOperator):
         return _WAYS[way](lambda p: self.objective.loss(p, batch), params)
 
     def _compiled_product(self, params: tuple[Tensor, ...], batch: Any) -> Linearization:
-        # One compiled function for all batches: only a new shape compiles anew.
-        if self._compiled is None:
+        """Trace forward over reverse to a plain graph of tensor operations, and compile that.
 
-            def product(params: Any, batch: Any, block: Any) -> Any:
-                return ways.hessian_vmapped(lambda p: self.objective.loss(p, batch), params)(*block)
+        The traced graph has weights and batch as arguments, so that it serves all batches of a
+        shape and later weights too; and it holds nothing that torch.compile could stumble over.
+        """
+        from torch.fx.experimental.proxy_tensor import make_fx  # slow to import
 
-            self._compiled = torch.compile(product, dynamic=False)
-        compiled = self._compiled
-        return lambda block: compiled(params, batch, block)
+        tensors, frame = tensors_of(batch), repr(map_tensors(batch, lambda t: tuple(t.shape)))
+        count, n = len(params), len(tensors)
+
+        def product(*flat: Tensor) -> Any:
+            inputs = iter(flat[count : count + n])
+            same = map_tensors(batch, lambda _: next(inputs))
+            apply = ways.hessian_vmapped(lambda p: self.objective.loss(p, same), flat[:count])
+            return apply(flat[count + n :])
+
+        def apply(block: Block) -> Product:
+            flat = (*params, *tensors, *block)
+            key = (frame, block[0].shape[0])
+            if key not in self._compiled:
+                self._compiled[key] = torch.compile(make_fx(product)(*flat), dynamic=False)
+            return self._compiled[key](*flat)
+
+        return apply

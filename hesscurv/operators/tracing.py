@@ -1,0 +1,117 @@
+"""A function's derivative as a recorded graph: what does not depend on the tangents runs once."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.func import jvp
+from torch.fx.experimental.const_fold import split_const_subgraphs
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> Callable[..., Any]:
+    """Return tangents -> (derivative of `fn` at `params`) tangents, as a graph without `fn`'s code.
+
+    As `torch.func.linearize`, which in torch 2.13 crashes on `mse_loss` and gives wrong products
+    where a tangent is written to in place (LSTM), since it folds what is written to.
+
+    Args:
+        fn: A function of the parameters, to be run once more at the first call.
+        params: Where the derivative is taken.
+
+    Raises:
+        RuntimeError: If `fn` writes to its arguments or to a constant on the way, or cannot be
+            traced.
+    """
+    load_forward_rules()
+
+    def tangent(*tangents: Tensor) -> Any:
+        with _PlainZeros():
+            return jvp(fn, params, tangents)[1]
+
+    graph = make_fx(tangent)(*(p.new_empty(()).expand_as(p) for p in params))
+    written = _find_written(graph.graph)
+    with warnings.catch_warnings():
+        # Folding warns about its own intermediate graph.
+        warnings.filterwarnings("ignore", "Attempted to insert a get_attr Node")
+        return split_const_subgraphs(graph, skip_folding_node_fn=written.__contains__)
+
+
+@cache
+def load_forward_rules() -> None:
+    """Let torch load its rules of forward mode, which warns of torch's own code, deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        with torch.autograd.forward_ad.dual_level():
+            torch.autograd.forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+
+
+class _PlainZeros(TorchDispatchMode):
+    """Make zero tangents real zeros: the tracer computes with constants, and these have no memory.
+
+    Without it, torch 2.13 ends in a segmentation fault where it traces `mse_loss`.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._efficientzerotensor.default:
+            func = torch.ops.aten.zeros.default
+        return func(*args, **(kwargs or {}))
+
+
+def _find_written(graph: fx.Graph) -> set[fx.Node]:
+    """Find the constants that are written to with what is none, and which thus must not be folded.
+
+    Folded, they would be written to again in every run, on top of what the last one left.
+    """
+    written: set[fx.Node] = set()
+    while True:
+        varying: set[fx.Node] = set()
+        before = len(written)
+        for node in graph.nodes:
+            if (
+                node.op == "placeholder"
+                or node in written
+                or not varying.isdisjoint(node.all_input_nodes)
+            ):
+                varying.add(node)
+                for target in _targets(node, writes=True):
+                    written |= _memory_of(target)
+        if len(written) == before:
+            return written
+
+
+def _memory_of(node: fx.Node) -> set[fx.Node]:
+    """Follow views back to the node that made the memory."""
+    if node.op != "call_function":
+        raise RuntimeError(f"cannot trace a function that writes to its {node.op} {node.name}")
+    chain = {node}
+    for source in _targets(node, writes=False):
+        chain |= _memory_of(source)
+    return chain
+
+
+def _targets(node: fx.Node, *, writes: bool) -> list[fx.Node]:
+    """The arguments that a node writes to, or whose memory its output shares."""
+    if node.op != "call_function":
+        return []
+    if node.target is operator.getitem or node.target is torch.ops.aten._unsafe_view.default:
+        return [] if writes else [node.args[0]]  # type: ignore[list-item]
+    schema = getattr(node.target, "_schema", None)
+    found = []
+    for i, argument in enumerate(schema.arguments if schema else []):
+        alias = argument.alias_info
+        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        if alias is not None and (alias.is_write or not writes):
+            found += [given] if isinstance(given, fx.Node) else list(filter(_is_node, given or ()))  # type: ignore[arg-type]
+    return found
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, fx.Node)
