@@ -34,9 +34,9 @@ def single_pass(
     ``Y = H Omega``, ``M = Psi^T Y``, ``Q = orth(Y[:, :outer])``,
     ``C = (Psi^T Q)^+ M ((Omega^T Q)^+)^T``, ``(C + C^T)/2 = U Lambda U^T``, ``V = Q U``, with
     random Omega, Psi (D, inner). Since no product waits for another, `measure` can take ranges of
-    them anywhere and any time. The price is accuracy, which falls along the spectrum: on a
-    network's Hessian of 7,030 parameters the eigenvalues up to number outer/2 were good to a few
-    percent.
+    them anywhere and any time. The price is accuracy, which falls along the spectrum: in the
+    paper's runs with 7,030 parameters and outer = 355 the eigenvalues were within 6 % up to number
+    200, and half of the true ones at number 300.
 
     Args:
         H: The symmetric operator, D x D, float32 or float64; what `eigsh` takes.

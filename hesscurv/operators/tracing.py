@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import jvp
+from torch.func import functionalize, jvp
 from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,10 +31,11 @@ def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> Call
             traced.
     """
     load_forward_rules()
+    pure = functionalize(fn)  # without `fn`'s own writes in place, which hold up the folding
 
     def tangent(*tangents: Tensor) -> Any:
         with _PlainZeros():
-            return jvp(fn, params, tangents)[1]
+            return jvp(pure, params, tangents)[1]
 
     graph = make_fx(tangent)(*(p.new_empty(()).expand_as(p) for p in params))
     written = _find_written(graph.graph)
@@ -66,25 +67,12 @@ class _PlainZeros(TorchDispatchMode):
 
 
 def _find_written(graph: fx.Graph) -> set[fx.Node]:
-    """Find the constants that are written to with what is none, and which thus must not be folded.
+    """Find the nodes whose memory is written to, which must not be folded.
 
-    Folded, they would be written to again in every run, on top of what the last one left.
+    Folded, it would be written to again in every run, and before what reads it first.
     """
-    written: set[fx.Node] = set()
-    while True:
-        varying: set[fx.Node] = set()
-        before = len(written)
-        for node in graph.nodes:
-            if (
-                node.op == "placeholder"
-                or node in written
-                or not varying.isdisjoint(node.all_input_nodes)
-            ):
-                varying.add(node)
-                for target in _targets(node, writes=True):
-                    written |= _memory_of(target)
-        if len(written) == before:
-            return written
+    targets = [target for node in graph.nodes for target in _targets(node, writes=True)]
+    return set().union(*map(_memory_of, targets))
 
 
 def _memory_of(node: fx.Node) -> set[fx.Node]:
