@@ -12,17 +12,13 @@ from torch import Tensor
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
 from hesscurv.eigensolvers.progress import Progress
-from hesscurv.eigensolvers.residuals import measured_residuals
+from hesscurv.eigensolvers.residuals import ConvergenceWarning, measured_residuals
 from hesscurv.linalg.device_memory import device_memory
 from hesscurv.linalg.rayleigh_ritz import ritz_pairs
 from hesscurv.operators.linear_operator import LinearOperator
 
 # The search for missed eigenvectors: by how much one would dominate, and when to give up.
 _DOMINANT, _MOST_STEPS, _MOST_ROUNDS = 10.0, 30, 3
-
-
-class ConvergenceWarning(UserWarning):
-    """Some of the returned eigenpairs have not converged."""
 
 
 def block_krylov(

@@ -8,6 +8,10 @@ from torch import Tensor
 from hesscurv.operators.linear_operator import LinearOperator
 
 
+class ConvergenceWarning(UserWarning):
+    """Some of the returned eigenpairs have not converged."""
+
+
 def measured_residuals(
     H: LinearOperator, eigenvalues: Tensor, V_Dk: Tensor, block_size: int = 32
 ) -> Tensor:

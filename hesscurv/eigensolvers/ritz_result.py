@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscurv.eigensolvers.block_krylov import ConvergenceWarning
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
-from hesscurv.eigensolvers.residuals import converged, measured_residuals
+from hesscurv.eigensolvers.residuals import (
+    ConvergenceWarning,
+    converged,
+    measured_residuals,
+)
 from hesscurv.linalg.orthogonalization import complete_
 from hesscurv.linalg.rayleigh_ritz import ritz_pairs, rotate_
 

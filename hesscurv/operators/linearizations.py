@@ -6,15 +6,14 @@ takes functions of the parameters and returns a map from block to block, ``None`
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functionalize, grad, jvp, linearize, vjp, vmap
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.func import grad, jvp, vjp, vmap
+
+from hesscurv.operators.tracing import load_forward_rules, trace_derivative
 
 Params = tuple[Tensor, ...]
 Block = tuple[Tensor, ...]
@@ -42,7 +41,7 @@ def hessian_batched(loss: Callable[[Params], Tensor], params: Params) -> Lineari
 
 def hessian_vmapped(loss: Callable[[Params], Tensor], params: Params) -> Linearization:
     """Forward over reverse, vectorised: vmap of jvp(grad), nothing retained."""
-    _load_forward_rules()
+    load_forward_rules()
     gradient = grad(lambda *p: loss(p), argnums=tuple(range(len(params))))
     product = vmap(lambda *v: jvp(gradient, params, v)[1])
     return lambda block: product(*block)
@@ -87,7 +86,7 @@ def gauss_newton_vmapped(
     params: Params,
 ) -> Linearization:
     """J v by vectorised forward mode, J^T u through a retained graph."""
-    _load_forward_rules()
+    load_forward_rules()
 
     def forward(*tangents: Tensor) -> Tensor:
         return jvp(lambda *p: outputs(p), params, tangents)[1]
@@ -101,7 +100,7 @@ def gauss_newton_linearized(
     params: Params,
 ) -> Linearization:
     """J v by running a trace of the outputs' derivative on all vectors at once."""
-    tangent = _trace(lambda *p: outputs(p), params)
+    tangent = trace_derivative(lambda *p: outputs(p), params)
     return _gauss_newton_with(vmap(tangent), outputs, curvature, params)
 
 
@@ -199,43 +198,7 @@ def _batched(graph: tuple[list[Any], list[Tensor]], params: Params) -> Lineariza
 
 
 def _traced_gradient(loss: Callable[[Params], Tensor], params: Params) -> Callable[..., Any]:
-    return _trace(grad(lambda *p: loss(p), argnums=tuple(range(len(params)))), params)
-
-
-def _trace(fn: Callable[..., Any], params: Params) -> Callable[..., Any]:
-    _load_forward_rules()
-
-    def traced(*p: Tensor) -> Any:
-        with _PlainZeros():
-            return fn(*p)
-
-    # Without writes in place: the trace would do them again and again to the constants it folded.
-    pure = functionalize(traced)
-    with warnings.catch_warnings():
-        # Folding the constants of the trace warns about its own intermediate graph.
-        warnings.filterwarnings("ignore", message="Attempted to insert a get_attr Node")
-        return linearize(pure, *params)[1]
-
-
-@cache
-def _load_forward_rules() -> None:
-    """Let torch load its rules of forward mode, which warns of torch's own code, deprecated."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
-        with torch.autograd.forward_ad.dual_level():
-            torch.autograd.forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
-
-
-class _PlainZeros(TorchDispatchMode):
-    """Make zero tangents real zeros: the tracer folds constants, and a zero tensor has no memory.
-
-    Without it, torch 2.13 ends in a segmentation fault where it traces `mse_loss`.
-    """
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten._efficientzerotensor.default:
-            func = torch.ops.aten.zeros.default
-        return func(*args, **(kwargs or {}))
+    return trace_derivative(grad(lambda *p: loss(p), argnums=tuple(range(len(params)))), params)
 
 
 def _gauss_newton_retained(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from planted import PlainOperator, assert_valid, by_magnitude, indefinite, planted
 
-from hesscurv.eigensolvers.block_krylov import ConvergenceWarning
+from hesscurv import ConvergenceWarning
 from hesscurv.eigensolvers.single_pass import core_matrix, measure, single_pass
 from hesscurv.linalg.orthogonalization import orthonormalize_
 from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix

@@ -4,7 +4,7 @@ import pytest
 import torch
 from planted import PlainOperator, assert_valid, by_magnitude, indefinite, planted
 
-from hesscurv.eigensolvers.block_krylov import ConvergenceWarning
+from hesscurv import ConvergenceWarning
 from hesscurv.eigensolvers.rayleigh_ritz import rayleigh_ritz
 
 every_kind = pytest.mark.parametrize("measurements", ["gaussian", "rademacher", "ssrft"])
