@@ -61,12 +61,17 @@ OWN_GRAPH = (
     *("encoder_layer", "lstm", "tied_weights", "unused", "linear_loss", "dict_batches"),
     *("pinn_of_model", "pinn_func", "checkpointed", "weight_norm"),
 )
-# Ways of computing the Hessian for which torch lacks a rule on these models.
+SLOW_TO_TRACE = ("encoder_layer", "lstm", "tied_weights")
+# Ways of computing for which torch lacks a rule on these models.
 _FUNCTIONAL = ("vmapped", "linearized", "linearized_batched")
 REFUSED = {
-    "relu_mlp": ("vmapped",),
-    "pinn_of_model": _FUNCTIONAL,
-    "checkpointed": _FUNCTIONAL,
+    ("relu_mlp", "hessian"): ("vmapped",),
+    ("encoder_layer", "ggn"): ("vmapped",),
+    ("encoder_layer", "fisher"): ("vmapped",),
+    ("pinn_of_model", "hessian"): _FUNCTIONAL,
+    ("checkpointed", "hessian"): _FUNCTIONAL,
+    ("checkpointed", "ggn"): ("vmapped", "linearized_batched"),
+    ("checkpointed", "fisher"): ("vmapped", "linearized_batched"),
 }
 
 
@@ -75,13 +80,13 @@ def kinds(name: str) -> tuple[str, ...]:
     return ("hessian",) if name in WITHOUT_PARTS else ("hessian", "ggn", "fisher")
 
 
-def build(name: str) -> Problem:
-    """Build a problem: the same one every time, in float64."""
+def build(name: str, batches: int | None = None) -> Problem:
+    """Build a problem, or one of its first batches alone: the same every time, in float64."""
     torch.manual_seed(len(name))
     problem = CASES[name]()
     problem.model.double()
     if problem.batches is not None:
-        problem.batches = [_cast(batch, torch.float64) for batch in problem.batches]
+        problem.batches = [_cast(batch, torch.float64) for batch in problem.batches[:batches]]
     problem.points[:] = [_cast(p, torch.float64) for p in problem.points]
     return problem
 
@@ -375,7 +380,7 @@ def _encodings() -> list[BatchEncoding]:
 
 
 @case
-def callable() -> Problem:  # noqa: A001
+def callable() -> Problem:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return model(**batch).loss
 
@@ -486,7 +491,8 @@ def checkpointed() -> Problem:
 @case
 def pruned() -> Problem:
     model = _mlp()
-    prune.l1_unstructured(model[0], "weight", amount=0.4)
+    with torch.no_grad():  # else the module cannot be copied
+        prune.l1_unstructured(model[0], "weight", amount=0.4)
     return _supervised(model, _data(4))
 
 

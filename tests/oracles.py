@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import cases
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 
-@lru_cache(maxsize=None)
-def dense(name: str, kind: str) -> Tensor:
-    """The "hessian", "ggn" or "fisher" of a registered case in float64; computed once."""
-    return MATRICES[kind](cases.build(name))
+@cache
+def dense(name: str, kind: str, batches: int | None = None) -> Tensor:
+    """The "hessian", "ggn" or "fisher" of a registered case, or of its first batches; once."""
+    return MATRICES[kind](cases.build(name, batches))
 
 
 def dense_hessian(problem: cases.Problem) -> Tensor:

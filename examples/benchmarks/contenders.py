@@ -7,6 +7,7 @@ blocks cut into the width that a measurement finds fastest.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from typing import Any
 
@@ -71,12 +72,16 @@ class Counted:
             )
 
 
-def curvlinops_hessian(problem: Problem) -> Any:
-    """Return curvlinops' Hessian operator.
+def is_installed(*packages: str) -> bool:
+    """Return whether packages can be imported; say which cannot."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"left out for want of {', '.join(missing)}: pip install 'hesscurv[bench]'")
+    return not missing
 
-    Raises:
-        ImportError: If curvlinops is not installed.
-    """
+
+def curvlinops_hessian(problem: Problem) -> Any:
+    """Return curvlinops' Hessian operator."""
     from curvlinops import HessianLinearOperator
 
     return HessianLinearOperator(

@@ -319,9 +319,9 @@ RECIPES = {
         samples=200,
     ),
     "small convnet": Recipe(
-        model=lambda: convnet(width=4, hidden=32, side=8),
+        model=lambda: convnet(width=4, hidden=16, side=8),
         data=lambda folder: digits(folder, 8, 1),
-        num_params=1_786,
+        num_params=1_098,
         steps=200,
         batch=64,
         lr=0.1,

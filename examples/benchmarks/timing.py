@@ -18,7 +18,7 @@ from typing import Any
 
 @dataclass
 class Times:
-    """Seconds of one contender, one entry a round, and what its first call returned."""
+    """Seconds of one contender, one entry a round, and what was kept of its first call."""
 
     seconds: list[float]
     first: Any = None
@@ -59,6 +59,7 @@ def interleaved(
     at_least: float = 0.0,
     long: float = math.inf,
     rounds_of_long: int = 3,
+    keep: Callable[[Any], Any] | None = None,
     say: Callable[[str], None] | None = None,
 ) -> dict[str, Times]:
     """Time contenders in turns, in another order every round, without garbage collection.
@@ -72,6 +73,7 @@ def interleaved(
         at_least: Seconds that one measurement takes at least, by repeating the call.
         long: Seconds from which a call counts as long.
         rounds_of_long: Rounds of a long one in all, instead of `rounds`.
+        keep: What to make of a first call's result, untimed; None keeps nothing.
         say: Is told each measurement as it comes.
 
     Returns:
@@ -85,7 +87,10 @@ def interleaved(
         if at_least > 0:
             seconds, _ = _timed(fn, 1)  # the first call may have compiled or allocated
         is_long = seconds >= long
-        times[name] = Times([seconds] if is_long else [], first)
+        times[name] = Times([seconds] if is_long else [])
+        if keep is not None:
+            times[name].first = keep(first)
+        del first
         repeats[name] = max(1, math.ceil(at_least / max(seconds, 1e-9)))
         left[name] = rounds_of_long - 1 if is_long else rounds
         if say is not None:

@@ -130,14 +130,7 @@ class CurvatureOperator(LinearOperator):
         width = vectors_BD.shape[0]
         if self.way == "auto" and self.num_matvecs + width > _CALIBRATE_FROM:
             self.calibrate(max(_EXPECTED, self.num_matvecs))
-        while True:
-            out_BD = torch.zeros_like(vectors_BD)
-            try:
-                self._accumulate(vectors_BD, out_BD)
-                break
-            except torch.OutOfMemoryError:
-                pass  # and leave the handler, which keeps the failed frames' tensors alive
-            self._shrink()
+        out_BD = self._within_memory(lambda: self._accumulate(vectors_BD))
         if not bool(torch.isfinite(out_BD).all()):
             raise ValueError(
                 "the product has NaN or inf entries, so the loss has no finite second derivative "
@@ -145,7 +138,17 @@ class CurvatureOperator(LinearOperator):
             )
         return out_BD.mT
 
-    def _accumulate(self, vectors_BD: Tensor, out_BD: Tensor) -> None:
+    def _within_memory(self, fn: Callable[[], Any]) -> Any:
+        """Run, with less at once each time that memory runs out."""
+        while True:
+            try:
+                return fn()
+            except torch.OutOfMemoryError:
+                pass  # and leave the handler, which keeps the failed frames' tensors alive
+            self._shrink()
+
+    def _accumulate(self, vectors_BD: Tensor) -> Tensor:
+        out_BD = torch.zeros_like(vectors_BD)
         way, chunk = self.choice(vectors_BD.shape[0])
         for index, batch, weight in self._microbatches():
             apply = self._prepared(index, batch, way)
@@ -168,6 +171,7 @@ class CurvatureOperator(LinearOperator):
                 logger.warning(
                     "out of memory: going on with %d vectors at once", self._plan.max_vectors
                 )
+        return out_BD
 
     def _apply(self, way: str, apply: Linearization, part_BD: Tensor) -> tuple[Any, ...]:
         pieces = tuple(
@@ -177,8 +181,7 @@ class CurvatureOperator(LinearOperator):
         # Checkpointed models run their forward again inside a backward pass, so wherever the model
         # as found would compute something else, it has to be put into its mode here too.
         if way in _RUN_MODEL_CODE or not self.objective.computes_as_found():
-            with self.objective.environment(compiling=way == "compiled"):
-                return self.objective.substituted(lambda: apply(pieces))
+            return self.objective.run(lambda: apply(pieces), compiling=way == "compiled")
         with differentiable(self.device):
             return apply(pieces)
 
@@ -210,6 +213,9 @@ class CurvatureOperator(LinearOperator):
                     yield index, part, share * w / sum(weights)
                     index += 1
 
+    def _first_microbatch(self) -> Any:
+        return next(iter(self._microbatches()))[1]
+
     @property
     def memory_plan(self) -> MemoryPlan:
         """How much goes through a product at once."""
@@ -217,8 +223,8 @@ class CurvatureOperator(LinearOperator):
 
     def prepare(self, batch: Any, way: str) -> Linearization:
         """Set one batch's product up, in one way, without keeping it."""
-        with self.objective.environment():
-            return self._linearize(way, self.objective.parameters(), batch)
+        params = self.objective.parameters()
+        return self.objective.run(lambda: self._linearize(way, params, batch))
 
     def run(self, apply: Linearization, vectors_BD: Tensor, way: str) -> Tensor:
         """Apply what `prepare` returned to vectors (B, D), uncounted and unweighted."""
@@ -263,8 +269,9 @@ class CurvatureOperator(LinearOperator):
         if self._calibration is None or expected > 4 * self._expected:
             self._expected = expected
             with torch.inference_mode(False):
-                _, batch, _ = next(iter(self._microbatches()))
-                self._calibration = calibrate(self, batch, expected)
+                self._calibration = self._within_memory(
+                    lambda: calibrate(self, self._first_microbatch(), expected)
+                )
         return self._calibration
 
     def seconds_per_vector(self, block: int) -> float:
@@ -277,8 +284,7 @@ class CurvatureOperator(LinearOperator):
         """Compare a way with the reference, once: leave it out, or refuse it if asked for."""
         try:
             with torch.inference_mode(False):
-                _, batch, _ = next(iter(self._microbatches()))
-                agrees = matches_reference(self, batch, way)
+                agrees = matches_reference(self, self._first_microbatch(), way)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -352,6 +358,8 @@ class CurvatureOperator(LinearOperator):
         if not self.objective.refresh():
             return
         self._kept.clear()
+        if self.objective.is_closure:  # what it has captured is compiled in
+            self._compiled.clear()
         if self.objective.batches.kept is not batches:  # the weights may have changed with them
             self.total_weight = 0.0
             for i, batch in enumerate(self.objective.batches):

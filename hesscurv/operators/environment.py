@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -39,8 +40,8 @@ def preserved(
     Put back, also after an exception: each module's attributes, among them its `training` flag and
     the plain tensors that pruning, weight normalisation and recurrent layers set in every forward;
     and the state of the CPU's and the device's random number generators. Parameters and buffers are
-    not touched: the caller runs the model on substitutes. torch.compile is suspended, since
-    compiled code cannot be differentiated twice.
+    not touched: the caller runs the model on substitutes. The modules' backward hooks are off, and
+    torch.compile is suspended, since compiled code cannot be differentiated twice.
 
     Args:
         model: The module.
@@ -61,9 +62,11 @@ def preserved(
         if any(map(has_weight_norm, modules)):
             stack.enter_context(_PlainWeightNorm())
         try:
-            if training is not None:
-                for m in modules:
+            for m in modules:
+                if training is not None:
                     m.training = training
+                # Hooks on gradients see and change what is not theirs to see here.
+                m._backward_hooks, m._backward_pre_hooks = OrderedDict(), OrderedDict()
             yield
         finally:
             for m, flag, before in zip(modules, flags, attributes, strict=True):

@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hesscurv.operators import linearizations as ways
 from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.operators.linearizations import Block, Linearization, Product
 from hesscurv.operators.tasks import map_tensors, tensors_of
+from hesscurv.operators.tracing import PlainZeros
 
 _WAYS = {
     "retained": ways.hessian_retained,
@@ -55,25 +57,28 @@ class HessianOperator(CurvatureOperator):
     def _compiled_product(self, params: tuple[Tensor, ...], batch: Any) -> Linearization:
         """Trace forward over reverse to a plain graph of tensor operations, and compile that.
 
-        The traced graph has weights and batch as arguments, so that it serves all batches of a
-        shape and later weights too; and it holds nothing that torch.compile could stumble over.
+        The traced graph has weights, buffers and batch as arguments, so that it serves all batches
+        of a shape and later weights too; and nothing in it is more than torch.compile can take.
         """
-        from torch.fx.experimental.proxy_tensor import make_fx  # slow to import
-
-        tensors, frame = tensors_of(batch), repr(map_tensors(batch, lambda t: tuple(t.shape)))
-        count, n = len(params), len(tensors)
+        tensors, frame = tensors_of(batch), repr(map_tensors(batch, lambda t: (t.shape, t.dtype)))
+        constants = self.objective.constants
+        count = len(params)
 
         def product(*flat: Tensor) -> Any:
-            inputs = iter(flat[count : count + n])
-            same = map_tensors(batch, lambda _: next(inputs))
-            apply = ways.hessian_vmapped(lambda p: self.objective.loss(p, same), flat[:count])
-            return apply(flat[count + n :])
+            left = iter(flat[2 * count :])
+            others = {name: next(left) for name in constants}
+            same = map_tensors(batch, lambda _: next(left))
+            with PlainZeros():
+                return ways.hessian_vmapped(
+                    lambda p: self.objective.loss(p, same, others), flat[:count]
+                )(flat[count : 2 * count])
 
         def apply(block: Block) -> Product:
-            flat = (*params, *tensors, *block)
-            key = (frame, block[0].shape[0])
+            flags = tuple(m.training for m in self.objective.model.modules())
+            key = (frame, flags, block[0].shape[0])
+            arguments = (*params, *block, *constants.values(), *tensors)
             if key not in self._compiled:
-                self._compiled[key] = torch.compile(make_fx(product)(*flat), dynamic=False)
-            return self._compiled[key](*flat)
+                self._compiled[key] = torch.compile(make_fx(product)(*arguments), dynamic=False)
+            return self._compiled[key](*arguments)
 
         return apply

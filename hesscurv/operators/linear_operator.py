@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscurv.linalg.precision import full_precision
+
 
 class LinearOperator(ABC):
     """A symmetric operator H of size D x D that is applied, never formed.
@@ -51,7 +53,9 @@ class LinearOperator(ABC):
 
     def __rmatmul__(self, other: Tensor) -> Tensor:
         """Return ``v @ H`` or ``V @ H`` for V (b, D): the operator is symmetric."""
-        return (self @ other.mT).mT if other.ndim == 2 else self @ other
+        if isinstance(other, Tensor) and other.ndim == 2:
+            return (self @ other.mT).mT
+        return self @ other
 
     def matvec(self, vector: Tensor) -> Tensor:
         """Return ``H @ v``."""
@@ -77,7 +81,7 @@ class LinearOperator(ABC):
         for start in range(0, size, block_size):
             stop = min(start + block_size, size)
             unit = torch.zeros(size, stop - start, dtype=self.dtype, device=self.device)
-            unit[torch.arange(start, stop), torch.arange(stop - start)] = 1
+            unit[start:stop].fill_diagonal_(1)
             dense[:, start:stop] = self @ unit
         return (dense + dense.mT) / 2
 
@@ -93,7 +97,8 @@ class LinearOperator(ABC):
             raise ImportError("to_scipy needs SciPy: pip install 'hesscurv[bench]'") from error
 
         def apply(array: Any) -> Any:
-            tensor = torch.as_tensor(array, dtype=self.dtype, device=self.device)
+            # A copy: SciPy's arrays may be read-only or have negative strides.
+            tensor = torch.from_numpy(array.copy()).to(self.device, self.dtype)
             return (self @ tensor).cpu().numpy()
 
         numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
@@ -159,7 +164,8 @@ class DenseOperator(LinearOperator):
         self._matrix = matrix
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
-        return self._matrix @ vectors_DB
+        with full_precision(self.device):
+            return self._matrix @ vectors_DB
 
 
 class ForeignOperator(LinearOperator):
@@ -193,11 +199,13 @@ class ForeignOperator(LinearOperator):
         self.layout = getattr(operator, "layout", None)
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
-        out = self._operator @ vectors_DB
-        if not isinstance(out, Tensor) or out.shape != vectors_DB.shape:
+        with full_precision(self.device):
+            out = self._operator @ vectors_DB
+        like = isinstance(out, Tensor) and out.shape == vectors_DB.shape
+        if not like or out.dtype != self.dtype or out.device != vectors_DB.device:
             raise ValueError(
-                f"expected the operator to return a tensor of shape {tuple(vectors_DB.shape)}, got "
-                f"{_kind(out)}"
+                f"expected the operator to return a tensor of shape {tuple(vectors_DB.shape)} and "
+                f"dtype {self.dtype} on {vectors_DB.device}, got {_kind(out)}"
             )
         return out.detach()
 
@@ -213,5 +221,5 @@ def as_linear_operator(operator: Any) -> LinearOperator:
 
 def _kind(value: Any) -> str:
     if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype}"
+        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype} on {value.device}"
     return f"a {type(value).__name__}"

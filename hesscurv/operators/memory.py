@@ -117,17 +117,18 @@ def is_mean_over_parts(objective: Objective, batch: Any, size: int) -> bool:
 
 def _graph_bytes(objective: Objective, batch: Any) -> float:
     """Count the bytes that the gradient's graph of a batch holds, inputs and parameters aside."""
-    with objective.environment():
-        leaves = tuple(p.detach().requires_grad_() for p in objective.parameters())
-        made = _Storages()
-        with made:
+
+    def measure() -> float:
+        leaves = objective.leaves()
+        with _Storages() as made:
             loss = objective.loss(leaves, batch)
             if not loss.requires_grad:
                 return 0.0
-            grads = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)
-        alive = made.bytes_alive()
-        del grads, loss
-    return alive
+            # Bound to a name: what it holds is what is counted.
+            slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)  # noqa: F841
+        return made.bytes_alive()
+
+    return float(objective.run(measure))
 
 
 class _Storages(TorchDispatchMode):
@@ -139,9 +140,11 @@ class _Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in tensors_of((args, kwargs))}
         for t in tensors_of(out):
             storage = t.untyped_storage()
-            self._made[id(storage)] = weakref.ref(storage)
+            if id(storage) not in given:  # else a view
+                self._made[id(storage)] = weakref.ref(storage)
         return out
 
     def bytes_alive(self) -> float:

@@ -81,9 +81,9 @@ class Objective:
         self.batches = Batches(batches, self.device, self._cast, self.budget // 4)
         self._wrapper = _Wrapper(self.model)
         self._values: tuple[Tensor, ...] = ()
-        self._constants: dict[str, Tensor] = {}
+        self.constants: dict[str, Tensor] = {}
         self._marks: tuple[Any, ...] = ()
-        self._is_closure = batches is None
+        self.is_closure = batches is None
         self._closure_loss: float | None = None
         self.refresh()
 
@@ -120,14 +120,14 @@ class Objective:
             marks = self._read_marks()
             if marks != self._marks or self._differs():
                 self._values = tuple(p.to(self.dtype, copy=True) for p in self._selected.values())
-                self._constants = {
-                    name: self._substitute(p)
-                    for name, p in self._named()
+                self.constants = {
+                    name: self._substitute(t)
+                    for name, t in [*self._named(), *self.model.named_buffers()]
                     if name not in self._selected
                 }
                 self._marks = marks
                 changed = True
-        if self._is_closure:
+        if self.is_closure:
             with self.environment():
                 loss = float(self.loss(self._values, None).detach())
             changed |= loss != self._closure_loss
@@ -139,9 +139,17 @@ class Objective:
         own = getattr(self.task, "weight", None)
         return float(own(batch)) if callable(own) else Task.weight(self.task, batch)  # type: ignore[arg-type]
 
-    def loss(self, params: tuple[Tensor, ...], batch: Any) -> Tensor:
-        """Return the scalar mean loss of a batch at given parameters."""
-        loss = self._call(self._loss, params, batch)
+    def loss(
+        self, params: tuple[Tensor, ...], batch: Any, constants: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the scalar mean loss of a batch at given parameters.
+
+        Args:
+            params: Values of the selected parameters.
+            batch: The batch, on the device.
+            constants: Values of all other parameters and buffers; default the model's present ones.
+        """
+        loss = self._call(self._loss, params, batch, constants)
         if not isinstance(loss, Tensor):
             raise TypeError(
                 f"expected the loss as a scalar tensor, got a {type(loss).__name__}; return the "
@@ -186,13 +194,21 @@ class Objective:
             and (self.training is None or all(m.training == self.training for m in modules))
             and all(p.requires_grad == (n in self._selected) for n, p in self._named())
             and not any(m.training and m._buffers for m in modules)
+            and not any(m._backward_hooks or m._backward_pre_hooks for m in modules)
             and not any(is_compiled(m) or has_weight_norm(m) for m in modules)
         )
 
-    def substituted(self, fn: Callable[[], Any]) -> Any:
-        """Run `fn` while leaves with the values of `parameters` stand in for the model's own."""
-        leaves = tuple(p.detach().requires_grad_() for p in self._values)
-        return self._call(lambda *_: fn(), leaves, None)
+    def leaves(self) -> tuple[Tensor, ...]:
+        """Return `parameters` as new leaves of a graph."""
+        return tuple(p.detach().requires_grad_() for p in self._values)
+
+    def run(self, fn: Callable[[], Any], *, compiling: bool = False) -> Any:
+        """Run `fn` in `environment`, while `leaves` stand in for the model's own parameters.
+
+        So has to run whatever differentiates: a checkpointed model's forward runs again then.
+        """
+        with self.environment(compiling=compiling):
+            return self._call(lambda *_: fn(), self.leaves(), None)
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
@@ -234,10 +250,16 @@ class Objective:
         tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
         return tensor.to(self._cast) if self._cast and tensor.is_floating_point() else tensor
 
-    def _call(self, fn: Callable[..., Any], params: tuple[Tensor, ...], batch: Any) -> Any:
-        tensors = dict(zip(self._selected, params, strict=True)) | self._constants
+    def _call(
+        self,
+        fn: Callable[..., Any],
+        params: tuple[Tensor, ...],
+        batch: Any,
+        constants: dict[str, Tensor] | None = None,
+    ) -> Any:
+        tensors = dict(zip(self._selected, params, strict=True)) | (constants or self.constants)
         # Copies, so that what a forward writes to a buffer is lost with them.
-        tensors.update({n: self._substitute(b).clone() for n, b in self.model.named_buffers()})
+        tensors.update({n: tensors[n].clone() for n, _ in self.model.named_buffers()})
         return functional_call(
             self._wrapper, {f"model.{n}": t for n, t in tensors.items()}, (fn, batch)
         )

@@ -76,7 +76,7 @@ class ParameterLayout:
             )
         shapes = dict(zip(self.names, self.shapes, strict=True))
         return {
-            name: vector[part].reshape(*shapes[name], *vector.shape[1:])
+            name: vector[part].reshape((*shapes[name], *vector.shape[1:]))
             for name, part in self.slices().items()
         }
 

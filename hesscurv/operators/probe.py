@@ -49,13 +49,15 @@ def check_deterministic(objective: Objective, batch: Any) -> None:
 
 def check_dependent(objective: Objective, batch: Any) -> None:
     """Warn where the loss does not involve the selected parameters; one gradient."""
-    with objective.environment():
-        leaves = tuple(p.detach().requires_grad_() for p in objective.parameters())
+
+    def depends() -> bool:
+        leaves = objective.leaves()
         loss = objective.loss(leaves, batch)
-        found = loss.requires_grad and any(
-            g is not None for g in torch.autograd.grad(loss, leaves, allow_unused=True)
+        return loss.requires_grad and any(
+            slope is not None for slope in torch.autograd.grad(loss, leaves, allow_unused=True)
         )
-    if not found:
+
+    if not objective.run(depends):
         warnings.warn(
             f"the loss does not depend on any of {list(objective.layout.names[:4])}, so its "
             "curvature there is zero; a closure must use this very model, and nothing on the way "

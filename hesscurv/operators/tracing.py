@@ -34,7 +34,7 @@ def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> Call
     pure = functionalize(fn)  # without `fn`'s own writes in place, which hold up the folding
 
     def tangent(*tangents: Tensor) -> Any:
-        with _PlainZeros():
+        with PlainZeros():
             return jvp(pure, params, tangents)[1]
 
     graph = make_fx(tangent)(*(p.new_empty(()).expand_as(p) for p in params))
@@ -54,7 +54,7 @@ def load_forward_rules() -> None:
             torch.autograd.forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
 
-class _PlainZeros(TorchDispatchMode):
+class PlainZeros(TorchDispatchMode):
     """Make zero tangents real zeros: the tracer computes with constants, and these have no memory.
 
     Without it, torch 2.13 ends in a segmentation fault where it traces `mse_loss`.

@@ -1,0 +1,121 @@
+"""The benchmarks run, measure the networks that they name, and report what they measured."""
+
+import argparse
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[1] / "examples" / "benchmarks"
+PEERS = ("curvlinops", "skerch", "scipy")
+
+
+def load(name):
+    """A module of the benchmarks, which import each other as scripts of one folder do."""
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["products", "eigensolvers", "memory"])
+def test_benchmark_runs(name, tmp_path):
+    if name != "memory" and any(importlib.util.find_spec(peer) is None for peer in PEERS):
+        pytest.skip("needs the extra hesscurv[bench]")
+    kept = FOLDER / "results.jsonl"
+    before = kept.read_bytes() if kept.exists() else None
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--results", "none"],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    verdicts = [line for line in done.stdout.splitlines() if line.startswith(("PASS", "MISS"))]
+    assert len(verdicts) >= 3
+    assert (kept.read_bytes() if kept.exists() else None) == before
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("mlp", 7030), ("convnet", 72010), ("3c3d", 895210), ("resnet20", 272474), ("gpt", 354336)],
+)
+def test_networks_have_their_published_sizes(name, size):
+    model = load("models").RECIPES[name].model()
+    assert sum(p.numel() for p in model.parameters()) == size
+
+
+def test_balanced_takes_equal_numbers_of_every_class():
+    torch = pytest.importorskip("torch")
+    labels = torch.arange(10).repeat(30)
+    chosen = load("models").balanced(labels, 64)
+    counts = labels[chosen].bincount(minlength=10)
+    assert int(chosen.sum()) == 64
+    assert int(counts.max() - counts.min()) <= 1
+
+
+def test_contenders_take_turns():
+    calls = []
+    timing = load("timing")
+    times = timing.interleaved(
+        {name: lambda name=name: calls.append(name) for name in "abc"}, 4, keep=str
+    )
+    assert calls[:3] == ["a", "b", "c"]  # the warm-up
+    rounds = [calls[i : i + 3] for i in range(3, 15, 3)]
+    assert [sorted(r) for r in rounds] == [["a", "b", "c"]] * 4
+    assert [len(t.seconds) for t in times.values()] == [4, 4, 4]
+    assert times["a"].first == "None"
+
+
+def test_a_long_contender_has_fewer_rounds():
+    calls = []
+    times = load("timing").interleaved({"a": lambda: calls.append("a")}, 9, long=0.0)
+    assert len(times["a"].seconds) == len(calls) == 3
+
+
+def test_ratios_are_taken_round_by_round():
+    timing = load("timing")
+    ratios = timing.Times([2.0, 8.0, 6.0]).over(timing.Times([1.0, 2.0, 1.0]), parts=2)
+    assert ratios.seconds == [1.0, 2.0, 3.0]
+    assert ratios.median == 2.0
+    assert ratios.quartiles == (1.5, 2.5)
+
+
+def test_results_are_appended_as_lines(tmp_path, capsys):
+    results = load("results")
+    path = tmp_path / "results.jsonl"
+    for _ in range(2):
+        options = argparse.Namespace(quick=False, results=str(path), data=tmp_path, rounds=3)
+        report = results.Report("products", options)
+        report.rows.append({"seconds": 1.5})
+        report.judge("at most 2", True, "1.5")
+        report.write()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert len(lines) == 2
+    assert lines[0]["rows"] == [{"seconds": 1.5}]
+    assert lines[0]["verdicts"] == [{"target": "at most 2", "reached": True, "detail": "1.5"}]
+    assert lines[0]["environment"]["threads"] >= 1
+    assert str(tmp_path) not in path.read_text()
+    assert "PASS  at most 2: 1.5" in capsys.readouterr().out
+
+
+def test_quick_runs_leave_no_results(tmp_path, monkeypatch):
+    results = load("results")
+    monkeypatch.setattr(results, "DEFAULT_RESULTS", tmp_path / "results.jsonl")
+    results.Report("products", argparse.Namespace(quick=True, results=None)).write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tables_are_aligned(capsys):
+    load("results").print_table(["name", "n"], [("a", 1), ("longer", 12.5), ("b", None)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["name       n", "------  ----", "a          1", "longer  12.5", "b          -"]
