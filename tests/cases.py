@@ -12,11 +12,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import networks
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
-from torch.utils.checkpoint import checkpoint
 
 import hesscurv
 
@@ -54,7 +54,7 @@ class Problem:
 
 
 CASES: dict[str, Callable[[], Problem]] = {}
-WITHOUT_PARTS = ("callable", "pinn", "pinn_of_model", "pinn_func", "linear_loss", "regularised")
+WITHOUT_PARTS = ("own_callable", "pinn", "pinn_of_model", "pinn_func", "linear_loss", "regularised")
 # Cases that differ in the graph of the loss, on which every way of computing is tried.
 OWN_GRAPH = (
     *("mlp", "relu_mlp", "smooth_l1", "conv_bn", "conv_bn_train", "resnet", "transformer"),
@@ -106,7 +106,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return type(value)(_cast(v, dtype) for v in value)
 
 
-def _supervised(model: nn.Module, batches: list[Any], loss_fn: Any = None, **kw: Any) -> Problem:
+def supervised(model: nn.Module, batches: list[Any], loss_fn: Any = None, **kw: Any) -> Problem:
     """A problem of (inputs, targets) batches."""
     loss_fn = loss_fn or nn.CrossEntropyLoss()
     return Problem(
@@ -142,148 +142,65 @@ def _mlp() -> nn.Sequential:
 
 @case
 def mlp() -> Problem:
-    return _supervised(_mlp(), _data(4))
+    return supervised(_mlp(), _data(4))
 
 
 @case
 def relu_mlp() -> Problem:
     # Its last layer's second derivative with itself, and the ReLU's own, are zero.
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
-    return _supervised(model, [(torch.randn(6, 4), torch.randn(6, 2))], nn.MSELoss())
+    return supervised(model, [(torch.randn(6, 4), torch.randn(6, 2))], nn.MSELoss())
 
 
 @case
 def ragged() -> Problem:
-    return _supervised(_mlp(), _data(4, sizes=(5, 5, 2)))
+    return supervised(_mlp(), _data(4, sizes=(5, 5, 2)))
 
 
 @case
 def smooth_l1() -> Problem:
     batches = [(torch.randn(n, 4), 2 * torch.randn(n, 3)) for n in (4, 2)]
-    return _supervised(_mlp(), batches, nn.SmoothL1Loss())
+    return supervised(_mlp(), batches, nn.SmoothL1Loss())
 
 
 @case
 def linear() -> Problem:
-    return _supervised(nn.Linear(4, 3), _data(4))
-
-
-class ConvNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(1, 2, 3)
-        self.norm = nn.BatchNorm2d(2)
-        self.head = nn.Linear(8, 3)
-        self.norm.running_mean.normal_()
-        self.norm.running_var.uniform_(0.5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.max_pool2d(F.softplus(self.norm(self.conv(x))), 2)
-        return self.head(x.flatten(1))
+    return supervised(nn.Linear(4, 3), _data(4))
 
 
 @case
 def conv_bn() -> Problem:
-    return _supervised(ConvNet().train(), _data(1, 6, 6))
+    return supervised(networks.ConvNet().train(), _data(1, 6, 6))
 
 
 @case
 def conv_bn_train() -> Problem:
-    return _supervised(ConvNet().eval(), _data(1, 6, 6, sizes=(5, 4)), training=True)
-
-
-class ResNet(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 2, 3, padding=1, bias=False)
-        self.conv1 = nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False)
-        self.norm1 = nn.BatchNorm2d(3)
-        self.conv2 = nn.Conv2d(3, 3, 3, padding=1, bias=False)
-        self.norm2 = nn.BatchNorm2d(3)
-        self.shortcut = nn.Sequential(nn.Conv2d(2, 3, 1, stride=2, bias=False), nn.BatchNorm2d(3))
-        self.head = nn.Linear(3, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        inner = self.norm2(self.conv2(F.relu(self.norm1(self.conv1(x)))))
-        return self.head(F.relu(inner + self.shortcut(x)).mean((2, 3)))
+    return supervised(networks.ConvNet().eval(), _data(1, 6, 6, sizes=(5, 4)), training=True)
 
 
 @case
 def resnet() -> Problem:
-    return _supervised(ResNet(), _data(1, 4, 4, classes=2, sizes=(3, 2)))
-
-
-class Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, length, width = x.shape
-        qkv = self.qkv(self.norm(x)).view(n, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x + self.out(mixed.transpose(1, 2).reshape(n, length, width))
-
-
-class Transformer(nn.Module):
-    def __init__(self, *, tied: bool) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(5, 4)
-        self.block = Attention(4, 2)
-        self.dropout = nn.Dropout(0.3)
-        self.head = nn.Linear(4, 5, bias=False)
-        if tied:
-            self.head.weight = self.embedding.weight
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.dropout(self.block(self.embedding(tokens))))
+    return supervised(networks.ResNet(), _data(1, 4, 4, classes=2, sizes=(3, 2)))
 
 
 @case
 def transformer() -> Problem:
-    return _supervised(Transformer(tied=False), _tokens(3, 5), _token_loss)
+    return supervised(networks.Transformer(tied=False), _tokens(3, 5), _token_loss)
 
 
 @case
 def tied_weights() -> Problem:
-    return _supervised(Transformer(tied=True), _tokens(3, 5), _token_loss)
-
-
-class EncoderLayer(nn.Module):
-    """Torch's own layer, which takes a fused path where it sees no gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.TransformerEncoderLayer(4, 2, dim_feedforward=3, batch_first=True)
-        self.head = nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.layer(x).mean(1))
+    return supervised(networks.Transformer(tied=True), _tokens(3, 5), _token_loss)
 
 
 @case
 def encoder_layer() -> Problem:
-    return _supervised(EncoderLayer(), _data(3, 4, classes=2, sizes=(3, 2)))
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(3, 2, batch_first=True)
-        self.head = nn.Linear(2, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0][:, -1])
+    return supervised(networks.EncoderLayer(), _data(3, 4, classes=2, sizes=(3, 2)))
 
 
 @case
 def lstm() -> Problem:
-    return _supervised(Recurrent(), _data(4, 3))
+    return supervised(networks.Recurrent(), _data(4, 3))
 
 
 # -- which parameters -------------------------------------------------------------------------
@@ -293,46 +210,35 @@ def lstm() -> Problem:
 def frozen() -> Problem:
     model = _mlp()
     model[0].weight.requires_grad_(False)
-    return _supervised(model, _data(4))
-
-
-class WithUnused(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 3)
-        self.unused = nn.Linear(2, 2)
-        self.last = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.first(x)))
+    return supervised(model, _data(4))
 
 
 @case
 def unused() -> Problem:
-    return _supervised(WithUnused(), _data(4))
+    return supervised(networks.WithUnused(), _data(4))
 
 
 @case
 def by_name() -> Problem:
     names = ["2.bias", "0.weight"]  # given in another order than the model's
-    return _supervised(_mlp(), _data(4), params=names, names=["0.weight", "2.bias"])
+    return supervised(_mlp(), _data(4), params=names, names=["0.weight", "2.bias"])
 
 
 @case
 def by_module() -> Problem:
-    return _supervised(_mlp(), _data(4), params="2", names=["2.weight", "2.bias"])
+    return supervised(_mlp(), _data(4), params="2", names=["2.weight", "2.bias"])
 
 
 @case
 def by_parameter() -> Problem:
     model = _mlp()
     params = list(model[0].parameters())
-    return _supervised(model, _data(4), params=params, names=["0.weight", "0.bias"])
+    return supervised(model, _data(4), params=params, names=["0.weight", "0.bias"])
 
 
 @case
 def by_predicate() -> Problem:
-    return _supervised(
+    return supervised(
         _mlp(), _data(4), params=lambda n, p: p.ndim == 2, names=["0.weight", "2.weight"]
     )
 
@@ -340,37 +246,9 @@ def by_predicate() -> Problem:
 # -- batches and losses of other forms --------------------------------------------------------
 
 
-@dataclass
-class ModelOutput:
-    loss: Tensor | None
-    logits: Tensor
-
-
-class TokenClassifier(nn.Module):
-    """As in Hugging Face's library: keyword arguments in, an object with .loss and .logits out."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(5, 3)
-        self.head = nn.Linear(3, 4)
-
-    def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
-    ) -> ModelOutput:
-        mask = attention_mask.unsqueeze(-1)
-        pooled = (torch.tanh(self.embedding(input_ids)) * mask).sum(1) / mask.sum(1)
-        logits = self.head(pooled)
-        loss = None if labels is None else F.cross_entropy(logits, labels)
-        return ModelOutput(loss, logits)
-
-
-class BatchEncoding(UserDict):
-    """As in Hugging Face's library: a mapping that is no dict."""
-
-
-def _encodings() -> list[BatchEncoding]:
+def _encodings() -> list[networks.BatchEncoding]:
     return [
-        BatchEncoding(
+        networks.BatchEncoding(
             input_ids=torch.randint(5, (n, 3)),
             attention_mask=torch.tensor([[1, 1, 0]]).repeat(n, 1),
             labels=torch.randint(4, (n,)),
@@ -380,11 +258,11 @@ def _encodings() -> list[BatchEncoding]:
 
 
 @case
-def callable() -> Problem:
+def own_callable() -> Problem:
     def loss(model: nn.Module, batch: Any) -> Tensor:
         return model(**batch).loss
 
-    return Problem(TokenClassifier(), loss, [dict(b) for b in _encodings()], loss)
+    return Problem(networks.TokenClassifier(), loss, [dict(b) for b in _encodings()], loss)
 
 
 @case
@@ -396,7 +274,7 @@ def dict_batches() -> Problem:
         return F.cross_entropy(outputs, batch["labels"])
 
     return Problem(
-        TokenClassifier(),
+        networks.TokenClassifier(),
         hesscurv.supervised(nn.CrossEntropyLoss()),
         list(_encodings()),
         loss=lambda model, batch: model(**batch).loss,
@@ -442,13 +320,13 @@ def _residual_func(model: nn.Module, points: Tensor) -> Tensor:
     return ((second(points[:, 0]) + torch.func.vmap(u)(points[:, 0]) - points[:, 0]) ** 2).mean()
 
 
-def _pinn() -> tuple[nn.Module, list[Tensor]]:
+def pinn_net() -> tuple[nn.Module, list[Tensor]]:
     return nn.Sequential(nn.Linear(1, 4), nn.Tanh(), nn.Linear(4, 1)), [torch.randn(6, 1)]
 
 
 @case
 def pinn() -> Problem:
-    model, points = _pinn()
+    model, points = pinn_net()
     closure = lambda: _residual(model, points[0])  # noqa: E731
     return Problem(
         model, closure, None, lambda model, _: _residual(model, points[0]), points=points
@@ -457,14 +335,14 @@ def pinn() -> Problem:
 
 @case
 def pinn_of_model() -> Problem:
-    model, points = _pinn()
+    model, points = pinn_net()
     loss = lambda model, _=None: _residual(model, points[0])  # noqa: E731
     return Problem(model, loss, None, loss, points=points)
 
 
 @case
 def pinn_func() -> Problem:
-    model, points = _pinn()
+    model, points = pinn_net()
     loss = lambda model, _=None: _residual_func(model, points[0])  # noqa: E731
     return Problem(model, loss, None, loss, points=points)
 
@@ -472,20 +350,9 @@ def pinn_func() -> Problem:
 # -- modules that compute their weights or their graph anew -----------------------------------
 
 
-class Checkpointed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.5), nn.Linear(4, 3))
-        self.head = nn.Linear(3, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = checkpoint(self.body, x, use_reentrant=False)
-        return self.head(torch.tanh(hidden))
-
-
 @case
 def checkpointed() -> Problem:
-    return _supervised(Checkpointed().train(), _data(4))
+    return supervised(networks.Checkpointed().train(), _data(4))
 
 
 @case
@@ -493,17 +360,7 @@ def pruned() -> Problem:
     model = _mlp()
     with torch.no_grad():  # else the module cannot be copied
         prune.l1_unstructured(model[0], "weight", amount=0.4)
-    return _supervised(model, _data(4))
-
-
-class WeightNormed(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.utils.parametrizations.weight_norm(nn.Linear(4, 5))
-        self.last = nn.utils.parametrizations.spectral_norm(nn.Linear(5, 3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.first(x)))
+    return supervised(model, _data(4))
 
 
 @case
@@ -514,7 +371,7 @@ def weight_norm() -> Problem:
         weight = g * v / v.square().sum(1, keepdim=True).sqrt()
         return model.last(torch.tanh(batch[0] @ weight.T + model.first.bias))
 
-    problem = _supervised(WeightNormed(), _data(4))
+    problem = supervised(networks.WeightNormed(), _data(4))
     problem.outputs = outputs
     problem.loss = lambda model, batch: F.cross_entropy(outputs(model, batch), batch[1])
     return problem

@@ -245,9 +245,9 @@ def parse() -> Any:
     options.add_argument("--problems", nargs="+", metavar="NAME", help=f"default {PROBLEMS}")
     options.add_argument("--ways", action="store_true", help="time every way of hesscurv's too")
     options.add_argument("--data", type=Path, help="folder with MNIST/raw, cifar-10-batches-py")
-    options.add_argument("--rounds", type=int, help="default 7, or 2 with --quick")
+    options.add_argument("--rounds", type=int, help="default 5, or 2 with --quick")
     out = options.parse_args()
-    out.rounds = out.rounds or (2 if out.quick else 7)
+    out.rounds = out.rounds or (2 if out.quick else 5)
     out.at_least = 0.005 if out.quick else 0.1
     return out
 

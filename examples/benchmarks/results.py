@@ -99,7 +99,7 @@ class Report:
             return
         # Folders of the machine say nothing about the figures.
         settings = {
-            key: value if isinstance(value, (bool, int, float, str, list)) else value is not None
+            key: True if isinstance(value, Path) else value
             for key, value in vars(self.options).items()
             if key not in ("results", "worker")
         }

@@ -84,7 +84,7 @@ def interleaved(
     left: dict[str, int] = {}
     for name, fn in contenders.items():
         seconds, first = _timed(fn, 1)
-        if at_least > 0:
+        if seconds < 10 * at_least:
             seconds, _ = _timed(fn, 1)  # the first call may have compiled or allocated
         is_long = seconds >= long
         times[name] = Times([seconds] if is_long else [])

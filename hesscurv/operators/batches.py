@@ -34,6 +34,7 @@ class Batches:
 
     Attributes:
         count: The number of batches.
+        reads: How often they were read anew, by `first_pass`.
         kept: The batches, where they are kept.
         ordered: Whether it matters which samples share a batch, so that a pass which only shuffles
             them is an error too.
@@ -61,6 +62,7 @@ class Batches:
         self._versions: tuple[Any, ...] = ()
         self.ordered = False
         self.count = 0
+        self.reads = 0
         self.kept: list[Any] | None = None
 
     def first_pass(self) -> Iterator[Any]:
@@ -71,11 +73,13 @@ class Batches:
         """
         self._versions = self._read_versions()
         self._sums, self.count = (0.0, 0.0), 0
+        self.reads += 1
         kept: list[Any] | None = []
         size = 0
         for raw, batch in self._read():
             self.count += 1
-            self._sums = _add_to(self._sums, self.count, batch)
+            if not self._listed:
+                self._sums = _add_to(self._sums, self.count, batch)
             size += _added_bytes(raw, batch)
             if kept is not None:
                 kept.append(batch)
@@ -97,7 +101,8 @@ class Batches:
         sums, count = (0.0, 0.0), 0
         for _, batch in self._read():
             count += 1
-            sums = _add_to(sums, count, batch)
+            if not self._listed:
+                sums = _add_to(sums, count, batch)
             yield batch
         got, expected = sums[self.ordered], self._sums[self.ordered]
         if count != self.count or not math.isclose(got, expected, rel_tol=1e-6, abs_tol=1e-6):
@@ -110,7 +115,7 @@ class Batches:
 
     def reread_if_written(self) -> bool:
         """Read a list again whose tensors were written to; return whether that was so."""
-        if self._versions == self._read_versions():
+        if self.count == 0 or self._versions == self._read_versions():
             return False
         for _ in self.first_pass():
             pass

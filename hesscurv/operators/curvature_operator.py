@@ -354,13 +354,13 @@ class CurvatureOperator(LinearOperator):
         )
 
     def _forget_if_changed(self) -> None:
-        batches = self.objective.batches.kept
+        reads = self.objective.batches.reads
         if not self.objective.refresh():
             return
         self._kept.clear()
         if self.objective.is_closure:  # what it has captured is compiled in
             self._compiled.clear()
-        if self.objective.batches.kept is not batches:  # the weights may have changed with them
+        if self.objective.batches.reads != reads:  # the weights may have changed with them
             self.total_weight = 0.0
             for i, batch in enumerate(self.objective.batches):
                 self._count_in(i, batch)

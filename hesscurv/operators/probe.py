@@ -62,7 +62,7 @@ def check_dependent(objective: Objective, batch: Any) -> None:
             f"the loss does not depend on any of {list(objective.layout.names[:4])}, so its "
             "curvature there is zero; a closure must use this very model, and nothing on the way "
             "may detach or run under no_grad",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

@@ -23,7 +23,7 @@ def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> Call
     where a tangent is written to in place (LSTM), since it folds what is written to.
 
     Args:
-        fn: A function of the parameters, to be run once more at the first call.
+        fn: A function of the parameters; it runs while it is traced, and not again.
         params: Where the derivative is taken.
 
     Raises:
@@ -31,18 +31,24 @@ def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> Call
             traced.
     """
     load_forward_rules()
-    pure = functionalize(fn)  # without `fn`'s own writes in place, which hold up the folding
-
-    def tangent(*tangents: Tensor) -> Any:
-        with PlainZeros():
-            return jvp(pure, params, tangents)[1]
-
-    graph = make_fx(tangent)(*(p.new_empty(()).expand_as(p) for p in params))
+    try:
+        # Without `fn`'s own writes in place, which hold up the folding.
+        graph = _record(functionalize(fn), params)
+    except RuntimeError:  # no rule for what some of them turn into
+        graph = _record(fn, params)
     written = _find_written(graph.graph)
     with warnings.catch_warnings():
         # Folding warns about its own intermediate graph.
         warnings.filterwarnings("ignore", "Attempted to insert a get_attr Node")
         return split_const_subgraphs(graph, skip_folding_node_fn=written.__contains__)
+
+
+def _record(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> fx.GraphModule:
+    def tangent(*tangents: Tensor) -> Any:
+        with PlainZeros():
+            return jvp(fn, params, tangents)[1]
+
+    return make_fx(tangent)(*(p.new_empty(()).expand_as(p) for p in params))
 
 
 @cache

@@ -224,7 +224,7 @@ def test_batches_made_in_inference_mode_are_usable():
 
 
 def test_inputs_that_require_grad_do_so_for_the_loss():
-    model, points = cases._pinn()
+    model, points = cases.pinn_net()
     x = points[0].requires_grad_()
 
     def residual(model, batch):

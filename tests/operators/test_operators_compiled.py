@@ -94,6 +94,20 @@ def test_a_data_parallel_model_is_looked_through(wrap):
     assert gap(H.to_dense(), oracles.dense("unused", "hessian")) < 1e-10
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_a_distributed_data_parallel_model_is_looked_through(tmp_path):
+    problem = cases.build("mlp")
+    address = f"file://{tmp_path}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(problem.model)
+        H = HessianOperator(wrapped, problem.task, problem.batches)
+        assert gap(H.to_dense(), oracles.dense("mlp", "hessian")) < 1e-10
+        assert H.layout.names[0] == "0.weight"
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 @QUIET
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlp", "relu_mlp", "conv_bn", "by_module"])

@@ -241,6 +241,26 @@ def test_a_damaged_file_is_measured_over(remembering, monkeypatch, content):
     assert "seconds" in json.loads(path.read_text())
 
 
+@pytest.mark.parametrize("setting", ["off", "0", "none", "OFF"])
+def test_nothing_is_written_where_remembering_is_off(setting, tmp_path, monkeypatch):
+    monkeypatch.setenv("HESSCURV_CACHE", setting)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "_REMEMBERED", {})
+    monkeypatch.chdir(tmp_path)
+    HessianOperator(net(), TASK, data(6)).calibrate()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_users_cache_folder_is_the_default_place(tmp_path, monkeypatch):
+    monkeypatch.delenv("HESSCURV_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "_REMEMBERED", {})
+    HessianOperator(net(), TASK, data(6)).calibrate()
+    (path,) = (tmp_path / "hesscurv").iterdir()
+    assert path.name.startswith("calibration-")
+    assert path.suffix == ".json"
+
+
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("HESSCURV_CACHE", str(tmp_path / "file" / "below"))
@@ -259,19 +279,6 @@ def test_the_fastest_way_is_chosen_for_the_width_and_the_number_of_products():
     assert measured.choose(32, expected=10_000) == ("linearized", 32)
     passing = calibration.Calibration(measured.seconds, measured.setup, kept=False)
     assert passing.choose(32, expected=10_000) == ("batched", 16)
-
-
-@pytest.mark.slow  # the compiler takes a minute
-@pytest.mark.filterwarnings("ignore")  # torch's compiler warns of itself
-def test_the_compiled_way_gives_the_same_products():
-    model, batches = net(), data(6, 6)
-    H = HessianOperator(model, TASK, batches, way="compiled")
-    expected = HessianOperator(model, TASK, batches, way="retained")
-    V = torch.randn(H.shape[0], 4, dtype=torch.float64)
-    torch.testing.assert_close(H @ V, expected @ V, rtol=1e-10, atol=1e-13)
-    with torch.no_grad():
-        model[0].weight.mul_(1.1)
-    torch.testing.assert_close(H @ V, expected @ V, rtol=1e-10, atol=1e-13)
 
 
 # -- algebra ----------------------------------------------------------------------------------

@@ -42,6 +42,22 @@ def test_every_way_is_exact(name, kind, way):
     assert gap(vectors.T @ operator, vectors.T @ expected) < 1e-10
 
 
+def test_the_ggn_of_a_linear_model_is_its_hessian():
+    problem = cases.build("linear")
+    G, H = problem.operator(GGNOperator).to_dense(), problem.operator(HessianOperator).to_dense()
+    assert gap(G, H) < 1e-10
+
+
+def test_ragged_batches_make_the_matrix_of_all_their_samples():
+    problem = cases.build("ragged")
+    whole = cases.build("ragged")
+    whole.batches = [tuple(torch.cat(parts) for parts in zip(*problem.batches, strict=True))]
+    for kind, operator in KINDS.items():
+        got = problem.operator(operator).to_dense()
+        assert gap(got, whole.operator(operator).to_dense()) < 1e-10
+        assert gap(got, oracles.MATRICES[kind](whole)) < 1e-10
+
+
 @pytest.mark.parametrize(("name", "kind", "way"), REFUSED)
 def test_a_way_that_torch_lacks_is_refused_and_not_wrong(name, kind, way):
     operator = cases.build(name).operator(KINDS[kind], way=way)

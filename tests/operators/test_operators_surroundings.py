@@ -136,7 +136,7 @@ class CheckpointedNorm(nn.Module):
 @pytest.mark.parametrize("own", [True, False])
 def test_a_forward_run_again_in_a_backward_leaves_no_trace(own, training):
     model = CheckpointedNorm().double().train(own)
-    problem = cases._supervised(model, [(x.double(), y) for x, y in data()], training=training)
+    problem = cases.supervised(model, [(x.double(), y) for x, y in data()], training=training)
     expected = oracles.dense_hessian(copy.deepcopy(problem))
     before = {k: v.clone() for k, v in model.state_dict().items()}
     H = problem.operator(HessianOperator)

@@ -159,7 +159,7 @@ def test_a_task_that_counts_its_own_samples_is_exact_in_micro_batches_too(budget
     H = HessianOperator(model, Masked(), batches, memory_budget=budget)
     assert budget is None or H.memory_plan.max_samples < 6
     kept = [(b["x"][b["y"] >= 0], b["y"][b["y"] >= 0]) for b in batches]
-    whole = cases._supervised(model, [tuple(map(torch.cat, zip(*kept, strict=True)))])
+    whole = cases.supervised(model, [tuple(map(torch.cat, zip(*kept, strict=True)))])
     assert gap(H.to_dense(), oracles.dense_hessian(whole)) < 1e-10
 
 
@@ -203,7 +203,7 @@ def test_inputs_with_time_first_are_weighted_by_their_targets():
     joined = [
         tuple(torch.cat(t, dim) for t, dim in zip(zip(*batches, strict=True), (1, 0), strict=True))
     ]
-    assert gap(H.to_dense(), oracles.dense_hessian(cases._supervised(model, joined))) < 1e-10
+    assert gap(H.to_dense(), oracles.dense_hessian(cases.supervised(model, joined))) < 1e-10
 
 
 class TokensOfAll(nn.Module):
@@ -227,7 +227,7 @@ def test_targets_of_another_length_than_the_inputs_stay_right(kind, budget):
         model, hesscurv.supervised(F.cross_entropy), batches, memory_budget=budget
     )
     tokens = [(x.reshape(-1, 1), y) for x, y in batches]
-    problem = cases._supervised(model, tokens)
+    problem = cases.supervised(model, tokens)
     assert gap(operator.to_dense(), oracles.MATRICES[kind](problem)) < 1e-10
 
 
