@@ -253,6 +253,7 @@ def measure(problem: Problem, k: int, options: Any) -> list[dict[str, Any]]:
             "problem": problem.name,
             "parameters": problem.size,
             "samples": problem.num_samples,
+            "data": problem.data,
             "k": k,
             "contender": name,
             "seconds": t.summary(),
@@ -323,7 +324,8 @@ def main() -> None:
     for name in options.problems or runs:
         problem = build(name, options.data)
         k = options.k or runs[name]
-        print(f"\n{name}: D = {problem.size:,}, k = {k}, {problem.num_samples} samples")
+        samples = f"{problem.num_samples} samples of {problem.data}"
+        print(f"\n{name}: D = {problem.size:,}, k = {k}, {samples}")
         rows = measure(problem, k, options)
         print_table(
             ["contender", "seconds", "products", "residual", "overlap", "|eigenvalue|"],

@@ -18,21 +18,15 @@ many small eigenvalues of both signs that trained networks have.
 
 from __future__ import annotations
 
-import gzip
-import io
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
+from samples import CLASSES, VOCABULARY, Data, balanced, colour_images, digits, markov_tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-CLASSES = 10
-VOCABULARY = 65
 
 
 @dataclass
@@ -43,6 +37,7 @@ class Problem:
     model: nn.Module
     loss_fn: nn.Module
     batches: list[tuple[Tensor, Tensor]]
+    data: str = ""  # where they come from
 
     @property
     def params(self) -> list[nn.Parameter]:
@@ -170,78 +165,6 @@ class TokenLoss(nn.CrossEntropyLoss):
         return super().forward(logits.flatten(0, 1), targets.flatten())
 
 
-# -- data -------------------------------------------------------------------------------------
-
-
-def digits(folder: Path | None, side: int, channels: int) -> tuple[Tensor, Tensor]:
-    """Return images (n, channels, side, side) in [0, 1] and labels: MNIST, or bundled digits."""
-    raw = None if folder is None else folder / "MNIST" / "raw"
-    if raw is not None and raw.is_dir():
-        pixels = np.frombuffer(_unzipped(raw / "t10k-images-idx3-ubyte"), np.uint8, offset=16)
-        labels = np.frombuffer(_unzipped(raw / "t10k-labels-idx1-ubyte"), np.uint8, offset=8)
-        images = torch.tensor(pixels.reshape(-1, 1, 28, 28) / 255, dtype=torch.float32)
-    else:
-        try:
-            from sklearn.datasets import load_digits
-        except ImportError as error:
-            raise SystemExit(
-                "the digits need scikit-learn: pip install 'hesscurv[bench]'"
-            ) from error
-        bundle = load_digits()
-        images = torch.tensor(bundle.images / 16, dtype=torch.float32).unsqueeze(1)
-        labels = bundle.target
-    images = F.interpolate(images, (side, side), mode="bilinear", antialias=True)
-    return images.expand(-1, channels, -1, -1).contiguous(), torch.tensor(labels.astype(np.int64))
-
-
-def cifar10(folder: Path) -> tuple[Tensor, Tensor]:
-    """Return CIFAR-10's test images, normalised, and labels."""
-
-    class ArraysOnly(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> object:
-            if (module.split(".")[0], name) in {
-                ("numpy", "_reconstruct"),
-                ("numpy", "ndarray"),
-                ("numpy", "dtype"),
-            }:
-                module = module.replace("numpy.core", "numpy._core")
-                return super().find_class(module, name)
-            raise pickle.UnpicklingError(f"expected arrays and plain values, got {module}.{name}")
-
-    content = (folder / "cifar-10-batches-py" / "test_batch").read_bytes()
-    batch = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
-    images = torch.tensor(batch[b"data"].reshape(-1, 3, 32, 32), dtype=torch.float32) / 255
-    return (images - 0.5) / 0.25, torch.tensor(batch[b"labels"])
-
-
-def colour_images(folder: Path | None) -> tuple[Tensor, Tensor]:
-    if folder is not None and (folder / "cifar-10-batches-py").is_dir():
-        return cifar10(folder)
-    return digits(None, 32, 3)
-
-
-def markov_tokens(count: int, length: int = 64) -> tuple[Tensor, Tensor]:
-    """Return sequences of a random Markov chain, and the same shifted by one."""
-    transitions = torch.softmax(3 * torch.randn(VOCABULARY, VOCABULARY), dim=1)
-    tokens = torch.randint(VOCABULARY, (count, length + 1))
-    for t in range(length):
-        tokens[:, t + 1] = torch.multinomial(transitions[tokens[:, t]], 1).squeeze(1)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-
-
-def balanced(labels: Tensor, count: int) -> Tensor:
-    """Return a mask of `count` samples, the first ones of every class in equal numbers."""
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for c in range(CLASSES):
-        chosen[(labels == c).nonzero()[: -(-(count - c) // CLASSES), 0]] = True
-    return chosen
-
-
-def _unzipped(path: Path) -> bytes:
-    zipped = path.with_name(path.name + ".gz")
-    return gzip.decompress(zipped.read_bytes()) if zipped.exists() else path.read_bytes()
-
-
 # -- problems ---------------------------------------------------------------------------------
 
 
@@ -250,7 +173,7 @@ class Recipe:
     """How a problem is made: network, data, and SGD's steps, batch and rate."""
 
     model: Callable[[], nn.Module]
-    data: Callable[[Path | None], tuple[Tensor, Tensor]]
+    data: Callable[[Path | None], Data]
     num_params: int
     steps: int
     batch: int
@@ -345,7 +268,7 @@ def build(name: str, folder: Path | None = None, steps: int | None = None) -> Pr
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = recipe.model()
-        inputs, targets = recipe.data(folder)
+        source, inputs, targets = recipe.data(folder)
         if targets.ndim == 1:
             chosen, loss_fn = balanced(targets, recipe.samples), nn.CrossEntropyLoss()
         else:
@@ -358,7 +281,7 @@ def build(name: str, folder: Path | None = None, steps: int | None = None) -> Pr
             loss_fn(model(seen_inputs[part]), seen_targets[part]).backward()
             optimizer.step()
         optimizer.zero_grad()
-    problem = Problem(name, model.eval(), loss_fn, [(inputs[chosen], targets[chosen])])
+    problem = Problem(name, model.eval(), loss_fn, [(inputs[chosen], targets[chosen])], source)
     if (problem.size, problem.num_samples) != (recipe.num_params, recipe.samples):
         raise AssertionError(
             f"expected {recipe.num_params} parameters and {recipe.samples} samples for {name!r}, "

@@ -93,6 +93,7 @@ def measure(problem: Problem, blocks: tuple[int, ...], options: Any) -> list[dic
                 "problem": problem.name,
                 "parameters": problem.size,
                 "samples": problem.num_samples,
+                "data": problem.data,
                 "b": b,
                 "gradient_seconds": unit.summary(),
                 "hesscurv": cost[f"hesscurv {b}"].summary(),
@@ -225,7 +226,7 @@ def main() -> None:
         report.rows += measure(problem, blocks, options)
         if options.ways:
             ways += measure_ways(problem, blocks, options)
-        print(f"measured {name}", flush=True)
+        print(f"measured {name} on {problem.data}", flush=True)
     print()
     show(report.rows)
     if ways:

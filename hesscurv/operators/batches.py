@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -147,17 +148,20 @@ class Batches:
 
 
 def split(batch: Any, size: int) -> list[Any]:
-    """Cut a batch into parts of at most `size` samples; tensors of another length stay whole."""
+    """Cut a batch into parts of at most `size` samples.
+
+    Tensors of another length stay whole, and sparse ones, which hold no samples.
+    """
     n = num_samples(batch)
     if n <= size:
         return [batch]
 
-    def part(start: int) -> Any:
-        return map_tensors(
-            batch, lambda t: t[start : start + size] if t.ndim > 0 and t.shape[0] == n else t
-        )
+    def cut(t: Tensor, start: int) -> Tensor:
+        if t.ndim == 0 or t.shape[0] != n or t.layout is not torch.strided:
+            return t
+        return t[start : start + size].detach().requires_grad_(t.requires_grad)
 
-    return [part(start) for start in range(0, n, size)]
+    return [map_tensors(batch, partial(cut, start=start)) for start in range(0, n, size)]
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
@@ -185,15 +189,18 @@ def _drawing_from(state: list[Tensor], device: torch.device) -> Iterator[None]:
 
 def _added_bytes(raw: Any, batch: Any) -> int:
     """Count the bytes of a batch that are not the source's own."""
-    pairs = zip(tensors_of(raw), tensors_of(batch), strict=True)
-    return sum(t.numel() * t.element_size() for s, t in pairs if s.data_ptr() != t.data_ptr())
+    total = 0
+    for given, used in zip(tensors_of(raw), tensors_of(batch), strict=True):
+        if used.layout is torch.strided and given.data_ptr() != used.data_ptr():
+            total += used.numel() * used.element_size()
+    return total
 
 
 def _add_to(sums: tuple[float, float], index: int, batch: Any) -> tuple[float, float]:
     """Add to two numbers that tell data apart: whatever the samples' order, and by batch."""
     total = 0.0
     for t in tensors_of(batch):
-        if t.numel() and not t.is_complex():
+        if t.layout is torch.strided and t.numel() and not t.is_complex():
             rows = t.detach().reshape(t.shape[0] if t.ndim else 1, -1).double().nan_to_num()
             pattern = torch.arange(rows.shape[1], dtype=torch.float64, device=t.device).cos()
             samples = rows @ pattern

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 from abc import abstractmethod
@@ -175,12 +176,13 @@ class CurvatureOperator(LinearOperator):
 
     def _apply(self, way: str, apply: Linearization, part_BD: Tensor) -> tuple[Any, ...]:
         pieces = tuple(
-            part_BD[:, span].reshape(-1, *shape)
+            part_BD[:, span].reshape(len(part_BD), *shape)
             for span, shape in zip(self.layout.slices().values(), self.layout.shapes, strict=True)
         )
         # Checkpointed models run their forward again inside a backward pass, so wherever the model
         # as found would compute something else, it has to be put into its mode here too.
-        if way in _RUN_MODEL_CODE or not self.objective.computes_as_found():
+        graph = way not in self.traced and not self.objective.computes_as_found()
+        if graph or way in _RUN_MODEL_CODE:
             return self.objective.run(lambda: apply(pieces), compiling=way == "compiled")
         with differentiable(self.device):
             return apply(pieces)
@@ -314,7 +316,7 @@ class CurvatureOperator(LinearOperator):
             if self._checking and weight:
                 with objective.environment():
                     params = objective.parameters()
-                    loss = objective.loss(params, batch)
+                    loss = objective.loss(params, batch).detach()
                     if not bool(torch.isfinite(loss)):
                         raise NonFiniteLossError(
                             f"expected a finite loss, got {loss.item()} on batch {i}; look for "
@@ -357,7 +359,7 @@ class CurvatureOperator(LinearOperator):
         reads = self.objective.batches.reads
         if not self.objective.refresh():
             return
-        self._kept.clear()
+        self._drop_graphs()
         if self.objective.is_closure:  # what it has captured is compiled in
             self._compiled.clear()
         if self.objective.batches.reads != reads:  # the weights may have changed with them
@@ -365,12 +367,19 @@ class CurvatureOperator(LinearOperator):
             for i, batch in enumerate(self.objective.batches):
                 self._count_in(i, batch)
 
-    def _shrink(self) -> None:
+    def _drop_graphs(self) -> None:
+        traced = any(way in self.traced for _, way in self._kept)
         self._kept.clear()
+        if traced:  # a recorded graph is a cycle, which else would stay a while
+            gc.collect()
+
+    def _shrink(self) -> None:
+        self._drop_graphs()
         _empty_cache(self.device)
         if self._plan.keep_graphs:
             logger.warning("out of memory: going on without keeping graphs between products")
             self._plan = self._plan.without_kept_graphs()
+            self._calibration = None  # setting up costs more now
             return
         samples = min(self._plan.max_samples, num_samples(self._largest)) // 2
         if samples == 0 or not self._separable or not self._may_cut(samples):

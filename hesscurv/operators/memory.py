@@ -95,14 +95,14 @@ def is_mean_over_samples(objective: Objective, batch: Any) -> bool:
 
 def is_mean_over_parts(objective: Objective, batch: Any, size: int) -> bool:
     """Whether a batch's loss is the mean over its parts of at most `size` samples; two forwards."""
-    parts = [(objective.weight(part), part) for part in split(batch, size)]
-    parts = [(w, part) for w, part in parts if w != 0]
-    if len(parts) < 2:
+    if num_samples(batch) <= size:
         return True
     with objective.environment(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what cannot be cut may warn of shapes
         params = objective.parameters()
         try:
+            parts = [(objective.weight(part), part) for part in split(batch, size)]
+            parts = [(w, part) for w, part in parts if w != 0]
             loss = float(objective.loss(params, batch).detach())
             losses = [float(objective.loss(params, part).detach()) for _, part in parts]
         except torch.OutOfMemoryError:
@@ -140,8 +140,8 @@ class _Storages(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        given = {id(t.untyped_storage()) for t in tensors_of((args, kwargs))}
-        for t in tensors_of(out):
+        given = {id(t.untyped_storage()) for t in tensors_of((args, kwargs)) if _has_storage(t)}
+        for t in filter(_has_storage, tensors_of(out)):
             storage = t.untyped_storage()
             if id(storage) not in given:  # else a view
                 self._made[id(storage)] = weakref.ref(storage)
@@ -150,6 +150,10 @@ class _Storages(TorchDispatchMode):
     def bytes_alive(self) -> float:
         storages = [made() for made in self._made.values()]
         return float(sum(s.nbytes() for s in storages if s is not None))
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided
 
 
 def memory_budget(device: torch.device, wanted: int | None) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
@@ -43,12 +45,16 @@ class Task:
             part = map_tensors(batch, lambda t: next(left).unsqueeze(0) if has_rows(t) else t)
             return self.loss(row.unsqueeze(0), part)
 
-        return torch.func.vmap(one)(outputs, *filter(has_rows, tensors_of(batch)))
+        with warnings.catch_warnings():
+            # Without a batching rule for a loss, torch takes the rows one by one, and says so.
+            warnings.filterwarnings("ignore", "There is a performance drop")
+            return torch.func.vmap(one)(outputs, *filter(has_rows, tensors_of(batch)))
 
     def weight(self, batch: Any) -> float:
         """Return the batch's weight in the mean over all data: its number of samples.
 
-        Override it where the loss averages something else than samples, say unmasked tokens.
+        Override it where the loss averages something else than samples, say unmasked tokens, and
+        for batches whose tensors lie in objects of other kinds, which count as one sample each.
         """
         return float(num_samples(batch))
 
@@ -162,7 +168,7 @@ def num_samples(batch: Any) -> int:
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to every tensor in nested dicts, lists and tuples; leave the rest."""
+    """Apply a function to every tensor in nested dicts, lists, tuples and dataclasses."""
     if isinstance(value, Tensor):
         return fn(value)
     if isinstance(value, Mapping):
@@ -176,11 +182,15 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
         return type(value)(*(map_tensors(v, fn) for v in value))
     if isinstance(value, (list, tuple)):
         return type(value)(map_tensors(v, fn) for v in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = [f.name for f in dataclasses.fields(value) if f.init]
+        changes = {name: map_tensors(getattr(value, name), fn) for name in fields}
+        return dataclasses.replace(value, **changes)
     return value
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Return every tensor in nested dicts, lists and tuples, in order."""
+    """Return every tensor that `map_tensors` finds, in order."""
     found: list[Tensor] = []
     map_tensors(value, found.append)
     return found

@@ -15,6 +15,13 @@ from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_ZEROS = (
+    torch.ops.aten.zeros.default,
+    torch.ops.aten.zeros_like.default,
+    torch.ops.aten.new_zeros.default,
+    torch.ops.aten._new_zeros_with_same_feature_meta.default,
+)
+
 
 def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> Callable[..., Any]:
     """Return tangents -> (derivative of `fn` at `params`) tangents, as a graph without `fn`'s code.
@@ -37,6 +44,7 @@ def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> Call
     except RuntimeError:  # no rule for what some of them turn into
         graph = _record(fn, params)
     written = _find_written(graph.graph)
+    _drop_added_zeros(graph, written)
     with warnings.catch_warnings():
         # Folding warns about its own intermediate graph.
         warnings.filterwarnings("ignore", "Attempted to insert a get_attr Node")
@@ -70,6 +78,31 @@ class PlainZeros(TorchDispatchMode):
         if func is torch.ops.aten._efficientzerotensor.default:
             func = torch.ops.aten.zeros.default
         return func(*args, **(kwargs or {}))
+
+
+def _drop_added_zeros(graph: fx.GraphModule, written: set[fx.Node]) -> None:
+    """Replace x + 0 by x: tangents that vanish come as zeros, and adding them takes its time."""
+    zeros = {
+        node
+        for node in graph.graph.nodes
+        if node.op == "call_function" and node.target in _ZEROS and node not in written
+    }
+    for node in list(graph.graph.nodes):
+        if node.target is not torch.ops.aten.add.Tensor or len(node.args) != 2 or node.kwargs:
+            continue
+        for kept, other in (node.args, node.args[::-1]):
+            same = isinstance(kept, fx.Node) and _kind_of(kept) == _kind_of(node) is not None
+            if other in zeros and same and kept not in written and node not in written:
+                node.replace_all_uses_with(kept)
+                graph.graph.erase_node(node)
+                break
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+
+
+def _kind_of(node: fx.Node) -> Any:
+    meta = node.meta.get("tensor_meta")
+    return None if meta is None else (meta.shape, meta.dtype)
 
 
 def _find_written(graph: fx.Graph) -> set[fx.Node]:

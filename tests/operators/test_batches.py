@@ -1,8 +1,10 @@
 """Batches are the same in every pass, reading them leaves no trace, and cutting them loses none."""
 
+import dataclasses
 import random
 
 import cases
+import oracles
 import pytest
 import torch
 from torch import nn
@@ -253,3 +255,47 @@ def test_parts_make_up_the_batch(size):
 def test_tensors_of_another_length_stay_whole():
     parts = split((torch.ones(4, 2), torch.ones(8)), 2)
     assert [(len(x), len(y)) for x, y in parts] == [(2, 8), (2, 8)]
+
+
+class GraphNet(nn.Module):
+    """Mixes neighbours by a sparse matrix, so that no sample stands for itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x, neighbours):
+        return self.last(torch.sparse.mm(neighbours, torch.tanh(self.first(x))))
+
+
+@pytest.mark.parametrize("budget", [None, 2000])
+def test_sparse_tensors_in_a_batch_are_left_whole(budget):
+    dense = (torch.rand(20, 20) > 0.8).double()
+    x, y = torch.randn(20, 4, dtype=torch.float64), torch.arange(20) % 3
+    model = GraphNet().double()
+    H = HessianOperator(model, TASK, [((x, dense.to_sparse()), y)], memory_budget=budget)
+    plain = cases.supervised(model, [])
+    plain.batches = [(x, y)]
+    plain.loss = lambda m, b: nn.functional.cross_entropy(m(b[0], dense), b[1])
+    expected = oracles.dense_hessian(plain)
+    torch.testing.assert_close(H.to_dense(), expected, rtol=1e-10, atol=1e-13)
+
+
+@dataclasses.dataclass
+class Sample:
+    x: torch.Tensor
+    y: torch.Tensor
+    name: str = "sample"
+
+
+def test_batches_that_are_dataclasses_are_weighted_cast_and_cut():
+    def loss(model, batch):
+        return nn.functional.cross_entropy(model(batch.x), batch.y)
+
+    problem = cases.build("mlp").cast(torch.float32)
+    batches = [Sample(*batch) for batch in problem.batches]
+    H = HessianOperator(problem.model, loss, batches, compute_dtype=torch.float64)
+    expected = oracles.dense_hessian(problem.cast(torch.float64))
+    problem.model.float()
+    torch.testing.assert_close(H.to_dense(), expected, rtol=1e-10, atol=1e-13)
+    assert [part.x.shape[0] for part in split(batches[0], 3)] == [3, 1]

@@ -145,6 +145,30 @@ def test_a_forward_run_again_in_a_backward_leaves_no_trace(own, training):
     assert model.training == own
 
 
+class Odd(nn.Module):
+    """Parameters of no dimension, of no entries, and of other strides than the usual ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+        self.conv = nn.Conv2d(2, 3, 2)
+
+    def forward(self, x):
+        return self.scale**2 * torch.tanh(self.conv(x)).mean((2, 3)) + self.empty.sum()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("way", ["retained", "batched", "vmapped", "linearized_batched"])
+def test_parameters_of_any_shape_and_strides(kind, way):
+    model = Odd().double().to(memory_format=torch.channels_last)
+    assert not model.conv.weight.is_contiguous()
+    problem = cases.supervised(model, [(torch.randn(4, 2, 3, 3).double(), torch.arange(4) % 3)])
+    operator = problem.operator(KINDS[kind], way=way, check=False)
+    expected = oracles.MATRICES[kind](problem)
+    assert gap(operator @ torch.eye(len(expected)).double(), expected) < 1e-10
+
+
 @pytest.mark.parametrize("params", ["body.0", "body.3.weight", "head"])
 def test_part_of_a_checkpointed_models_parameters(params):
     problem = cases.build("checkpointed")

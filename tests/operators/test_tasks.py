@@ -287,6 +287,14 @@ def test_a_fisher_of_own_sample_losses():
     assert gap(operator.to_dense(), oracles.dense_fisher(problem)) < 1e-10
 
 
+@pytest.mark.parametrize("loss", [nn.SoftMarginLoss(), nn.HuberLoss(), nn.BCEWithLogitsLoss()])
+def test_losses_are_taken_apart_by_samples(loss):
+    batches = [(torch.randn(n, 4).double(), torch.rand(n, 3).double()) for n in (4, 3)]
+    problem = cases.supervised(cases.build("mlp").model, batches, loss)
+    operator = problem.operator(EmpiricalFisherOperator)
+    assert gap(operator.to_dense(), oracles.dense_fisher(problem)) < 1e-10
+
+
 def test_sample_losses_of_another_shape_are_refused():
     class Wrong(hesscurv.Task):
         def outputs(self, model, batch):
