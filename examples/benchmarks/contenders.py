@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -116,3 +117,18 @@ def block_of_vectors(operator: Any, width: int) -> Tensor:
     generator = torch.Generator().manual_seed(width)
     rows = torch.randn(width, operator.shape[0], generator=generator, dtype=operator.dtype)
     return rows.to(operator.device).mT
+
+
+def fastest_operator(problem: Problem) -> tuple[str, Callable[[], Any], int | None]:
+    """Return the faster of curvlinops' operator, at its best width, and plain double backward."""
+    peer, plain = curvlinops_hessian(problem), DoubleBackward(problem)
+    width = fastest_width(peer, 64)
+    seconds = {}
+    for name, operator in [("curvlinops", Counted(peer, width)), ("double backward", plain)]:
+        block = block_of_vectors(operator, 64)
+        start = time.perf_counter()
+        operator @ block
+        seconds[name] = time.perf_counter() - start
+    if min(seconds, key=lambda name: seconds[name]) == "curvlinops":
+        return "curvlinops", lambda: curvlinops_hessian(problem), width
+    return "double backward", lambda: DoubleBackward(problem), None

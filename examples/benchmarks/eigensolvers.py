@@ -42,9 +42,8 @@ import torch
 from contenders import (
     Counted,
     DoubleBackward,
-    block_of_vectors,
     curvlinops_hessian,
-    fastest_width,
+    fastest_operator,
     is_installed,
 )
 from models import Problem, build
@@ -137,7 +136,7 @@ def skerch_contenders(
         values, vectors = seigh(operator, "cpu", dtype, outer, recovery_type=recovery)
         return Pairs(values[:k], vectors[:, :k], operator.num_matvecs)
 
-    name, natural, width = natural_operator(problem)
+    name, natural, width = fastest_operator(problem)
     wide = 1050 if k == RUNS["mlp"] else 3 * k
     recoveries = [
         ("hmt", k + 10),
@@ -151,21 +150,6 @@ def skerch_contenders(
         out[label + name] = lambda r=recovery, o=outer: solve(natural, width, o, r)
         out[label + "hesscurv"] = lambda r=recovery, o=outer: solve(lambda: H, None, o, r)
     return out
-
-
-def natural_operator(problem: Problem) -> tuple[str, Callable[[], Any], int | None]:
-    """Return the faster of curvlinops' operator, at its best width, and plain double backward."""
-    peer, plain = curvlinops_hessian(problem), DoubleBackward(problem)
-    width = fastest_width(peer, 64)
-    seconds = {}
-    for name, operator in [("curvlinops", Counted(peer, width)), ("double backward", plain)]:
-        block = block_of_vectors(operator, 64)
-        start = time.perf_counter()
-        operator @ block
-        seconds[name] = time.perf_counter() - start
-    if min(seconds, key=lambda name: seconds[name]) == "curvlinops":
-        return "curvlinops", lambda: curvlinops_hessian(problem), width
-    return "double backward", lambda: DoubleBackward(problem), None
 
 
 # -- accuracy ---------------------------------------------------------------------------------
@@ -343,7 +327,8 @@ def main() -> None:
         )
         report.rows += rows
         judge(report, name)
-    report.write()
+        report.write()  # problem by problem: each takes minutes
+        report = Report("eigensolvers", options)
 
 
 def parse() -> Any:

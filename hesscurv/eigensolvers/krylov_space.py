@@ -51,7 +51,7 @@ class KrylovSpace:
         self.num_expanded = 0
         # Vectors to expand before all others: they belong together, coupled or not.
         self.num_initial = 0
-        self.basis = Basis(self.dim, capacity, k, max(block, k // 4), H.dtype, H.device)
+        self.basis = Basis(self.dim, capacity, k, max(block, k // 2), H.dtype, H.device)
         self.A = torch.zeros(0, 0, dtype=torch.float64)
         self._cached: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
         self._asymmetries: list[float] = []

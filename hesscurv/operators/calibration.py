@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WIDTHS = (4, 16, 32, 64)
+WIDTHS = (4, 8, 16, 32, 64)
 # Above this per product, batching has no overhead left to save: two vectors tell enough.
-_LONG_PRODUCT = 0.01
+_LONG_PRODUCT = 0.05
 # Tracing a derivative takes from tenths of a second to seconds: it must have something to save.
 _WORTH_TRACING = 2.0
 _REMEMBERED: dict[str, Calibration] = {}
@@ -52,7 +52,7 @@ class Calibration:
             expected: The number of products over which a set-up that is kept pays off.
         """
         _, way, width = self._best(block, expected)
-        return way, block if width == 1 else width  # a loop takes vectors one by one anyway
+        return way, width
 
     def seconds_per_vector(self, block: int, expected: int) -> float:
         """Return the predicted seconds per vector on one micro-batch; arguments as in `choose`."""
@@ -112,7 +112,7 @@ def _measure(operator: CurvatureOperator, batch: Any, expected: int) -> Calibrat
     passes = 1 if plan.keep_graphs else max(1, operator.objective.batches.count)
     seconds: dict[str, dict[int, float]] = {}
     setup: dict[str, float] = {}
-    applies: dict[str, Any] = {}
+    best_batched: Any = None
     reference = None
     few = _probes(operator, 2)
     for way in operator.ways:
@@ -120,26 +120,26 @@ def _measure(operator: CurvatureOperator, batch: Any, expected: int) -> Calibrat
         if way in operator.traced and expected * passes * best < _WORTH_TRACING:
             continue
         try:
-            setup[way], applies[way] = _timed(operator, lambda w=way: operator.prepare(batch, w))
-            pair, got = _timed(operator, lambda w=way: operator.run(applies[w], few, w))
+            setup[way], apply = _timed(operator, lambda w=way: operator.prepare(batch, w))
+            pair, got = _timed(operator, lambda w=way, a=apply: operator.run(a, few, w))
             reference = got if reference is None else reference
             if not _agree(reference, got):
                 logger.warning("way %r disagrees with double backward; left out", way)
                 continue
             hopeless = pair / 2 > 1.5 * best and best > _LONG_PRODUCT
             if way in operator.loops:
-                seconds[way] = {1: _per_vector(operator, applies[way], way, 2, pair / 2)}
+                seconds[way] = {1: _per_vector(operator, apply, way, 2, pair / 2)}
             elif widths and not hopeless:
-                width = widths[min(1, len(widths) - 1)]
-                seconds[way] = {width: _per_vector(operator, applies[way], way, width, best)}
+                width = widths[min(2, len(widths) - 1)]
+                seconds[way] = {width: _per_vector(operator, apply, way, width, best)}
         except Exception as error:
             if way == operator.ways[0]:
                 raise  # there is nothing to compare the others with
             logger.info("way %r is not available here: %s", way, error)
         # Graphs are large: only the best of the batched ways is looked at again.
         batched = [w for w in seconds if w not in operator.loops]
-        again = min(batched, key=lambda w: min(seconds[w].values()), default="")
-        applies = {w: a for w, a in applies.items() if w == again}
+        if way == min(batched, key=lambda w: min(seconds[w].values()), default=""):
+            best_batched = apply
     batched = [way for way in seconds if way not in operator.loops]
     if batched:  # the best of them at the other widths too
         way = min(batched, key=lambda w: min(seconds[w].values()))
@@ -148,7 +148,7 @@ def _measure(operator: CurvatureOperator, batch: Any, expected: int) -> Calibrat
             with contextlib.suppress(torch.OutOfMemoryError):
                 for width in widths:
                     if width not in seconds[way]:
-                        seconds[way][width] = _per_vector(operator, applies[way], way, width, loop)
+                        seconds[way][width] = _per_vector(operator, best_batched, way, width, loop)
     return Calibration(seconds, setup, plan.keep_graphs)
 
 

@@ -249,6 +249,8 @@ def _gauss_newton_with(
 
 
 def _stack(rows: list[Any]) -> Product:
+    if len(rows) == 1:  # a view: at a million parameters, copies take their time
+        return tuple(None if piece is None else piece.unsqueeze(0) for piece in rows[0])
     return tuple(
         None if columns[0] is None else torch.stack(columns) for columns in zip(*rows, strict=True)
     )

@@ -274,9 +274,9 @@ def test_the_fastest_way_is_chosen_for_the_width_and_the_number_of_products():
         setup={"retained": 0.0, "batched": 0.0, "linearized": 100.0},
         kept=True,
     )
-    assert measured.choose(8, expected=10) == ("retained", 8)
+    assert measured.choose(8, expected=10) == ("retained", 1)
     assert measured.choose(32, expected=10) == ("batched", 16)
-    assert measured.choose(32, expected=10_000) == ("linearized", 32)
+    assert measured.choose(32, expected=10_000) == ("linearized", 1)
     passing = calibration.Calibration(measured.seconds, measured.setup, kept=False)
     assert passing.choose(32, expected=10_000) == ("batched", 16)
 
