@@ -4,7 +4,7 @@ Import it; it is not run. `build` gives a `Problem`, the same one every time on 
 
     name    parameters  network                                            Hessian's data
     mlp          7,030  256-20-20-20-20-20-10, tanh                        500 images, 16x16
-    convnet     72,010  2 convolutions, tanh, average pooling, 2 dense     200 images, 16x16
+    convnet     72,010  2 convolutions, tanh, average pooling, 2 dense     100 images, 16x16
     3c3d       895,210  3 convolutions, ReLU, max pooling, 3 dense         64 images, 3x32x32
     resnet20   272,474  CIFAR ResNet-20, batch norm in eval mode           64 images, 3x32x32
     gpt        354,336  3 layers, 4 heads, width 96, 65 tokens             16 sequences of 64
@@ -199,7 +199,7 @@ RECIPES = {
         steps=300,
         batch=64,
         lr=0.1,
-        samples=200,
+        samples=100,
     ),
     "3c3d": Recipe(
         model=three_c_three_d,

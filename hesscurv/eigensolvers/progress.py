@@ -7,7 +7,7 @@ import time
 from tqdm.auto import tqdm
 
 
-class Progress(tqdm):  # type: ignore[type-arg]
+class Progress(tqdm):
     """A tqdm bar over converged pairs, to be used as a context manager.
 
     Args:
@@ -26,5 +26,6 @@ class Progress(tqdm):  # type: ignore[type-arg]
             return
         self._shown = now
         rate = num_matvecs / max(now - self._begun, 1e-9)
-        self.n = self.n if converged is None else converged
+        if converged is not None:
+            self.n = converged
         self.set_postfix_str(f"{num_matvecs} products, {rate:.3g}/s", refresh=True)
