@@ -132,7 +132,7 @@ class CurvatureOperator(LinearOperator):
         if self.way == "auto" and self.num_matvecs + width > _CALIBRATE_FROM:
             self.calibrate(max(_EXPECTED, self.num_matvecs))
         out_BD = self._within_memory(lambda: self._accumulate(vectors_BD))
-        if not bool(torch.isfinite(out_BD).all()):
+        if not bool(torch.stack(out_BD.aminmax()).isfinite().all()):  # NaN propagates
             raise ValueError(
                 "the product has NaN or inf entries, so the loss has no finite second derivative "
                 "here; look for overflow, sqrt or norm at zero, or try compute_dtype=torch.float64"
