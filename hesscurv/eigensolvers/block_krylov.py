@@ -135,7 +135,10 @@ class _Run:
         while True:
             pending, expanded = space.num_pending, space.num_expanded
             if expanded >= space.k and (expanded >= self.next_check or pending == 0):
-                done = int(space.converged().sum())
+                # In H's dtype first: half the time in float32, and good to the products' rounding.
+                done = int(space.converged(space.H.dtype).sum())
+                if done == space.k:
+                    done = int(space.converged().sum())
                 self.progress.show(done, space.num_matvecs)
                 if done == space.k or expanded == space.dim:
                     return True
@@ -163,8 +166,12 @@ class _Run:
 
     def _at_noise(self) -> bool:
         """Whether what has not converged is as good as the products' noise lets it be."""
-        _, _, residuals = self.space.ritz()
-        return float(residuals[~self.space.converged()].max()) < 2 * self.space.noise
+        space = self.space
+        dtype = space.H.dtype
+        if bool(space.converged(dtype).all()):  # the rough look was too rough
+            dtype = torch.float64
+        residuals = space.ritz(dtype)[2]
+        return float(residuals[~space.converged(dtype)].max()) < 2 * space.noise
 
     def _found_missed(self, count: int) -> bool | None:
         """Look outside the basis for an eigenvalue that belongs to the k largest.
@@ -191,8 +198,9 @@ class _Run:
         added = space.add_random(count)
         first = space.num_expanded
         for step in range(_MOST_STEPS):
-            if added == 0:
-                return False  # the vectors' own Krylov space is exhausted
+            if added == 0:  # the vectors' own Krylov space is exhausted
+                space.step_back(first)
+                return False
             if not space.fits(added) or self._affordable(added) < added:
                 break
             space.bring_last_forward(added)
@@ -202,6 +210,7 @@ class _Run:
                 return True
             growth = (step + 1) * math.acosh(bound / max(theta, 1e-3 * bound))
             if growth > math.log(2 * _DOMINANT * math.sqrt(space.dim / count)):
+                space.step_back(first)
                 return False
         return None
 

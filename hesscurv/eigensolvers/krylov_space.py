@@ -53,7 +53,7 @@ class KrylovSpace:
         self.num_initial = 0
         self.basis = Basis(self.dim, capacity, k, max(block, k // 2), H.dtype, H.device)
         self.A = torch.zeros(0, 0, dtype=torch.float64)
-        self._cached: tuple[Tensor, tuple[Tensor, Tensor, Tensor]] | None = None
+        self._ritz: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # of the last T
         self._asymmetries: list[float] = []
         self._scale = 0.0  # the largest ||H q|| seen: rounding is relative to it
         self._generator = generator
@@ -69,27 +69,30 @@ class KrylovSpace:
 
     # -- Ritz pairs -----------------------------------------------------------------------------
 
-    def ritz(self) -> tuple[Tensor, Tensor, Tensor]:
+    def ritz(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
         """Return Ritz values (m,), coefficients (m, m), and the residuals of the first k.
 
         T is read from the upper triangle: when a column of it was computed, all earlier vectors
         were in the basis, while parts of an earlier column may have been dropped since.
+
+        Args:
+            dtype: Of the eigenproblem: float32 takes half the time, and errs by some eps |theta_1|
+                in values and residuals.
         """
         m = self.num_expanded
-        if self._cached is None or self._cached[0] is not self.A:
+        if dtype not in self._ritz or len(self._ritz[dtype][0]) != m:
             upper = self.A[:m].triu()
-            values, Y = ritz_pairs(upper + upper.triu(1).mT)
-            residuals = (self.A[m:] @ Y[:, : self.k]).norm(dim=0)
-            self._cached = self.A, (values, Y, residuals)
-        return self._cached[1]
+            self._ritz[dtype] = ritz_pairs(upper + upper.triu(1).mT, dtype=dtype)
+        values, Y = self._ritz[dtype]
+        return values, Y, (self.A[m:] @ Y[:, : self.k]).norm(dim=0)
 
     def thresholds(self, values: Tensor) -> Tensor:
         """Return the largest residuals with which pairs of these values count as converged."""
         return convergence_threshold(values, self.tol, self.eps)
 
-    def converged(self) -> Tensor:
+    def converged(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return which of the first k Ritz pairs have converged, bool."""
-        values, _, residuals = self.ritz()
+        values, _, residuals = self.ritz(dtype)
         return converged(residuals, values[: self.k], self.tol, self.eps)
 
     # -- steps ----------------------------------------------------------------------------------
@@ -104,7 +107,11 @@ class KrylovSpace:
             C, R = project_out_(W_BD, self.basis.slabs()), torch.zeros(0, size)
         else:
             floor = self.eps * self._scale
-            Q_rD, C, R = orthonormalize_against_(W_BD, self.basis.slabs(), floor=floor)
+            # E^T H S is (S^T H E)^T, and S^T H E is a part of A.
+            known = self.A[m : m + size].mT
+            Q_rD, C, R = orthonormalize_against_(
+                W_BD, self.basis.slabs(), floor=floor, known_nb=known
+            )
             # Where the whole space is nearly spanned, rounding may look like further directions.
             Q_rD, R = Q_rD[: self.dim - rows], R[: self.dim - rows]
             self.basis.append(Q_rD)
@@ -142,8 +149,8 @@ class KrylovSpace:
         """Turn the pending vectors so that the first `size` couple most to unconverged pairs."""
         if self.num_pending <= size:
             return
-        _, Y, _ = self.ritz()
-        unfinished = ~self.converged()
+        _, Y, _ = self.ritz(self.H.dtype)
+        unfinished = ~self.converged(self.H.dtype)
         coupling = self.A[self.num_expanded :] @ Y[:, : len(unfinished)][:, unfinished]
         self._turn_pending(torch.linalg.svd(coupling, full_matrices=True)[0])
 
@@ -151,11 +158,20 @@ class KrylovSpace:
         """Put the last `count` pending vectors before the other ones."""
         self._turn_pending(torch.eye(self.num_pending, dtype=torch.float64).roll(count, dims=1))
 
+    def step_back(self, num_expanded: int) -> None:
+        """Forget the products of the last expanded vectors, which wait again: nothing came of them.
+
+        The Ritz pairs from before are at hand still, as are their residuals: the rows of A that
+        were added since are zero in the columns that remain.
+        """
+        self.A, self.num_expanded = self.A[:, :num_expanded], num_expanded
+
     def restart(self) -> None:
         """Keep the best Ritz vectors and the pending ones; drop the rest (thick restart)."""
         dropped = self._drop_pending()
         m = self.num_expanded
         values, Y, _ = self.ritz()
+        self._ritz.clear()
         room = self.capacity - self.block - self.num_pending
         if room >= self.k:
             # What was dropped is negligible for the wanted pairs alone: keep no others then.
@@ -180,7 +196,7 @@ class KrylovSpace:
         """
         values, Y, residuals = self.ritz()
         self.basis.rotate_(0, self.num_expanded, Y[:, : self.k])
-        return values[: self.k], residuals.clone(), self.basis.shrink().mT
+        return values[: self.k], residuals, self.basis.shrink().mT
 
     @property
     def noise(self) -> float:
