@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 WIDTHS = (4, 8, 16, 32, 64)
 # Above this per product, batching has no overhead left to save: two vectors tell enough.
 _LONG_PRODUCT = 0.05
+_SHORT = 0.05  # seconds
 # Tracing a derivative takes from tenths of a second to seconds: it must have something to save.
 _WORTH_TRACING = 2.0
 _REMEMBERED: dict[str, Calibration] = {}
@@ -156,10 +157,16 @@ def _per_vector(
     operator: CurvatureOperator, apply: Any, way: str, width: int, best: float
 ) -> float:
     probes = _probes(operator, width)
-    times = [_timed(operator, lambda: operator.run(apply, probes, way))[0] / width]
-    # A second look only where it may change the choice.
-    while len(times) < 3 and min(times) < 1.5 * best and sum(times) * width < 1.0:
-        times.append(_timed(operator, lambda: operator.run(apply, probes, way))[0] / width)
+    times: list[float] = []
+    spent = 0.0
+    # The first calls may be slow, so short ones are looked at again; long ones only where that may
+    # change the choice.
+    while len(times) < 4 and (
+        not times or spent < _SHORT or (min(times) < 1.5 * best and spent < 1.0)
+    ):
+        seconds, _ = _timed(operator, lambda: operator.run(apply, probes, way))
+        times.append(seconds / width)
+        spent += seconds
     return min(times)
 
 

@@ -149,49 +149,72 @@ class CurvatureOperator(LinearOperator):
             self._shrink()
 
     def _accumulate(self, vectors_BD: Tensor) -> Tensor:
-        out_BD = torch.zeros_like(vectors_BD)
+        out_BD = torch.empty_like(vectors_BD)
         way, chunk = self.choice(vectors_BD.shape[0])
-        for index, batch, weight in self._microbatches():
+        for number, (index, batch, weight) in enumerate(self._microbatches()):
             apply = self._prepared(index, batch, way)
+            self._multiply_into(out_BD, way, apply, vectors_BD, weight, chunk, add=number > 0)
+        return out_BD
+
+    def _multiply_into(
+        self,
+        out_BD: Tensor,
+        way: str,
+        apply: Linearization,
+        vectors_BD: Tensor,
+        weight: float,
+        chunk: int,
+        *,
+        add: bool,
+    ) -> None:
+        """Write weight x one batch's products to `out`, or add it, `chunk` vectors at once."""
+
+        def multiply() -> None:
             start = 0
-            while start < vectors_BD.shape[0]:
-                size = min(chunk, self._plan.max_vectors)
-                part = vectors_BD[start : start + size]
+            while start < len(vectors_BD):
+                size = 1 if way in self.loops else min(chunk, self._plan.max_vectors)
+                part_BD = vectors_BD[start : start + size]
                 try:
-                    product = self._apply(way, apply, part)
+                    product = apply(self._pieces(part_BD))
                 except torch.OutOfMemoryError:
-                    if part.shape[0] == 1:
+                    if len(part_BD) == 1:
                         raise
                     product = None
                 if product is not None:
-                    self._add(out_BD[start : start + size], product, weight)
+                    self._put(out_BD[start : start + size], product, weight, add)
                     start += size
                     continue
-                self._plan = self._plan.with_fewer_vectors(part.shape[0] // 2)
+                self._plan = self._plan.with_fewer_vectors(len(part_BD) // 2)
                 _empty_cache(self.device)
                 logger.warning(
                     "out of memory: going on with %d vectors at once", self._plan.max_vectors
                 )
-        return out_BD
 
-    def _apply(self, way: str, apply: Linearization, part_BD: Tensor) -> tuple[Any, ...]:
-        pieces = tuple(
-            part_BD[:, span].reshape(len(part_BD), *shape)
-            for span, shape in zip(self.layout.slices().values(), self.layout.shapes, strict=True)
-        )
         # Checkpointed models run their forward again inside a backward pass, so wherever the model
         # as found would compute something else, it has to be put into its mode here too.
         graph = way not in self.traced and not self.objective.computes_as_found()
         if graph or way in _RUN_MODEL_CODE:
-            return self.objective.run(lambda: apply(pieces), compiling=way == "compiled")
+            self.objective.run(multiply, compiling=way == "compiled")
+            return
         with differentiable(self.device):
-            return apply(pieces)
+            multiply()
 
-    def _add(self, out_BD: Tensor, product: tuple[Any, ...], weight: float) -> None:
+    def _pieces(self, part_BD: Tensor) -> tuple[Tensor, ...]:
+        spans = zip(self.layout.slices().values(), self.layout.shapes, strict=True)
+        return tuple(part_BD[:, span].reshape(len(part_BD), *shape) for span, shape in spans)
+
+    def _put(self, out_BD: Tensor, product: tuple[Any, ...], weight: float, add: bool) -> None:
         for span, piece in zip(self.layout.slices().values(), product, strict=True):
-            if piece is not None:
-                entries = piece.detach().reshape(out_BD.shape[0], span.stop - span.start)
-                out_BD[:, span].add_(entries, alpha=weight)
+            target = out_BD[:, span]
+            if piece is None:
+                if not add:
+                    target.zero_()
+                continue
+            entries = piece.detach().reshape(target.shape)
+            if add:
+                target.add_(entries, alpha=weight)
+            else:
+                torch.mul(entries, weight, out=target)
 
     def _prepared(self, index: int, batch: Any, way: str) -> Linearization:
         if (index, way) in self._kept:
@@ -230,8 +253,8 @@ class CurvatureOperator(LinearOperator):
 
     def run(self, apply: Linearization, vectors_BD: Tensor, way: str) -> Tensor:
         """Apply what `prepare` returned to vectors (B, D), uncounted and unweighted."""
-        out_BD = torch.zeros_like(vectors_BD)
-        self._add(out_BD, self._apply(way, apply, vectors_BD), 1.0)
+        out_BD = torch.empty_like(vectors_BD)
+        self._multiply_into(out_BD, way, apply, vectors_BD, 1.0, len(vectors_BD), add=False)
         return out_BD
 
     def product_on(self, batch: Any, vectors_BD: Tensor, way: str | None = None) -> Tensor:

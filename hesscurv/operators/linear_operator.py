@@ -130,7 +130,8 @@ class LinearOperator(ABC):
                 f"expected a vector on device {self.device}, got {other.device}; "
                 "move it with .to(H.device)"
             )
-        if not bool(torch.isfinite(other.detach()).all()):
+        bounds = other.detach().aminmax() if other.numel() else ()  # without a tensor of flags
+        if not all(bool(bound.isfinite()) for bound in bounds):
             raise ValueError("expected a finite vector, got NaN or inf entries")
 
 

@@ -227,7 +227,9 @@ class Objective:
 
     def _differs(self) -> bool:
         """Whether the selected parameters differ from their copies; one look at the device."""
-        pairs = zip(self._selected.values(), self._values, strict=True)
+        pairs = list(zip(self._selected.values(), self._values, strict=True))
+        if self.device.type == "cpu" and self._cast is None:
+            return not all(torch.equal(p, copy) for p, copy in pairs)  # without memory
         return bool(torch.stack([(p != copy).any() for p, copy in pairs]).any())
 
     def _read_marks(self) -> tuple[Any, ...]:

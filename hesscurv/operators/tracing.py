@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Callable
 from functools import cache
@@ -15,19 +14,15 @@ from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_ZEROS = (
-    torch.ops.aten.zeros.default,
-    torch.ops.aten.zeros_like.default,
-    torch.ops.aten.new_zeros.default,
-    torch.ops.aten._new_zeros_with_same_feature_meta.default,
-)
+from hesscurv.operators.simplification import accumulate_in_place, find_written, simplify
 
 
-def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> Callable[..., Any]:
+def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> fx.GraphModule:
     """Return tangents -> (derivative of `fn` at `params`) tangents, as a graph without `fn`'s code.
 
     As `torch.func.linearize`, which in torch 2.13 crashes on `mse_loss` and gives wrong products
-    where a tangent is written to in place (LSTM), since it folds what is written to.
+    where a tangent is written to in place (LSTM), since it folds what is written to; and simpler by
+    the rules of `simplify`.
 
     Args:
         fn: A function of the parameters; it runs while it is traced, and not again.
@@ -43,12 +38,28 @@ def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> Call
         graph = _record(functionalize(fn), params)
     except RuntimeError:  # no rule for what some of them turn into
         graph = _record(fn, params)
-    written = _find_written(graph.graph)
-    _drop_added_zeros(graph, written)
+    written = find_written(graph.graph)
+    simplify(graph.graph, written)
+    graph.recompile()
     with warnings.catch_warnings():
         # Folding warns about its own intermediate graph.
         warnings.filterwarnings("ignore", "Attempted to insert a get_attr Node")
         return split_const_subgraphs(graph, skip_folding_node_fn=written.__contains__)
+
+
+def specialize(tangent: Callable[..., Any], example: tuple[Tensor, ...]) -> fx.GraphModule:
+    """Record a traced derivative again, for inputs like these alone, and compute it in place.
+
+    Args:
+        tangent: What `trace_derivative` returned, or `vmap` of it, whose work per call is saved.
+        example: Tangents, contiguous; those of later calls have the same shapes and strides.
+    """
+    graph = make_fx(tangent)(*example)
+    written = find_written(graph.graph)
+    simplify(graph.graph, written)
+    accumulate_in_place(graph.graph, written)
+    graph.recompile()
+    return graph
 
 
 def _record(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> fx.GraphModule:
@@ -56,7 +67,7 @@ def _record(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> fx.GraphModul
         with PlainZeros():
             return jvp(fn, params, tangents)[1]
 
-    return make_fx(tangent)(*(p.new_empty(()).expand_as(p) for p in params))
+    return make_fx(tangent)(*(p.new_zeros(p.shape) for p in params))
 
 
 @cache
@@ -78,67 +89,3 @@ class PlainZeros(TorchDispatchMode):
         if func is torch.ops.aten._efficientzerotensor.default:
             func = torch.ops.aten.zeros.default
         return func(*args, **(kwargs or {}))
-
-
-def _drop_added_zeros(graph: fx.GraphModule, written: set[fx.Node]) -> None:
-    """Replace x + 0 by x: tangents that vanish come as zeros, and adding them takes its time."""
-    zeros = {
-        node
-        for node in graph.graph.nodes
-        if node.op == "call_function" and node.target in _ZEROS and node not in written
-    }
-    for node in list(graph.graph.nodes):
-        if node.target is not torch.ops.aten.add.Tensor or len(node.args) != 2 or node.kwargs:
-            continue
-        for kept, other in (node.args, node.args[::-1]):
-            same = isinstance(kept, fx.Node) and _kind_of(kept) == _kind_of(node) is not None
-            if other in zeros and same and kept not in written and node not in written:
-                node.replace_all_uses_with(kept)
-                graph.graph.erase_node(node)
-                break
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-
-
-def _kind_of(node: fx.Node) -> Any:
-    meta = node.meta.get("tensor_meta")
-    return None if meta is None else (meta.shape, meta.dtype)
-
-
-def _find_written(graph: fx.Graph) -> set[fx.Node]:
-    """Find the nodes whose memory is written to, which must not be folded.
-
-    Folded, it would be written to again in every run, and before what reads it first.
-    """
-    targets = [target for node in graph.nodes for target in _targets(node, writes=True)]
-    return set().union(*map(_memory_of, targets))
-
-
-def _memory_of(node: fx.Node) -> set[fx.Node]:
-    """Follow views back to the node that made the memory."""
-    if node.op != "call_function":
-        raise RuntimeError(f"cannot trace a function that writes to its {node.op} {node.name}")
-    chain = {node}
-    for source in _targets(node, writes=False):
-        chain |= _memory_of(source)
-    return chain
-
-
-def _targets(node: fx.Node, *, writes: bool) -> list[fx.Node]:
-    """The arguments that a node writes to, or whose memory its output shares."""
-    if node.op != "call_function":
-        return []
-    if node.target is operator.getitem or node.target is torch.ops.aten._unsafe_view.default:
-        return [] if writes else [node.args[0]]  # type: ignore[list-item]
-    schema = getattr(node.target, "_schema", None)
-    found = []
-    for i, argument in enumerate(schema.arguments if schema else []):
-        alias = argument.alias_info
-        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
-        if alias is not None and (alias.is_write or not writes):
-            found += [given] if isinstance(given, fx.Node) else list(filter(_is_node, given or ()))  # type: ignore[arg-type]
-    return found
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, fx.Node)
