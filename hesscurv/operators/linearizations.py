@@ -12,14 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
+from torch.fx import GraphModule
 
-from hesscurv.operators.tracing import load_forward_rules, trace_derivative
+from hesscurv.operators.tracing import (
+    load_forward_rules,
+    mean_numel,
+    trace_derivative,
+    vectorize,
+)
 
 Params = tuple[Tensor, ...]
 Block = tuple[Tensor, ...]
 Product = tuple[Tensor | None, ...]
 Linearization = Callable[[Block], Product]
 LinearMap = Callable[[Tensor], Tensor]  # on outputs, (B, *outputs.shape) both ways
+
+# A trace whose results have fewer entries than this, on average, is vectorised for so many vectors.
+_SMALL_NUMEL, _SEVERAL = 2**15, 16
 
 
 class NonFiniteLossError(ValueError):
@@ -49,14 +58,32 @@ def hessian_vmapped(loss: Callable[[Params], Tensor], params: Params) -> Lineari
 
 def hessian_linearized(loss: Callable[[Params], Tensor], params: Params) -> Linearization:
     """Trace the derivative of the gradient once, constants folded, and run the trace per vector."""
-    tangent = _traced_gradient(loss, params)
+    tangent = _traced_gradient(loss, params, in_place=True)
     return lambda block: _stack([tangent(*(v[i] for v in block)) for i in range(len(block[0]))])
 
 
 def hessian_linearized_batched(loss: Callable[[Params], Tensor], params: Params) -> Linearization:
-    """Trace the derivative of the gradient once, and run the trace on all vectors at once."""
-    tangent = vmap(_traced_gradient(loss, params))
-    return lambda block: tangent(*block)
+    """Trace the derivative of the gradient once, and run the trace on several vectors at once.
+
+    Of small networks, where vmap's own work in every call counts, the trace is vectorised once for
+    a fixed number of vectors; what is left of a block goes through vmap.
+    """
+    tangent = _traced_gradient(loss, params)
+    many = vmap(lambda *v: tangent(*v))  # given a module itself, vmap prints it in every call
+    if mean_numel(tangent) > _SMALL_NUMEL:
+        return lambda block: many(*block)
+    several: list[Callable[..., Any]] = []
+
+    def apply(block: Block) -> Product:
+        parts = []
+        for start in range(0, len(block[0]), _SEVERAL):
+            part = tuple(v[start : start + _SEVERAL].contiguous() for v in block)
+            if len(part[0]) == _SEVERAL and not several:
+                several.append(vectorize(tangent, part))
+            parts.append((several[0] if len(part[0]) == _SEVERAL else many)(*part))
+        return parts[0] if len(parts) == 1 else tuple(map(torch.cat, zip(*parts, strict=True)))
+
+    return apply
 
 
 # -- J^T C J for outputs z(params), Jacobian J and a curvature C on outputs --------------------
@@ -101,7 +128,7 @@ def gauss_newton_linearized(
 ) -> Linearization:
     """J v by running a trace of the outputs' derivative on all vectors at once."""
     tangent = trace_derivative(lambda *p: outputs(p), params)
-    return _gauss_newton_with(vmap(tangent), outputs, curvature, params)
+    return _gauss_newton_with(vmap(lambda *v: tangent(*v)), outputs, curvature, params)
 
 
 # -- pieces -----------------------------------------------------------------------------------
@@ -197,8 +224,11 @@ def _batched(graph: tuple[list[Any], list[Tensor]], params: Params) -> Lineariza
     return apply
 
 
-def _traced_gradient(loss: Callable[[Params], Tensor], params: Params) -> Callable[..., Any]:
-    return trace_derivative(grad(lambda *p: loss(p), argnums=tuple(range(len(params)))), params)
+def _traced_gradient(
+    loss: Callable[[Params], Tensor], params: Params, *, in_place: bool = False
+) -> GraphModule:
+    gradient = grad(lambda *p: loss(p), argnums=tuple(range(len(params))))
+    return trace_derivative(gradient, params, in_place=in_place)
 
 
 def _gauss_newton_retained(

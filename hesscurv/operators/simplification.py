@@ -106,14 +106,15 @@ def accumulate_in_place(graph: fx.Graph, written: set[fx.Node]) -> None:
 
     The graph can then no longer be vectorised by vmap, nor differentiated.
     """
+    fixed = written | _constants(graph)
     for node in list(graph.nodes):
         if node.target is _aten.add.Tensor and len(node.args) == 2 and not node.kwargs:
             for total, term in (node.args, node.args[::-1]):
-                if _may_overwrite(total, node, written) and isinstance(term, fx.Node):
+                if _may_overwrite(total, node, fixed) and isinstance(term, fx.Node):
                     _add_into(graph, node, total, term, written)
                     break
     for node in list(graph.nodes):
-        if node.target in _IN_PLACE and _may_overwrite(node.args[0], node, written):
+        if node.target in _IN_PLACE and _may_overwrite(node.args[0], node, fixed):
             target, name = _IN_PLACE[node.target]
             _replace(graph, node, target, node.args, {name: node.args[0]} if name else {})
     graph.eliminate_dead_code()
@@ -127,6 +128,15 @@ def find_written(graph: fx.Graph) -> set[fx.Node]:
     """
     targets = [target for node in graph.nodes for target in _targets(node, writes=True)]
     return set().union(*map(_memory_of, targets))
+
+
+def _constants(graph: fx.Graph) -> set[fx.Node]:
+    """Find the nodes that no input reaches: they may be computed once for many runs."""
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op != "placeholder" and all(source in constant for source in node.all_input_nodes):
+            constant.add(node)
+    return constant
 
 
 def _add_into(
@@ -148,7 +158,7 @@ def _replace(graph: fx.Graph, node: fx.Node, target: Any, args: Any, kwargs: Any
     graph.erase_node(node)
 
 
-def _may_overwrite(value: Any, node: fx.Node, written: set[fx.Node]) -> bool:
+def _may_overwrite(value: Any, node: fx.Node, fixed: set[fx.Node]) -> bool:
     """Whether a node may be computed into an argument's memory."""
     return (
         isinstance(value, fx.Node)
@@ -156,10 +166,9 @@ def _may_overwrite(value: Any, node: fx.Node, written: set[fx.Node]) -> bool:
         and len(value.users) == 1
         and sum(arg is value for arg in node.all_input_nodes) == 1
         and sum(arg is value for arg in node.args) == 1
-        and value not in written
-        and node not in written
-        and _kind_of(value) is not None
-        and _kind_of(value) == _kind_of(node)
+        and value not in fixed
+        and node not in fixed
+        and _same(value, node)
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.func import functionalize, jvp
+from torch.func import functionalize, jvp, vmap
 from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hesscurv.operators.simplification import accumulate_in_place, find_written, simplify
 
 
-def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> fx.GraphModule:
+def trace_derivative(
+    fn: Callable[..., Any], params: tuple[Tensor, ...], *, in_place: bool = False
+) -> fx.GraphModule:
     """Return tangents -> (derivative of `fn` at `params`) tangents, as a graph without `fn`'s code.
 
     As `torch.func.linearize`, which in torch 2.13 crashes on `mse_loss` and gives wrong products
@@ -27,6 +29,7 @@ def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> fx.G
     Args:
         fn: A function of the parameters; it runs while it is traced, and not again.
         params: Where the derivative is taken.
+        in_place: Whether to compute in place where possible: faster, not for vmap.
 
     Raises:
         RuntimeError: If `fn` writes to its arguments or to a constant on the way, or cannot be
@@ -40,6 +43,8 @@ def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> fx.G
         graph = _record(fn, params)
     written = find_written(graph.graph)
     simplify(graph.graph, written)
+    if in_place:
+        accumulate_in_place(graph.graph, written)
     graph.recompile()
     with warnings.catch_warnings():
         # Folding warns about its own intermediate graph.
@@ -47,19 +52,26 @@ def trace_derivative(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> fx.G
         return split_const_subgraphs(graph, skip_folding_node_fn=written.__contains__)
 
 
-def specialize(tangent: Callable[..., Any], example: tuple[Tensor, ...]) -> fx.GraphModule:
-    """Record a traced derivative again, for inputs like these alone, and compute it in place.
+def vectorize(tangent: fx.GraphModule, block: tuple[Tensor, ...]) -> fx.GraphModule:
+    """Record ``vmap(tangent)`` for blocks like this one, without vmap's work in every call.
 
     Args:
-        tangent: What `trace_derivative` returned, or `vmap` of it, whose work per call is saved.
-        example: Tangents, contiguous; those of later calls have the same shapes and strides.
+        tangent: What `trace_derivative` returned.
+        block: Tangents (B, *shape), contiguous; later blocks have the same shapes and strides.
     """
-    graph = make_fx(tangent)(*example)
+    graph = make_fx(vmap(lambda *v: tangent(*v)))(*block)
     written = find_written(graph.graph)
     simplify(graph.graph, written)
     accumulate_in_place(graph.graph, written)
     graph.recompile()
     return graph
+
+
+def mean_numel(graph: fx.GraphModule) -> float:
+    """Return how many entries an intermediate result has on average."""
+    metas = [n.meta["tensor_meta"] for n in graph.graph.nodes if "tensor_meta" in n.meta]
+    sizes = [meta.shape.numel() for meta in metas if hasattr(meta, "shape")]
+    return sum(sizes) / max(len(sizes), 1)
 
 
 def _record(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> fx.GraphModule:
