@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 WIDTHS = (4, 8, 16, 32, 64)
 # Above this per product, batching has no overhead left to save: two vectors tell enough.
 _LONG_PRODUCT = 0.05
-_SHORT = 0.05  # seconds
+_SHORT = 0.02  # seconds
 # Tracing a derivative takes from tenths of a second to seconds: it must have something to save.
 _WORTH_TRACING = 2.0
 _REMEMBERED: dict[str, Calibration] = {}
@@ -132,6 +132,8 @@ def _measure(operator: CurvatureOperator, batch: Any, expected: int) -> Calibrat
                 seconds[way] = {1: _per_vector(operator, apply, way, 2, pair / 2)}
             elif widths and not hopeless:
                 width = widths[min(2, len(widths) - 1)]
+                if way in operator.traced:  # which may go on tracing in the first call
+                    setup[way] += _timed(operator, lambda w=way, a=apply, n=width: _run(operator, a, w, n))[0]
                 seconds[way] = {width: _per_vector(operator, apply, way, width, best)}
         except Exception as error:
             if way == operator.ways[0]:
@@ -147,16 +149,32 @@ def _measure(operator: CurvatureOperator, batch: Any, expected: int) -> Calibrat
         loop = min((s[1] for s in seconds.values() if 1 in s), default=float("inf"))
         if min(seconds[way].values()) < 1.5 * loop:
             with contextlib.suppress(torch.OutOfMemoryError):
-                for width in widths:
-                    if width not in seconds[way]:
-                        seconds[way][width] = _per_vector(operator, best_batched, way, width, loop)
+                _look_around(operator, best_batched, way, widths, seconds[way], loop)
     return Calibration(seconds, setup, plan.keep_graphs)
+
+
+def _look_around(
+    operator: CurvatureOperator,
+    apply: Any,
+    way: str,
+    widths: list[int],
+    found: dict[int, float],
+    loop: float,
+) -> None:
+    """Measure a way at narrower and at wider blocks than the first, as long as it gains."""
+    start = widths.index(next(iter(found)))
+    for side in (widths[start + 1 :], widths[:start][::-1]):
+        last = found[widths[start]]
+        for width in side:
+            found[width] = _per_vector(operator, apply, way, width, loop)
+            if found[width] > 1.1 * last:
+                break
+            last = found[width]
 
 
 def _per_vector(
     operator: CurvatureOperator, apply: Any, way: str, width: int, best: float
 ) -> float:
-    probes = _probes(operator, width)
     times: list[float] = []
     spent = 0.0
     # The first calls may be slow, so short ones are looked at again; long ones only where that may
@@ -164,10 +182,14 @@ def _per_vector(
     while len(times) < 4 and (
         not times or spent < _SHORT or (min(times) < 1.5 * best and spent < 1.0)
     ):
-        seconds, _ = _timed(operator, lambda: operator.run(apply, probes, way))
+        seconds, _ = _timed(operator, lambda: _run(operator, apply, way, width))
         times.append(seconds / width)
         spent += seconds
     return min(times)
+
+
+def _run(operator: CurvatureOperator, apply: Any, way: str, width: int) -> torch.Tensor:
+    return operator.run(apply, _probes(operator, width), way)
 
 
 def _timed(operator: CurvatureOperator, fn: Any) -> tuple[float, Any]:
