@@ -91,7 +91,7 @@ def hesscurv_contenders(
         return Pairs(pairs.eigenvalues, pairs.eigenvectors, pairs.num_matvecs, block)
 
     def cold(tol: float) -> Pairs:
-        calibration._REMEMBERED.clear()  # what a new process would not know
+        calibration.forget()  # what a new process would not know
         return solve(hessian(problem), tol)
 
     out: dict[str, Callable[[], Pairs]] = {}

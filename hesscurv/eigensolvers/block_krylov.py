@@ -79,6 +79,7 @@ def block_krylov(
         Wu, Simon, "Thick-restart Lanczos method", SIAM J. Matrix Anal. Appl. 22 (2000).
     """
     generator = generator or torch.Generator().manual_seed(0)
+    H.expect(2 * k + 50)
     block = min(block_size or choose_block_size(H, k), H.shape[0])
     known = 0 if initial is None else initial.shape[1]
     capacity = basis_capacity(H, k, block, known, max_basis)
@@ -283,19 +284,18 @@ def choose_block_size(H: LinearOperator, k: int) -> int:
     """Return the block size with the least predicted time for k pairs, by H's calibration.
 
     A wider block makes a product and the reading of the basis cheaper, and the space grow slower in
-    degree: about ``1.7 k + 8 b`` products are needed (measured on Hessians of small nets, k = 350).
+    degree: about ``2 k + 9 b`` products are needed (measured on Hessians of small nets).
     """
     dim = H.shape[0]
-    if not hasattr(H, "calibrate") or not hasattr(H, "seconds_per_vector"):
+    if not hasattr(H, "seconds_per_vector"):
         return max(1, min(16, k // 4 if k > 16 else 4, dim))
-    H.calibrate(expected=2 * k + 50)
     # Orders of magnitude are enough: entries per second read, multiplied and added.
-    read, multiplied = (5e9, 5e10) if H.device.type == "cpu" else (4e11, 1e13)
+    read, multiplied = (2.5e9, 5e10) if H.device.type == "cpu" else (4e11, 1e13)
 
     def seconds(b: int) -> float:
-        # Two passes of Gram-Schmidt read the basis, of k vectors on average, four times a block.
-        gram_schmidt = 4 * k * dim * (1 / (b * read) + 1 / multiplied)
-        return float((H.seconds_per_vector(b) + gram_schmidt) * (1.7 * k + 8 * b))
+        # A measured projection reads the basis, of k vectors on average, twice a block.
+        gram_schmidt = 2 * k * dim * (1 / (b * read) + 1 / multiplied)
+        return float((H.seconds_per_vector(b) + gram_schmidt) * (2 * k + 9 * b))
 
     return min(dim, min((b for b in (4, 8, 16, 32, 64) if b <= max(4, k // 4)), key=seconds))
 

@@ -65,9 +65,10 @@ def single_pass(
     Warns:
         ConvergenceWarning: If residuals are measured and exceed the tolerance.
 
-    Cost: inner products, and k for the residuals. Storage: 1.125 outer D floats and some blocks.
-    SSRFT takes 4 (inner + outer) FFTs of length D; the other kinds take inner (inner + 2 outer) D
-    multiply-adds and, as Psi is drawn anew for each eighth of the basis, 12 inner D random numbers.
+    Cost: inner products, and k for the residuals. Storage: outer D floats, 1.125 times as many for
+    the Gaussian and Rademacher kinds, and some blocks. SSRFT takes 4 (inner + outer) FFTs of length
+    D; the other kinds take inner (inner + 2 outer) D multiply-adds and, as Psi is drawn anew for
+    each eighth of the basis, 12 inner D random numbers.
 
     References:
         Fernandez, Schneider, Mahsereci, Hennig, "Connecting parameter magnitudes and Hessian
@@ -89,16 +90,17 @@ def single_pass(
         for _ in range(2)
     )
     total = inner + (k if residuals else 0)
+    H.expect(total)
     with CountedOperator(H, total, "single_pass", progress) as counted:
         basis_mD = torch.empty(outer, dim, dtype=H.dtype, device=H.device)
         M_nn = torch.empty(inner, inner, dtype=torch.float64)
         M_nn[:, :outer] = measure(counted, omega, psi, 0, outer, basis_mD, block_size)
-        # The other columns of Y count through Psi^T Y alone. They come in groups, wider than a
-        # block, because Gaussian and Rademacher Psi are drawn anew for each.
-        group = max(block_size, outer // 8)
-        scratch_gD = basis_mD.new_empty(min(group, inner - outer), dim)
-        for first in range(outer, inner, group):
-            last = min(first + group, inner)
+        # The other columns of Y count through Psi^T Y alone. Where Psi is drawn anew for each use,
+        # they come in groups wider than a block.
+        group = 0 if measurements == "ssrft" else max(block_size, outer // 8)
+        scratch_gD = basis_mD.new_empty(min(group, inner - outer), dim) if group else None
+        for first in range(outer, inner, group or inner):
+            last = min(first + (group or inner), inner)
             M_nn[:, first:last] = measure(counted, omega, psi, first, last, scratch_gD, block_size)
         del scratch_gD
 
@@ -125,7 +127,7 @@ def measure(
     psi: TestMatrix,
     start: int,
     stop: int,
-    out_bD: Tensor,
+    out_bD: Tensor | None,
     block_size: int = 32,
 ) -> Tensor:
     """Take measurements start, ..., stop - 1: ``Y = H Omega[:, start:stop]`` and ``Psi^T Y``.
@@ -136,7 +138,8 @@ def measure(
         psi: The test matrix (D, inner) that tests the products.
         start: The first measurement.
         stop: One past the last.
-        out_bD: Shape (at least stop - start, D), row-contiguous: its first rows are filled with Y.
+        out_bD: Shape (at least stop - start, D), row-contiguous: its first rows are filled with Y;
+            None keeps no more of Y than a block.
         block_size: Products at a time.
 
     Returns:
@@ -144,9 +147,17 @@ def measure(
 
     Cost: stop - start products.
     """
+    tested = []
     for first in range(start, stop, block_size):
         last = min(first + block_size, stop)
-        out_bD[first - start : last - start] = (H @ omega.columns(first, last)).mT
+        Y_Db = H @ omega.columns(first, last)
+        if out_bD is None:
+            tested.append(psi.transpose_matmul(Y_Db))
+        else:
+            out_bD[first - start : last - start] = Y_Db.mT
+        del Y_Db  # before there is a second block of it
+    if out_bD is None:
+        return torch.cat(tested, dim=1)
     return psi.transpose_matmul(out_bD[: stop - start].mT)
 
 

@@ -150,7 +150,7 @@ class SSRFTMatrix(TestMatrix):
         ValueError: If n > D: there are no more orthogonal columns.
 
     Cost: two FFTs of length D for each column, and for each column of V in `transpose_matmul`,
-    whatever n is. Stored: eight vectors of length D, four of them of 64-bit integers.
+    whatever n is. Stored: two vectors of 64-bit integers, two of bytes and D / 2 complex numbers.
 
     References:
         Tropp, Yurtsever, Udell, Cevher, "Streaming low-rank matrix approximation with an
@@ -176,12 +176,9 @@ class SSRFTMatrix(TestMatrix):
             torch.randperm(dim, generator=self._generator(stream)).to(self.device)
             for stream in (-1, -2)
         ]
-        self._inverses = [permutation.argsort() for permutation in self._permutations]
-        self._signs = [
-            _signs(dim, self._generator(stream)).to(self.device, dtype) for stream in (-3, -4)
-        ]
+        self._signs = [_signs(dim, self._generator(stream)).to(self.device) for stream in (-3, -4)]
         rows = torch.randperm(dim, generator=self._generator(-5))[:num_columns]
-        self._rows = rows.to(self.device)
+        self._rows = rows.clone().to(self.device)  # without the rest of the order
         self._twiddle = dct_twiddle(dim, dtype, self.device)
 
     def transpose_matmul(self, V_DB: Tensor) -> Tensor:
@@ -193,7 +190,7 @@ class SSRFTMatrix(TestMatrix):
         for start in range(0, V_DB.shape[1], block):
             x_bD = V_DB[:, start : start + block].mT
             for permutation, signs in zip(self._permutations, self._signs, strict=True):
-                x_bD = dct(x_bD[:, permutation] * signs, self._twiddle)
+                x_bD = dct(x_bD[:, permutation].mul_(signs), self._twiddle)
             out[:, start : start + block] = x_bD[:, self._rows].mT
         return out.mul_(math.sqrt(dim))
 
@@ -201,9 +198,10 @@ class SSRFTMatrix(TestMatrix):
         # One column at a time: an FFT of several rounds differently from an FFT of one.
         x_D = torch.zeros_like(out_D)
         x_D[self._rows[j]] = math.sqrt(self.shape[0])
-        for inverse, signs in zip(reversed(self._inverses), reversed(self._signs), strict=True):
-            x_D = (inverse_dct(x_D, self._twiddle) * signs)[inverse]
-        out_D.copy_(x_D)
+        steps = zip(reversed(self._permutations), reversed(self._signs), strict=True)
+        for permutation, signs in steps:
+            out_D[permutation] = inverse_dct(x_D, self._twiddle).mul_(signs)
+            x_D = out_D
 
 
 KINDS: dict[str, type[TestMatrix]] = {

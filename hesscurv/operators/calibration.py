@@ -9,7 +9,8 @@ import logging
 import os
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +40,15 @@ class Calibration:
         seconds: ``{way: {width: seconds per vector on one micro-batch}}``; width 1 is a loop.
         setup: Seconds to set each way up on one micro-batch.
         kept: Whether what is set up is kept between products; if not, every pass pays for it.
+        passes: The number of micro-batches whose set-up is paid for.
+        traced: The ways with a long set-up, tried for many products alone; None before that.
     """
 
     seconds: dict[str, dict[int, float]]
     setup: dict[str, float]
     kept: bool
+    passes: int = 1
+    traced: tuple[str, ...] | None = ()
 
     def choose(self, block: int, expected: int) -> tuple[str, int]:
         """Return the fastest way, and how many vectors at once, for blocks of `block` vectors.
@@ -59,17 +64,31 @@ class Calibration:
         """Return the predicted seconds per vector on one micro-batch; arguments as in `choose`."""
         return self._best(block, expected)[0]
 
+    def covers(self, expected: int) -> bool:
+        """Whether all ways are measured that come into question for so many products."""
+        return self.traced is not None or not self.worth_tracing(expected)
+
+    def worth_tracing(self, expected: int) -> bool:
+        """Whether so many products take so long that a long set-up may pay off.
+
+        Judged by the other ways alone, so that the answer does not depend on what has been tried.
+        """
+        best = min((min(s.values()) for s in self._untraced().values() if s), default=0.0)
+        return expected * self.passes * best >= _WORTH_TRACING
+
     def without(self, way: str) -> Calibration:
         """Return the calibration without one way."""
-        return Calibration(
-            {w: s for w, s in self.seconds.items() if w != way}, self.setup, self.kept
-        )
+        return replace(self, seconds={w: s for w, s in self.seconds.items() if w != way})
+
+    def _untraced(self) -> dict[str, dict[int, float]]:
+        return {w: s for w, s in self.seconds.items() if w not in (self.traced or ())}
 
     def _best(self, block: int, expected: int) -> tuple[float, str, int]:
         products = max(expected if self.kept else block, 1)
+        ways = self.seconds if self.worth_tracing(expected) else self._untraced()
         options = (
             (seconds + self.setup[way] / products, way, width)
-            for way, by_width in self.seconds.items()
+            for way, by_width in ways.items()
             for width, seconds in by_width.items()
             if width <= block
         )
@@ -91,14 +110,23 @@ def calibrate(operator: CurvatureOperator, batch: Any, expected: int) -> Calibra
     Returns:
         The calibration; it costs some 50 to 200 products of one micro-batch.
     """
-    key = _key(operator, batch, expected)
+    key = _key(operator, batch)
     known = _REMEMBERED.get(key) or _read(key, operator.ways)
-    if known is None:
-        known = _measure(operator, batch, expected)
+    if known is None or not known.covers(expected):
+        if known is None:
+            quick = [way for way in operator.ways if way not in operator.traced]
+            known = _measure(operator, batch, quick)
+        if not known.covers(expected):
+            known = _measure(operator, batch, list(operator.traced), known)
         operator.verified.update(known.seconds)
         _write(key, known)
     _REMEMBERED[key] = known
     return known
+
+
+def forget() -> None:
+    """Forget what this process has measured; files in the cache folder stay."""
+    _REMEMBERED.clear()
 
 
 def matches_reference(operator: CurvatureOperator, batch: Any, way: str) -> bool:
@@ -107,19 +135,19 @@ def matches_reference(operator: CurvatureOperator, batch: Any, way: str) -> bool
     return _agree(operator.product_on(batch, probes), operator.product_on(batch, probes, way))
 
 
-def _measure(operator: CurvatureOperator, batch: Any, expected: int) -> Calibration:
+def _measure(
+    operator: CurvatureOperator, batch: Any, ways: list[str], known: Calibration | None = None
+) -> Calibration:
+    """Measure some ways: at first those with a quick set-up, later, beside these, the others."""
     plan = operator.memory_plan
     widths = [w for w in WIDTHS if w <= plan.max_vectors]
-    passes = 1 if plan.keep_graphs else max(1, operator.objective.batches.count)
-    seconds: dict[str, dict[int, float]] = {}
-    setup: dict[str, float] = {}
-    best_batched: Any = None
-    reference = None
+    seconds = dict(known.seconds) if known else {}
+    setup = dict(known.setup) if known else {}
     few = _probes(operator, 2)
-    for way in operator.ways:
-        best = min((min(s.values()) for s in seconds.values()), default=float("inf"))
-        if way in operator.traced and expected * passes * best < _WORTH_TRACING:
-            continue
+    reference = operator.product_on(batch, few) if known else None
+    best_batched: Any = None
+    for way in (w for w in ways if w in operator.ways):
+        best = _least(seconds)
         try:
             setup[way], apply = _timed(operator, lambda w=way: operator.prepare(batch, w))
             pair, got = _timed(operator, lambda w=way, a=apply: operator.run(a, few, w))
@@ -133,24 +161,32 @@ def _measure(operator: CurvatureOperator, batch: Any, expected: int) -> Calibrat
             elif widths and not hopeless:
                 width = widths[min(2, len(widths) - 1)]
                 if way in operator.traced:  # which may go on tracing in the first call
-                    setup[way] += _timed(operator, lambda w=way, a=apply, n=width: _run(operator, a, w, n))[0]
+                    setup[way] += _timed(operator, partial(_run, operator, apply, way, width))[0]
                 seconds[way] = {width: _per_vector(operator, apply, way, width, best)}
         except Exception as error:
             if way == operator.ways[0]:
                 raise  # there is nothing to compare the others with
             logger.info("way %r is not available here: %s", way, error)
         # Graphs are large: only the best of the batched ways is looked at again.
-        batched = [w for w in seconds if w not in operator.loops]
-        if way == min(batched, key=lambda w: min(seconds[w].values()), default=""):
+        if way == _best_batched(operator, seconds):
             best_batched = apply
-    batched = [way for way in seconds if way not in operator.loops]
-    if batched:  # the best of them at the other widths too
-        way = min(batched, key=lambda w: min(seconds[w].values()))
+    best_way = _best_batched(operator, seconds)
+    if best_way is not None and best_batched is not None:  # at the other widths too
         loop = min((s[1] for s in seconds.values() if 1 in s), default=float("inf"))
-        if min(seconds[way].values()) < 1.5 * loop:
+        if min(seconds[best_way].values()) < 1.5 * loop:
             with contextlib.suppress(torch.OutOfMemoryError):
-                _look_around(operator, best_batched, way, widths, seconds[way], loop)
-    return Calibration(seconds, setup, plan.keep_graphs)
+                _look_around(operator, best_batched, best_way, widths, seconds[best_way], loop)
+    passes = 1 if plan.keep_graphs else max(1, operator.objective.batches.count)
+    return Calibration(seconds, setup, plan.keep_graphs, passes, operator.traced if known else None)
+
+
+def _least(seconds: dict[str, dict[int, float]]) -> float:
+    return min((min(s.values()) for s in seconds.values()), default=float("inf"))
+
+
+def _best_batched(operator: CurvatureOperator, seconds: dict[str, dict[int, float]]) -> str | None:
+    batched = [way for way in seconds if way not in operator.loops]
+    return min(batched, key=lambda w: min(seconds[w].values()), default=None)
 
 
 def _look_around(
@@ -222,7 +258,7 @@ def _agree(expected: torch.Tensor, got: torch.Tensor) -> bool:
 # -- memory across processes ------------------------------------------------------------------
 
 
-def _key(operator: CurvatureOperator, batch: Any, expected: int) -> str:
+def _key(operator: CurvatureOperator, batch: Any) -> str:
     device = operator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     parts = [
@@ -235,7 +271,7 @@ def _key(operator: CurvatureOperator, batch: Any, expected: int) -> str:
         str(operator.objective.training),
         str(operator.memory_plan.max_vectors >= WIDTHS[-1] or operator.memory_plan.max_vectors),
         str(operator.memory_plan.keep_graphs),
-        str(max(expected, 1).bit_length()),  # so that nearby numbers share an entry
+        str(operator.objective.batches.count),
         name,
         str(torch.get_num_threads()),
         torch.__version__,
@@ -268,24 +304,21 @@ def _read(key: str, ways: tuple[str, ...]) -> Calibration | None:
             for way, by_width in data["seconds"].items()
         }
         setup = {way: float(data["setup"][way]) for way in seconds}
-        kept = bool(data["kept"])
+        kept, passes = bool(data["kept"]), int(data["passes"])
+        traced = None if data["traced"] is None else tuple(map(str, data["traced"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
     # A file that was cut short or written by hand must not decide anything.
     if not any(seconds.values()) or not set(seconds) <= set(ways):
         return None
-    return Calibration(seconds, setup, kept)
+    return Calibration(seconds, setup, kept, passes, traced)
 
 
 def _write(key: str, calibration: Calibration) -> None:
     folder = _folder()
     if folder is None:
         return
-    data = {
-        "seconds": calibration.seconds,
-        "setup": calibration.setup,
-        "kept": calibration.kept,
-    }
+    data = asdict(calibration)
     with contextlib.suppress(OSError):  # a read-only home is no reason to fail
         folder.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=folder)

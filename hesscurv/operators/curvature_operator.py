@@ -107,7 +107,8 @@ class CurvatureOperator(LinearOperator):
         self._largest: Any = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._calibration: Calibration | None = None
-        self._expected = _EXPECTED
+        self._expected, self._asked_for = _EXPECTED, 0
+        self._told = False
         self._kept: dict[tuple[int, str], Linearization] = {}
         self.verified = {self.ways[0]}  # the ways known to agree with the reference
         self._checking = check
@@ -129,8 +130,11 @@ class CurvatureOperator(LinearOperator):
         vectors_BD = vectors_DB.mT.contiguous()
         self._forget_if_changed()
         width = vectors_BD.shape[0]
-        if self.way == "auto" and self.num_matvecs + width > _CALIBRATE_FROM:
-            self.calibrate(max(_EXPECTED, self.num_matvecs))
+        if self.way == "auto":
+            if not self._told:
+                self._expected = max(_EXPECTED, self.num_matvecs, self._asked_for)
+            if self._told or self.num_matvecs + width > _CALIBRATE_FROM:
+                self._calibrate()
         out_BD = self._within_memory(lambda: self._accumulate(vectors_BD))
         if not bool(torch.stack(out_BD.aminmax()).isfinite().all()):  # NaN propagates
             raise ValueError(
@@ -271,7 +275,8 @@ class CurvatureOperator(LinearOperator):
             if self._checking and self.way not in self.verified:
                 self._verify(self.way)
             return self.way, limit
-        if self._calibration is None or not self._calibration.seconds:
+        few = self._expected < _CALIBRATE_FROM
+        if few or self._calibration is None or not self._calibration.seconds:
             return self.ways[0], limit
         way, chunk = self._calibration.choose(limit, self._expected)
         if way not in self.verified:
@@ -286,24 +291,42 @@ class CurvatureOperator(LinearOperator):
         done for it do not count in `num_matvecs`.
 
         Args:
-            expected: The number of products to come; ways with a long set-up pay off over many.
+            expected: The number of products to come with the same weights, in all: ways with a long
+                set-up pay off over many. From here on choices are made for at least so many.
 
         Returns:
             The measured seconds per vector of every way.
         """
-        if self._calibration is None or expected > 4 * self._expected:
-            self._expected = expected
+        self._asked_for = max(self._asked_for, expected)
+        self._expected = max(self._expected, expected)
+        return self._calibrate() or Calibration({}, {}, kept=True)
+
+    def expect(self, products: int) -> None:
+        """Choose the way for so many products from here on, whatever was computed before.
+
+        A solver says so first: the same call then takes the same steps on a new operator and on one
+        that has been used.
+        """
+        self._told = True
+        self._expected = max(products, self._asked_for)
+
+    def _calibrate(self) -> Calibration | None:
+        if self._expected < _CALIBRATE_FROM:
+            return None
+        if self._calibration is None or not self._calibration.covers(self._expected):
             with torch.inference_mode(False):
                 self._calibration = self._within_memory(
-                    lambda: calibrate(self, self._first_microbatch(), expected)
+                    lambda: calibrate(self, self._first_microbatch(), self._expected)
                 )
         return self._calibration
 
     def seconds_per_vector(self, block: int) -> float:
         """Return the predicted seconds per vector and pass over the data, in blocks of `block`."""
         block = max(1, min(block, self._plan.max_vectors))
-        per_batch = self.calibrate().seconds_per_vector(block, self._expected)
-        return per_batch * self.objective.batches.count
+        measured = self._calibrate()
+        if measured is None:  # too few products to measure anything for
+            return 0.0
+        return measured.seconds_per_vector(block, self._expected) * self.objective.batches.count
 
     def _verify(self, way: str) -> None:
         """Compare a way with the reference, once: leave it out, or refuse it if asked for."""

@@ -65,6 +65,9 @@ class LinearOperator(ABC):
         """Return ``H @ V``."""
         return self @ vectors
 
+    def expect(self, products: int) -> None:  # noqa: B027, there may be nothing to choose
+        """Take note that so many products follow; an operator may choose its way by it."""
+
     @property
     def T(self) -> LinearOperator:
         """The transpose: the operator itself."""

@@ -79,7 +79,7 @@ _FRESH = {
     _aten.threshold_backward.grad_input,
     _aten.sigmoid_backward.grad_input,
 }
-_ACCUMULATED = {
+_ACCUMULATED: dict[Any, Any] = {
     _aten.mm.default: _aten.addmm_.default,
     _aten.bmm.default: _aten.baddbmm_.default,
     _aten.mul.Tensor: _aten.addcmul_.default,
@@ -179,11 +179,11 @@ def _drop_copies(graph: fx.Graph, written: set[fx.Node]) -> None:
             continue
         zeros, source = node.args
         same = _kind_of(node) == _kind_of(source) is not None
-        if same and source.op == "placeholder" and zeros.target in ZEROS and node not in written:
-            if len(zeros.users) == 1:
-                node.replace_all_uses_with(source)
-                graph.erase_node(node)
-                graph.erase_node(zeros)
+        new = zeros.target in ZEROS and len(zeros.users) == 1
+        if same and new and source.op == "placeholder" and node not in written:
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+            graph.erase_node(zeros)
 
 
 def _drop_added_zeros(graph: fx.Graph, written: set[fx.Node]) -> None:
