@@ -79,7 +79,7 @@ def block_krylov(
         Wu, Simon, "Thick-restart Lanczos method", SIAM J. Matrix Anal. Appl. 22 (2000).
     """
     generator = generator or torch.Generator().manual_seed(0)
-    H.expect(2 * k + 50)
+    H.expect(expected_matvecs(k, block_size or min(16, max(4, k // 4))))
     block = min(block_size or choose_block_size(H, k), H.shape[0])
     known = 0 if initial is None else initial.shape[1]
     capacity = basis_capacity(H, k, block, known, max_basis)
@@ -280,11 +280,16 @@ class _Run:
         )
 
 
+def expected_matvecs(k: int, block: int) -> int:
+    """Return about how many products k pairs take, as measured on Hessians of small nets."""
+    return 2 * k + 9 * block
+
+
 def choose_block_size(H: LinearOperator, k: int) -> int:
     """Return the block size with the least predicted time for k pairs, by H's calibration.
 
     A wider block makes a product and the reading of the basis cheaper, and the space grow slower in
-    degree: about ``2 k + 9 b`` products are needed (measured on Hessians of small nets).
+    degree: see `expected_matvecs`.
     """
     dim = H.shape[0]
     if not hasattr(H, "seconds_per_vector"):
@@ -295,7 +300,7 @@ def choose_block_size(H: LinearOperator, k: int) -> int:
     def seconds(b: int) -> float:
         # A measured projection reads the basis, of k vectors on average, twice a block.
         gram_schmidt = 2 * k * dim * (1 / (b * read) + 1 / multiplied)
-        return float((H.seconds_per_vector(b) + gram_schmidt) * (2 * k + 9 * b))
+        return float((H.seconds_per_vector(b) + gram_schmidt) * expected_matvecs(k, b))
 
     return min(dim, min((b for b in (4, 8, 16, 32, 64) if b <= max(4, k // 4)), key=seconds))
 

@@ -13,7 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.operators.batches import split
-from hesscurv.operators.calibration import Calibration, calibrate, matches_reference
+from hesscurv.operators.calibration import (
+    Calibration,
+    bucket_of,
+    calibrate,
+    matches_reference,
+)
 from hesscurv.operators.environment import differentiable
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.linearizations import Linearization, NonFiniteLossError
@@ -106,7 +111,7 @@ class CurvatureOperator(LinearOperator):
         self._separable = False
         self._largest: Any = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
-        self._calibration: Calibration | None = None
+        self._calibrations: dict[int, Calibration] = {}
         self._expected, self._asked_for = _EXPECTED, 0
         self._told = False
         self._kept: dict[tuple[int, str], Linearization] = {}
@@ -224,9 +229,13 @@ class CurvatureOperator(LinearOperator):
         if (index, way) in self._kept:
             return self._kept[index, way]
         apply = self.prepare(batch, way)
+        self.keep(way, apply, index)
+        return apply
+
+    def keep(self, way: str, apply: Linearization, index: int = 0) -> None:
+        """Keep what was set up for a micro-batch, as long as weights and memory allow."""
         if self._plan.keep_graphs and self.objective.batches.kept is not None:
             self._kept[index, way] = apply
-        return apply
 
     def _microbatches(self) -> Iterator[tuple[int, Any, float]]:
         index = 0
@@ -275,10 +284,10 @@ class CurvatureOperator(LinearOperator):
             if self._checking and self.way not in self.verified:
                 self._verify(self.way)
             return self.way, limit
-        few = self._expected < _CALIBRATE_FROM
-        if few or self._calibration is None or not self._calibration.seconds:
+        calibration = self._calibration
+        if self._expected < _CALIBRATE_FROM or calibration is None or not calibration.seconds:
             return self.ways[0], limit
-        way, chunk = self._calibration.choose(limit, self._expected)
+        way, chunk = calibration.choose(limit, self._expected)
         if way not in self.verified:
             self._verify(way)
             return self.choice(width)
@@ -310,14 +319,17 @@ class CurvatureOperator(LinearOperator):
         self._told = True
         self._expected = max(products, self._asked_for)
 
+    @property
+    def _calibration(self) -> Calibration | None:
+        return self._calibrations.get(bucket_of(self._expected))
+
     def _calibrate(self) -> Calibration | None:
-        if self._expected < _CALIBRATE_FROM:
-            return None
-        if self._calibration is None or not self._calibration.covers(self._expected):
+        if self._calibration is None and self._expected >= _CALIBRATE_FROM:
             with torch.inference_mode(False):
-                self._calibration = self._within_memory(
+                found = self._within_memory(
                     lambda: calibrate(self, self._first_microbatch(), self._expected)
                 )
+            self._calibrations[bucket_of(self._expected)] = found
         return self._calibration
 
     def seconds_per_vector(self, block: int) -> float:
@@ -342,8 +354,8 @@ class CurvatureOperator(LinearOperator):
             agrees = False
         if agrees:
             self.verified.add(way)
-        elif self._calibration is not None and self.way != way:
-            self._calibration = self._calibration.without(way)
+        elif self._calibrations and self.way != way:
+            self._calibrations = {b: c.without(way) for b, c in self._calibrations.items()}
         else:
             raise ValueError(
                 f"way={way!r} gives other products than {self.ways[0]!r} on this model, so torch "
@@ -425,7 +437,7 @@ class CurvatureOperator(LinearOperator):
         if self._plan.keep_graphs:
             logger.warning("out of memory: going on without keeping graphs between products")
             self._plan = self._plan.without_kept_graphs()
-            self._calibration = None  # setting up costs more now
+            self._calibrations.clear()  # setting up costs more now
             return
         samples = min(self._plan.max_samples, num_samples(self._largest)) // 2
         if samples == 0 or not self._separable or not self._may_cut(samples):

@@ -17,9 +17,9 @@ from hesscurv.operators.tracing import PlainZeros
 _WAYS = {
     "retained": ways.hessian_retained,
     "batched": ways.hessian_batched,
-    "vmapped": ways.hessian_vmapped,
     "linearized": ways.hessian_linearized,
     "linearized_batched": ways.hessian_linearized_batched,
+    "vmapped": ways.hessian_vmapped,
 }
 
 

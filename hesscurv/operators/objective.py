@@ -210,6 +210,17 @@ class Objective:
         with self.environment(compiling=compiling):
             return self._call(lambda *_: fn(), self.leaves(), None)
 
+    def count_operations(self, batch: Any) -> int:
+        """Count the differentiable operations of a forward pass."""
+        waiting = [self.run(lambda: self.loss(self.leaves(), batch)).grad_fn]
+        seen = set(waiting) - {None}
+        while waiting:
+            node = waiting.pop()
+            new = {n for n, _ in node.next_functions if n is not None} - seen if node else set()
+            seen |= new
+            waiting += new
+        return len(seen)
+
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()
 

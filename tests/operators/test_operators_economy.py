@@ -221,7 +221,7 @@ def test_the_choice_is_remembered_in_a_file(remembering, monkeypatch):
     first = HessianOperator(net(), TASK, data(6)).calibrate()
     assert len(list(remembering.iterdir())) == 1
     monkeypatch.setattr(calibration, "_REMEMBERED", {})  # another process
-    monkeypatch.setattr(calibration, "_measure", None)  # nothing is measured
+    monkeypatch.setattr(calibration, "Measurement", None)  # nothing is measured
     assert HessianOperator(net(), TASK, data(6)).calibrate() == first
 
 
