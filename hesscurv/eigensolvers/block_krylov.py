@@ -256,6 +256,7 @@ class _Run:
                 "tol": space.tol,
                 "block_size": space.block,
                 "max_basis": space.capacity,
+                "restarts": space.num_restarts,
                 "noise": noise,
                 "seconds": time.perf_counter() - self.start,
             },

@@ -48,6 +48,7 @@ class KrylovSpace:
         self.dim, self.capacity = H.shape[0], capacity
         self.eps = torch.finfo(H.dtype).eps
         self.num_matvecs = 0
+        self.num_restarts = 0
         self.num_expanded = 0
         # Vectors to expand before all others: they belong together, coupled or not.
         self.num_initial = 0
@@ -168,6 +169,7 @@ class KrylovSpace:
 
     def restart(self) -> None:
         """Keep the best Ritz vectors and the pending ones; drop the rest (thick restart)."""
+        self.num_restarts += 1
         dropped = self._drop_pending()
         m = self.num_expanded
         values, Y, _ = self.ritz()

@@ -139,6 +139,7 @@ def test_thick_restart_finds_the_same_pairs_within_a_capped_basis(max_basis, see
     pairs = eigsh(A, 20, block_size=8, max_basis=max_basis, tol=1e-6, generator=seeded(seed))
     assert bool(pairs.converged.all())
     assert pairs.info["max_basis"] == max_basis
+    assert (pairs.info["restarts"] > 0) == (pairs.num_matvecs > max_basis)
     torch.testing.assert_close(pairs.eigenvalues, values[:20], rtol=1e-6, atol=1e-12)
 
 
