@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.eigensolvers.basis import Basis
-from hesscurv.eigensolvers.residuals import converged, convergence_threshold
+from hesscurv.eigensolvers.residuals import convergence_threshold
 from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_out_
 from hesscurv.linalg.rayleigh_ritz import ritz_pairs
 from hesscurv.operators.linear_operator import LinearOperator
@@ -92,9 +92,15 @@ class KrylovSpace:
         return convergence_threshold(values, self.tol, self.eps)
 
     def converged(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """Return which of the first k Ritz pairs have converged, bool."""
+        """Return which of the first k Ritz pairs have converged, bool.
+
+        A pair's true residual is its estimate and the products' noise together, at right angles.
+        Noise beyond the tolerance cannot be made up for, and demands no more than half of it.
+        """
         values, _, residuals = self.ritz(dtype)
-        return converged(residuals, values[: self.k], self.tol, self.eps)
+        thresholds = self.thresholds(values[: self.k])
+        noise = (0.9 * thresholds).clamp(max=self.noise)
+        return residuals <= (thresholds**2 - noise**2).sqrt()
 
     # -- steps ----------------------------------------------------------------------------------
 
