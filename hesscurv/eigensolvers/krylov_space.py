@@ -19,7 +19,6 @@ from torch import Tensor
 from hesscurv.eigensolvers.basis import Basis
 from hesscurv.eigensolvers.residuals import convergence_threshold
 from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_out_
-from hesscurv.linalg.rayleigh_ritz import ritz_pairs
 from hesscurv.operators.linear_operator import LinearOperator
 
 
@@ -54,7 +53,7 @@ class KrylovSpace:
         self.num_initial = 0
         self.basis = Basis(self.dim, capacity, k, max(block, k // 2), H.dtype, H.device)
         self.A = torch.zeros(0, 0, dtype=torch.float64)
-        self._ritz: dict[torch.dtype, tuple[Tensor, Tensor]] = {}  # of the last T
+        self._ritz: dict[torch.dtype, tuple[Tensor, ...]] = {}  # of the last T
         self._asymmetries: list[float] = []
         self._scale = 0.0  # the largest ||H q|| seen: rounding is relative to it
         self._generator = generator
@@ -70,8 +69,10 @@ class KrylovSpace:
 
     # -- Ritz pairs -----------------------------------------------------------------------------
 
-    def ritz(self, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Ritz values (m,), coefficients (m, m), and the residuals of the first k.
+    def ritz(
+        self, dtype: torch.dtype = torch.float64, count: int | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all Ritz values (m,), the first coefficients, and the residuals of the first k.
 
         T is read from the upper triangle: when a column of it was computed, all earlier vectors
         were in the basis, while parts of an earlier column may have been dropped since.
@@ -79,13 +80,20 @@ class KrylovSpace:
         Args:
             dtype: Of the eigenproblem: float32 takes half the time, and errs by some eps |theta_1|
                 in values and residuals.
+            count: How many coefficient vectors, (m, count); default k.
         """
         m = self.num_expanded
         if dtype not in self._ritz or len(self._ritz[dtype][0]) != m:
-            upper = self.A[:m].triu()
-            self._ritz[dtype] = ritz_pairs(upper + upper.triu(1).mT, dtype=dtype)
-        values, Y = self._ritz[dtype]
-        return values, Y, (self.A[m:] @ Y[:, : self.k]).norm(dim=0)
+            values, vectors = torch.linalg.eigh(self.A[:m].to(dtype), UPLO="U")
+            # Equal magnitudes keep the order of their values, so that it is reproducible.
+            order = values.abs().argsort(descending=True, stable=True)
+            leading = vectors[:, order[: self.k]].double()
+            self._ritz[dtype] = values[order].double(), leading, vectors, order
+        values, leading, vectors, order = self._ritz[dtype]
+        residuals = (self.A[m:] @ leading).norm(dim=0)
+        if count is None or count == self.k:
+            return values, leading, residuals
+        return values, vectors[:, order[:count]].double(), residuals
 
     def thresholds(self, values: Tensor) -> Tensor:
         """Return the largest residuals with which pairs of these values count as converged."""
@@ -109,7 +117,13 @@ class KrylovSpace:
         m, rows = self.num_expanded, self.basis.size
         W_BD = (self.H @ torch.cat(self.basis.slabs(m, m + size)).mT).mT.contiguous()
         self.num_matvecs += size
-        self._scale = max(self._scale, float(torch.linalg.vector_norm(W_BD, dim=1).max()))
+        scale = float(torch.linalg.vector_norm(W_BD, dim=1, dtype=torch.float64).max())
+        if not math.isfinite(scale):
+            raise ValueError(
+                f"products {self.num_matvecs - size} to {self.num_matvecs} with the operator have "
+                "NaN or inf entries; check the operator's products, or compute in float64"
+            )
+        self._scale = max(self._scale, scale)
         if rows == self.dim:
             C, R = project_out_(W_BD, self.basis.slabs()), torch.zeros(0, size)
         else:
@@ -158,7 +172,7 @@ class KrylovSpace:
             return
         _, Y, _ = self.ritz(self.H.dtype)
         unfinished = ~self.converged(self.H.dtype)
-        coupling = self.A[self.num_expanded :] @ Y[:, : len(unfinished)][:, unfinished]
+        coupling = self.A[self.num_expanded :] @ Y[:, unfinished]
         self._turn_pending(torch.linalg.svd(coupling, full_matrices=True)[0])
 
     def bring_last_forward(self, count: int) -> None:
@@ -178,7 +192,7 @@ class KrylovSpace:
         self.num_restarts += 1
         dropped = self._drop_pending()
         m = self.num_expanded
-        values, Y, _ = self.ritz()
+        values, Y, _ = self.ritz(count=m)
         self._ritz.clear()
         room = self.capacity - self.block - self.num_pending
         if room >= self.k:
@@ -203,7 +217,7 @@ class KrylovSpace:
             Ritz values (k,) and residuals (k,), float64 on the CPU, and the vectors (D, k).
         """
         values, Y, residuals = self.ritz()
-        self.basis.rotate_(0, self.num_expanded, Y[:, : self.k])
+        self.basis.rotate_(0, self.num_expanded, Y)
         return values[: self.k], residuals, self.basis.shrink().mT
 
     @property
@@ -234,7 +248,7 @@ class KrylovSpace:
             return False
         values, Y, _ = self.ritz()
         thresholds = self.thresholds(values[: self.k])
-        coupling = self.A[m:] @ (Y[:, : len(thresholds)] / thresholds.clamp(min=1e-300))
+        coupling = self.A[m:] @ (Y / thresholds.clamp(min=1e-300))
         U, sigma, _ = torch.linalg.svd(coupling, full_matrices=True)
         # The norm of all that follows, relative to the thresholds; restarts add up.
         rest = sigma.flip(0).square().cumsum(0).sqrt().flip(0)

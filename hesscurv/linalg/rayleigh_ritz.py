@@ -13,7 +13,7 @@ from hesscurv.linalg.precision import full_precision
 _TEMPORARY_NUMEL = 2**22  # of one chunk in `rotate_`: 16 MiB in float32
 
 
-def ritz_pairs(T: Tensor, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+def ritz_pairs(T: Tensor) -> tuple[Tensor, Tensor]:
     """Solve the small symmetric eigenproblem, largest magnitude first.
 
     ``(T + T^T)/2 = Y diag(theta) Y^T`` with ``|theta_1| >= |theta_2| >= ...``; equal magnitudes
@@ -22,8 +22,6 @@ def ritz_pairs(T: Tensor, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor
     Args:
         T: Shape (m, m), the operator in an orthonormal basis, ``Q^T H Q``; any real floating dtype,
             any device. Only its symmetric part counts.
-        dtype: Of the computation, float64 by default: in float32 Y would be orthonormal to a few
-            1e-6 only, which is enough to look at, not to form vectors with.
 
     Returns:
         The Ritz values theta (m,) and the coefficients Y (m, m) of the Ritz vectors ``Q Y``, one
@@ -40,8 +38,7 @@ def ritz_pairs(T: Tensor, *, dtype: torch.dtype = torch.float64) -> tuple[Tensor
             "expected a finite projected matrix, got NaN or inf entries; check the operator's "
             "products"
         )
-    values, vectors = torch.linalg.eigh(((T + T.mT) / 2).to(dtype))
-    values, vectors = values.double(), vectors.double()
+    values, vectors = torch.linalg.eigh((T + T.mT) / 2)
     order = values.abs().argsort(descending=True, stable=True)
     return values[order], vectors[:, order]
 
