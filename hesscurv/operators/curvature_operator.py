@@ -13,12 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.operators.batches import split
-from hesscurv.operators.calibration import (
-    Calibration,
-    bucket_of,
-    calibrate,
-    matches_reference,
-)
+from hesscurv.operators.calibration import Calibration
 from hesscurv.operators.environment import differentiable
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.linearizations import Linearization, NonFiniteLossError
@@ -32,12 +27,9 @@ from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParamSelection
 from hesscurv.operators.probe import check_dependent, check_deterministic, check_symmetric
 from hesscurv.operators.tasks import num_samples
+from hesscurv.operators.way_choice import EXPECTED, WayChoice
 
 logger = logging.getLogger(__name__)
-
-# Below this many products in all, measuring which way is fastest costs more than it saves.
-_CALIBRATE_FROM = 24
-_EXPECTED = 500  # products to come, where nobody says
 
 
 class CurvatureOperator(LinearOperator):
@@ -111,9 +103,7 @@ class CurvatureOperator(LinearOperator):
         self._separable = False
         self._largest: Any = None
         self._compiled: dict[Any, Callable[..., Any]] = {}
-        self._calibrations: dict[int, Calibration] = {}
-        self._expected, self._asked_for = _EXPECTED, 0
-        self._told = False
+        self._choice = WayChoice(self, check)
         self._kept: dict[tuple[int, str], Linearization] = {}
         self.verified = {self.ways[0]}  # the ways known to agree with the reference
         self._checking = check
@@ -135,12 +125,8 @@ class CurvatureOperator(LinearOperator):
         vectors_BD = vectors_DB.mT.contiguous()
         self._forget_if_changed()
         width = vectors_BD.shape[0]
-        if self.way == "auto":
-            if not self._told:
-                self._expected = max(_EXPECTED, self.num_matvecs, self._asked_for)
-            if self._told or self.num_matvecs + width > _CALIBRATE_FROM:
-                self._calibrate()
-        out_BD = self._within_memory(lambda: self._accumulate(vectors_BD))
+        self._choice.prepare(width)
+        out_BD = self.within_memory(lambda: self._accumulate(vectors_BD))
         if not bool(torch.stack(out_BD.aminmax()).isfinite().all()):  # NaN propagates
             raise ValueError(
                 "the product has NaN or inf entries, so the loss has no finite second derivative "
@@ -148,7 +134,7 @@ class CurvatureOperator(LinearOperator):
             )
         return out_BD.mT
 
-    def _within_memory(self, fn: Callable[[], Any]) -> Any:
+    def within_memory(self, fn: Callable[[], Any]) -> Any:
         """Run, with less at once each time that memory runs out."""
         while True:
             try:
@@ -251,7 +237,8 @@ class CurvatureOperator(LinearOperator):
                     yield index, part, share * w / sum(weights)
                     index += 1
 
-    def _first_microbatch(self) -> Any:
+    def first_microbatch(self) -> Any:
+        """Return the first batch, or the part of it that goes through at once."""
         return next(iter(self._microbatches()))[1]
 
     @property
@@ -279,21 +266,9 @@ class CurvatureOperator(LinearOperator):
 
     def choice(self, width: int) -> tuple[str, int]:
         """Return the way and the number of vectors at once for a block of `width` vectors."""
-        limit = max(1, min(width, self._plan.max_vectors))
-        if self.way != "auto":
-            if self._checking and self.way not in self.verified:
-                self._verify(self.way)
-            return self.way, limit
-        calibration = self._calibration
-        if self._expected < _CALIBRATE_FROM or calibration is None or not calibration.seconds:
-            return self.ways[0], limit
-        way, chunk = calibration.choose(limit, self._expected)
-        if way not in self.verified:
-            self._verify(way)
-            return self.choice(width)
-        return way, chunk
+        return self._choice.choose(width)
 
-    def calibrate(self, expected: int = _EXPECTED) -> Calibration:
+    def calibrate(self, expected: int = EXPECTED) -> Calibration:
         """Measure which way is fastest for how many vectors, on the first micro-batch.
 
         Done once, by itself when products come in numbers; eigensolvers call it first. The products
@@ -306,9 +281,7 @@ class CurvatureOperator(LinearOperator):
         Returns:
             The measured seconds per vector of every way.
         """
-        self._asked_for = max(self._asked_for, expected)
-        self._expected = max(self._expected, expected)
-        return self._calibrate() or Calibration({}, {}, kept=True)
+        return self._choice.calibrate(expected)
 
     def expect(self, products: int) -> None:
         """Choose the way for so many products from here on, whatever was computed before.
@@ -316,51 +289,12 @@ class CurvatureOperator(LinearOperator):
         A solver says so first: the same call then takes the same steps on a new operator and on one
         that has been used.
         """
-        self._told = True
-        self._expected = max(products, self._asked_for)
-
-    @property
-    def _calibration(self) -> Calibration | None:
-        return self._calibrations.get(bucket_of(self._expected))
-
-    def _calibrate(self) -> Calibration | None:
-        if self._calibration is None and self._expected >= _CALIBRATE_FROM:
-            with torch.inference_mode(False):
-                found = self._within_memory(
-                    lambda: calibrate(self, self._first_microbatch(), self._expected)
-                )
-            self._calibrations[bucket_of(self._expected)] = found
-        return self._calibration
+        self._choice.expect(products)
 
     def seconds_per_vector(self, block: int) -> float:
         """Return the predicted seconds per vector and pass over the data, in blocks of `block`."""
         block = max(1, min(block, self._plan.max_vectors))
-        measured = self._calibrate()
-        if measured is None:  # too few products to measure anything for
-            return 0.0
-        return measured.seconds_per_vector(block, self._expected) * self.objective.batches.count
-
-    def _verify(self, way: str) -> None:
-        """Compare a way with the reference, once: leave it out, or refuse it if asked for."""
-        try:
-            with torch.inference_mode(False):
-                agrees = matches_reference(self, self._first_microbatch(), way)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if self.way == way:
-                raise
-            logger.info("way %r is not available here: %s", way, error)
-            agrees = False
-        if agrees:
-            self.verified.add(way)
-        elif self._calibrations and self.way != way:
-            self._calibrations = {b: c.without(way) for b, c in self._calibrations.items()}
-        else:
-            raise ValueError(
-                f"way={way!r} gives other products than {self.ways[0]!r} on this model, so torch "
-                "has no right derivative for it there; use way='auto'"
-            )
+        return self._choice.seconds_per_vector(block) * self.objective.batches.count
 
     # -- set-up and memory ----------------------------------------------------------------------
 
@@ -437,7 +371,7 @@ class CurvatureOperator(LinearOperator):
         if self._plan.keep_graphs:
             logger.warning("out of memory: going on without keeping graphs between products")
             self._plan = self._plan.without_kept_graphs()
-            self._calibrations.clear()  # setting up costs more now
+            self._choice.forget()
             return
         samples = min(self._plan.max_samples, num_samples(self._largest)) // 2
         if samples == 0 or not self._separable or not self._may_cut(samples):

@@ -1,0 +1,120 @@
+"""Which way of computing an operator takes, by what was measured and by how much is to come."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+import torch
+
+from hesscurv.operators.calibration import (
+    Calibration,
+    bucket_of,
+    calibrate,
+    matches_reference,
+)
+
+if TYPE_CHECKING:
+    from hesscurv.operators.curvature_operator import CurvatureOperator
+
+logger = logging.getLogger(__name__)
+
+# Below this many products in all, measuring which way is fastest costs more than it saves.
+_CALIBRATE_FROM = 24
+EXPECTED = 500  # products to come, where nobody says
+
+
+class WayChoice:
+    """The choice of the way for one operator.
+
+    It rests on the number of products to come: what a solver says (`expect`), at least what a
+    caller of `calibrate` said, or else what was computed so far.
+
+    Args:
+        operator: The operator, whose `way` may name one way for all.
+        checking: Whether a named way is compared with the reference before its first use.
+    """
+
+    def __init__(self, operator: CurvatureOperator, checking: bool) -> None:
+        self._operator, self._checking = operator, checking
+        self._calibrations: dict[int, Calibration] = {}
+        self._expected, self._asked_for = EXPECTED, 0
+        self._told = False
+
+    def prepare(self, width: int) -> None:
+        """Measure, if that pays off, before a block of `width` vectors is multiplied."""
+        done = self._operator.num_matvecs
+        if not self._told:
+            self._expected = max(EXPECTED, done, self._asked_for)
+        if self._operator.way == "auto" and (self._told or done + width > _CALIBRATE_FROM):
+            self._measured()
+
+    def choose(self, width: int) -> tuple[str, int]:
+        """Return the way and the number of vectors at once for a block of `width` vectors."""
+        operator = self._operator
+        limit = max(1, min(width, operator.memory_plan.max_vectors))
+        if operator.way != "auto":
+            if self._checking and operator.way not in operator.verified:
+                self._verify(operator.way)
+            return operator.way, limit
+        calibration = self._calibrations.get(bucket_of(self._expected))
+        if self._expected < _CALIBRATE_FROM or calibration is None or not calibration.seconds:
+            return operator.ways[0], limit
+        way, chunk = calibration.choose(limit, self._expected)
+        if way not in operator.verified:
+            self._verify(way)
+            return self.choose(width)
+        return way, chunk
+
+    def calibrate(self, expected: int) -> Calibration:
+        """Measure for at least so many products, now and from here on."""
+        self._asked_for = max(self._asked_for, expected)
+        self._expected = max(self._expected, expected)
+        return self._measured() or Calibration({}, {}, kept=True)
+
+    def expect(self, products: int) -> None:
+        """Choose for so many products from here on, whatever was computed before."""
+        self._told = True
+        self._expected = max(products, self._asked_for)
+
+    def seconds_per_vector(self, block: int) -> float:
+        """Return the predicted seconds per vector on one micro-batch; 0 if nothing is measured."""
+        measured = self._measured()
+        return 0.0 if measured is None else measured.seconds_per_vector(block, self._expected)
+
+    def forget(self) -> None:
+        """Measure again when needed: what it costs to set a way up has changed."""
+        self._calibrations.clear()
+
+    def _measured(self) -> Calibration | None:
+        bucket = bucket_of(self._expected)
+        if bucket not in self._calibrations and self._expected >= _CALIBRATE_FROM:
+            operator = self._operator
+            with torch.inference_mode(False):
+                self._calibrations[bucket] = operator.within_memory(
+                    lambda: calibrate(operator, operator.first_microbatch(), self._expected)
+                )
+        return self._calibrations.get(bucket)
+
+    def _verify(self, way: str) -> None:
+        """Compare a way with the reference, once: leave it out, or refuse it if asked for."""
+        operator = self._operator
+        try:
+            with torch.inference_mode(False):
+                agrees = matches_reference(operator, operator.first_microbatch(), way)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            if operator.way == way:
+                raise
+            logger.info("way %r is not available here: %s", way, error)
+            agrees = False
+        if agrees:
+            operator.verified.add(way)
+        elif self._calibrations and operator.way != way:
+            self._calibrations = {b: c.without(way) for b, c in self._calibrations.items()}
+        else:
+            raise ValueError(
+                f"way={way!r} gives other products than {operator.ways[0]!r} on this model, so "
+                "torch has no right derivative for it there; use way='auto'"
+            )
