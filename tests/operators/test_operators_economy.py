@@ -13,6 +13,7 @@ import hesscurv
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from hesscurv.operators import calibration
 from hesscurv.operators import linearizations as ways
+from hesscurv.operators.measurement import Measurement
 
 KINDS = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": EmpiricalFisherOperator}
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())
@@ -279,6 +280,30 @@ def test_the_fastest_way_is_chosen_for_the_width_and_the_number_of_products():
     assert measured.choose(32, expected=10_000) == ("linearized", 1)
     passing = calibration.Calibration(measured.seconds, measured.setup, kept=False)
     assert passing.choose(32, expected=10_000) == ("batched", 16)
+
+
+def test_a_long_set_up_is_tried_where_the_products_to_come_are_worth_it():
+    H = HessianOperator(net(), TASK, data(6))
+    few, many = (Measurement(H, data(6)[0], expected) for expected in (30, 10**7))
+    assert "retained" in few.seconds
+    assert not set(few.seconds) & set(H.traced)
+    assert {"linearized", "linearized_batched"} <= set(many.seconds)
+    assert many.traced is None or many.traced[0] in H.traced
+
+
+def test_what_a_solver_expects_decides_and_not_what_was_computed_before(remembering):
+    new, used = (HessianOperator(net(), TASK, data(6)) for _ in range(2))
+    used @ torch.ones(used.shape[0], 200, dtype=torch.float64)
+    for H in (new, used):
+        H.expect(20)  # too few to measure anything for
+        H @ torch.ones(H.shape[0], 4, dtype=torch.float64)
+        assert H.choice(4) == ("retained", 4)
+        assert H.seconds_per_vector(4) == 0
+    for H in (new, used):
+        H.expect(1000)
+        H @ torch.ones(H.shape[0], 4, dtype=torch.float64)
+    assert new.choice(16) == used.choice(16)
+    assert new.seconds_per_vector(16) == used.seconds_per_vector(16) > 0
 
 
 # -- algebra ----------------------------------------------------------------------------------
