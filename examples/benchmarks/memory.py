@@ -141,17 +141,10 @@ def run_case(case: Case, solve: bool, gram: bool) -> dict[str, Any]:
     start = time.perf_counter()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", hesscurv.ConvergenceWarning)
+        options: dict[str, Any] = {"method": case.method, "block_size": case.block}
         if case.method == "block_krylov":
-            pairs = hesscurv.eigsh(
-                H,
-                case.k,
-                tol=0.0,
-                max_matvecs=products,
-                block_size=case.block,
-                max_basis=case.max_basis,
-            )
-        else:
-            pairs = hesscurv.eigsh(H, case.k, method=case.method, block_size=case.block)
+            options |= {"tol": 0.0, "max_matvecs": products, "max_basis": case.max_basis}
+        pairs = hesscurv.eigsh(H, case.k, **options)
     out = {
         "peak": peak_bytes(),
         "seconds": time.perf_counter() - start,

@@ -67,7 +67,7 @@ def block_krylov(
     Raises:
         ValueError: If an argument is out of range.
 
-    Cost: usually about 2 k products and 2 k D floats; 2 m^2 D multiply-adds to orthogonalise m
+    Cost: usually 2 k to 4 k products and 2 k D floats; 2 m^2 D multiply-adds to orthogonalise m
     vectors twice.
 
     Warns:

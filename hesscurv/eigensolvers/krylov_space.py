@@ -19,6 +19,7 @@ from torch import Tensor
 from hesscurv.eigensolvers.basis import Basis
 from hesscurv.eigensolvers.residuals import convergence_threshold
 from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_out_
+from hesscurv.linalg.rayleigh_ritz import by_magnitude
 from hesscurv.operators.linear_operator import LinearOperator
 
 
@@ -85,8 +86,7 @@ class KrylovSpace:
         m = self.num_expanded
         if dtype not in self._ritz or len(self._ritz[dtype][0]) != m:
             values, vectors = torch.linalg.eigh(self.A[:m].to(dtype), UPLO="U")
-            # Equal magnitudes keep the order of their values, so that it is reproducible.
-            order = values.abs().argsort(descending=True, stable=True)
+            order = by_magnitude(values)
             leading = vectors[:, order[: self.k]].double()
             self._ritz[dtype] = values[order].double(), leading, vectors, order
         values, leading, vectors, order = self._ritz[dtype]

@@ -90,8 +90,9 @@ def rayleigh_ritz(
     omega = make_test_matrix(
         measurements, dim, m - num_initial, draw_seed(generator), H.dtype, H.device
     )
-    H.expect(passes * m + extra)
-    with CountedOperator(H, passes * m + extra, "rayleigh_ritz", progress) as counted:
+    total = passes * m + extra
+    H.expect(total)
+    with CountedOperator(H, total, "rayleigh_ritz", progress) as counted:
         Q_rD = torch.empty(m, dim, dtype=H.dtype, device=H.device)
         basis_mD = Q_rD
         if initial is not None:

@@ -96,11 +96,13 @@ def single_pass(
         M_nn = torch.empty(inner, inner, dtype=torch.float64)
         M_nn[:, :outer] = measure(counted, omega, psi, 0, outer, basis_mD, block_size)
         # The other columns of Y count through Psi^T Y alone. Where Psi is drawn anew for each use,
-        # they come in groups wider than a block.
-        group = 0 if measurements == "ssrft" else max(block_size, outer // 8)
-        scratch_gD = basis_mD.new_empty(min(group, inner - outer), dim) if group else None
-        for first in range(outer, inner, group or inner):
-            last = min(first + (group or inner), inner)
+        # they come in groups wider than a block, which are stored.
+        group, scratch_gD = inner, None
+        if measurements != "ssrft":
+            group = max(block_size, outer // 8)
+            scratch_gD = basis_mD.new_empty(min(group, inner - outer), dim)
+        for first in range(outer, inner, group):
+            last = min(first + group, inner)
             M_nn[:, first:last] = measure(counted, omega, psi, first, last, scratch_gD, block_size)
         del scratch_gD
 

@@ -39,8 +39,13 @@ def ritz_pairs(T: Tensor) -> tuple[Tensor, Tensor]:
             "products"
         )
     values, vectors = torch.linalg.eigh((T + T.mT) / 2)
-    order = values.abs().argsort(descending=True, stable=True)
+    order = by_magnitude(values)
     return values[order], vectors[:, order]
+
+
+def by_magnitude(values: Tensor) -> Tensor:
+    """Return the order from the largest magnitude down; equal ones keep theirs, reproducibly."""
+    return values.abs().argsort(descending=True, stable=True)
 
 
 def rotate_(basis_mD: Tensor, Y_mk: Tensor) -> Tensor:

@@ -66,9 +66,9 @@ class Measurement:
         self._budget = self._spent + _SHARE * expected * passes * self._best()
         if self._best() > _OVERHEAD:  # then one vector at once, by a better graph, gains most
             others.sort(key=lambda way: way not in operator.loops)
+        tracing = _TRACING * operator.objective.count_operations(batch)
         for way in others:
-            tracing = way in operator.traced
-            if self._spent + (self._tracing() if tracing else 0.0) >= self._budget:
+            if self._spent + (tracing if way in operator.traced else 0.0) >= self._budget:
                 continue
             try:
                 self._try(way)
@@ -118,10 +118,6 @@ class Measurement:
         loops = self._operator.loops if batched else ()
         found = [min(s.values()) for way, s in self.seconds.items() if way not in loops]
         return min(found, default=float("inf"))
-
-    def _tracing(self) -> float:
-        """Return about how long it takes to trace the second derivative."""
-        return _TRACING * self._operator.objective.count_operations(self._batch)
 
     def _per_vector(self, apply: Any, way: str, width: int, best: float) -> float:
         if way in self._operator.traced:  # which may go on tracing in the first call

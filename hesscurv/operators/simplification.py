@@ -57,7 +57,21 @@ _VIEWS = {
     _aten.alias.default,
     _aten.detach.default,
 }
-# Their results have memory of their own, which nothing else refers to.
+# Computed into another term's memory, and into their first argument: the in-place form, or the
+# name of the output.
+_ACCUMULATED: dict[Any, Any] = {
+    _aten.mm.default: _aten.addmm_.default,
+    _aten.bmm.default: _aten.baddbmm_.default,
+    _aten.mul.Tensor: _aten.addcmul_.default,
+}
+_IN_PLACE: dict[Any, tuple[Any, str | None]] = {
+    _aten.mul.Tensor: (_aten.mul_.Tensor, None),
+    _aten.tanh_backward.default: (_aten.tanh_backward.grad_input, "grad_input"),
+    _aten.threshold_backward.default: (_aten.threshold_backward.grad_input, "grad_input"),
+    _aten.sigmoid_backward.default: (_aten.sigmoid_backward.grad_input, "grad_input"),
+}
+# Their results have memory of their own, which nothing else refers to; so have those of the
+# operations that the rules here put in.
 _FRESH = {
     _aten.mm.default,
     _aten.bmm.default,
@@ -70,26 +84,9 @@ _FRESH = {
     _aten.sigmoid_backward.default,
     _aten.convolution.default,
     _aten.max_pool2d_with_indices_backward.default,
-    _aten.addmm_.default,
-    _aten.baddbmm_.default,
-    _aten.addcmul_.default,
     _aten.add_.Tensor,
-    _aten.mul_.Tensor,
-    _aten.tanh_backward.grad_input,
-    _aten.threshold_backward.grad_input,
-    _aten.sigmoid_backward.grad_input,
-}
-_ACCUMULATED: dict[Any, Any] = {
-    _aten.mm.default: _aten.addmm_.default,
-    _aten.bmm.default: _aten.baddbmm_.default,
-    _aten.mul.Tensor: _aten.addcmul_.default,
-}
-# Computed into their first argument: the in-place form, or the name of the output.
-_IN_PLACE: dict[Any, tuple[Any, str | None]] = {
-    _aten.mul.Tensor: (_aten.mul_.Tensor, None),
-    _aten.tanh_backward.default: (_aten.tanh_backward.grad_input, "grad_input"),
-    _aten.threshold_backward.default: (_aten.threshold_backward.grad_input, "grad_input"),
-    _aten.sigmoid_backward.default: (_aten.sigmoid_backward.grad_input, "grad_input"),
+    *_ACCUMULATED.values(),
+    *(target for target, _ in _IN_PLACE.values()),
 }
 
 
@@ -121,13 +118,17 @@ def accumulate_in_place(graph: fx.Graph, written: set[fx.Node]) -> None:
 
 
 def find_written(graph: fx.Graph) -> set[fx.Node]:
-    """Find the nodes whose memory is written to, and those that memory is a view of.
+    """Find the nodes whose memory is written to, by whichever view of it.
 
     Raises:
         RuntimeError: If an input or a constant is written to.
     """
     targets = [target for node in graph.nodes for target in _targets(node, writes=True)]
-    return set().union(*map(_memory_of, targets))
+    written = set().union(*map(_memory_of, targets))
+    for node in graph.nodes:  # the other views of the same memory
+        if any(source in written for source in _targets(node, writes=False)):
+            written.add(node)
+    return written
 
 
 def _constants(graph: fx.Graph) -> set[fx.Node]:
@@ -143,8 +144,10 @@ def _add_into(
     graph: fx.Graph, node: fx.Node, total: fx.Node, term: fx.Node, written: set[fx.Node]
 ) -> None:
     into = _ACCUMULATED.get(term.target)
-    once = len(term.users) == 1 and term not in written and not term.kwargs
-    if into is not None and once and all(isinstance(a, fx.Node) for a in term.args):
+    once = len(term.users) == 1 and not term.kwargs
+    # The term is computed later than it was: what it is made of must still be the same then.
+    lasting = all(isinstance(a, fx.Node) and a not in written for a in term.args)
+    if into is not None and once and lasting and term not in written:
         _replace(graph, node, into, (total, *term.args), {})
     else:
         _replace(graph, node, _aten.add_.Tensor, (total, term), {})
@@ -164,7 +167,6 @@ def _may_overwrite(value: Any, node: fx.Node, fixed: set[fx.Node]) -> bool:
         isinstance(value, fx.Node)
         and value.target in _FRESH
         and len(value.users) == 1
-        and sum(arg is value for arg in node.all_input_nodes) == 1
         and sum(arg is value for arg in node.args) == 1
         and value not in fixed
         and node not in fixed

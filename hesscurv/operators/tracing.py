@@ -41,11 +41,7 @@ def trace_derivative(
         graph = _record(functionalize(fn), params)
     except RuntimeError:  # no rule for what some of them turn into
         graph = _record(fn, params)
-    written = find_written(graph.graph)
-    simplify(graph.graph, written)
-    if in_place:
-        accumulate_in_place(graph.graph, written)
-    graph.recompile()
+    written = _simplify(graph, in_place=in_place)
     with warnings.catch_warnings():
         # Folding warns about its own intermediate graph.
         warnings.filterwarnings("ignore", "Attempted to insert a get_attr Node")
@@ -60,10 +56,7 @@ def vectorize(tangent: fx.GraphModule, block: tuple[Tensor, ...]) -> fx.GraphMod
         block: Tangents (B, *shape), contiguous; later blocks have the same shapes and strides.
     """
     graph = make_fx(vmap(lambda *v: tangent(*v)))(*block)
-    written = find_written(graph.graph)
-    simplify(graph.graph, written)
-    accumulate_in_place(graph.graph, written)
-    graph.recompile()
+    _simplify(graph, in_place=True)
     return graph
 
 
@@ -72,6 +65,16 @@ def mean_numel(graph: fx.GraphModule) -> float:
     metas = [n.meta["tensor_meta"] for n in graph.graph.nodes if "tensor_meta" in n.meta]
     sizes = [meta.shape.numel() for meta in metas if hasattr(meta, "shape")]
     return sum(sizes) / max(len(sizes), 1)
+
+
+def _simplify(graph: fx.GraphModule, *, in_place: bool) -> set[fx.Node]:
+    """Simplify a graph; return its nodes whose memory is written to by itself."""
+    written = find_written(graph.graph)
+    simplify(graph.graph, written)
+    if in_place:
+        accumulate_in_place(graph.graph, written)
+    graph.recompile()
+    return written
 
 
 def _record(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> fx.GraphModule:

@@ -4,9 +4,15 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from hesscurv.operators.simplification import ZEROS
+from hesscurv.operators.simplification import (
+    ZEROS,
+    accumulate_in_place,
+    find_written,
+    simplify,
+)
 from hesscurv.operators.tracing import mean_numel, trace_derivative, vectorize
 
 CLASSES = torch.tensor([0, 1, 2, 0])
@@ -139,6 +145,42 @@ def test_what_is_used_twice_is_not_overwritten():
         v = torch.randn_like(x)
         expected = torch.func.jvp(fn, (x,), (v,))[1]
         torch.testing.assert_close(tuple(traced(v)), tuple(expected))
+
+
+def reads_before_a_write(x, y):
+    s = x.sin()
+    t = s * y
+    s.mul_(2.0)
+    return x @ y + t, s
+
+
+def reads_a_view_before_a_write(x, y):
+    s = x.sin()
+    view = s.t()
+    t = view * y
+    s.mul_(2.0)
+    return x @ y + t, s
+
+
+def copies_a_view_before_a_write(x, y):
+    s = x.sin()
+    view = s.t()
+    t = view + torch.zeros_like(view)
+    s.mul_(2.0)
+    return t @ y
+
+
+@pytest.mark.parametrize(
+    "fn", [reads_before_a_write, reads_a_view_before_a_write, copies_a_view_before_a_write]
+)
+def test_nothing_is_read_after_a_write_that_was_read_before(fn):
+    x, y = torch.randn(2, 3, 3, dtype=torch.float64)
+    graph = make_fx(fn)(x, y)
+    written = find_written(graph.graph)
+    simplify(graph.graph, written)
+    accumulate_in_place(graph.graph, written)
+    graph.recompile()
+    torch.testing.assert_close(graph(x, y), fn(x, y))
 
 
 def test_the_mean_size_is_that_of_the_intermediate_results():
