@@ -16,11 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Which parts of hesscurv each part may import. "hesscurv" is the package's own __init__.py, which
 # imports all parts: only what nothing in it imports may come in through it.
-FOUNDATION = {"linalg", "operators", "eigensolvers", "metrics"}
+BASE = {"linalg", "storage", "distributed"}
+FOUNDATION = BASE | {"operators", "eigensolvers", "spectra", "metrics"}
 MAY_IMPORT = {
     "linalg": {"linalg"},
-    "operators": {"linalg", "operators"},
-    "eigensolvers": {"linalg", "operators", "eigensolvers"},
+    "storage": {"linalg", "storage"},
+    "distributed": {"linalg", "storage", "distributed"},
+    "operators": BASE | {"operators"},
+    "eigensolvers": BASE | {"operators", "eigensolvers"},
+    "spectra": BASE | {"operators", "eigensolvers", "spectra"},
     "metrics": FOUNDATION,
     "pruning": FOUNDATION | {"pruning"},
     "optim": FOUNDATION | {"optim"},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.operators.parameters import ParameterLayout
+from hesscurv.storage.atomic_files import write_atomically
 
 _FORMAT = "hesscurv.Eigenpairs"
 _VERSION = 1
@@ -120,9 +120,6 @@ class Eigenpairs:
             FileNotFoundError: If the folder does not exist.
             OSError: If the disk is full; the old file is untouched and no part is left.
         """
-        path = Path(path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"expected an existing folder, got {str(path.parent)!r}")
         vectors_kD = self.eigenvectors.detach().mT.contiguous()
         if vectors_kD.untyped_storage().nbytes() > vectors_kD.numel() * vectors_kD.element_size():
             vectors_kD = vectors_kD.clone()  # torch.save writes a view's whole storage
@@ -138,16 +135,7 @@ class Eigenpairs:
             "layout": None if self.layout is None else self.layout.to_dict(),
             "info": dict(self.info),
         }
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(data, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_atomically(path, lambda file: torch.save(data, file))
 
     @classmethod
     def load(

@@ -165,11 +165,11 @@ class DenseOperator(LinearOperator):
                 f"max|A| = {float(scale):.3g}; symmetrise it with (A + A.mT) / 2"
             )
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
-        self._matrix = matrix
+        self.matrix = matrix
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
         with full_precision(self.device):
-            return self._matrix @ vectors_DB
+            return self.matrix @ vectors_DB
 
 
 class ForeignOperator(LinearOperator):

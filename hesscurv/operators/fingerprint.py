@@ -1,0 +1,78 @@
+"""What an operator is, in a few plain values: to tell whether stored work belongs to it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscurv.operators.linear_operator import DenseOperator, LinearOperator
+from hesscurv.operators.tasks import tensors_of
+
+_CHUNK_NUMEL = 2**22  # entries copied to the host at once
+
+
+def fingerprint(H: LinearOperator) -> dict[str, Any]:
+    """Return plain values that differ between operators: sizes, and hashes of what they hold.
+
+    Curvature operators are told apart by their kind, parameters (names, shapes, values), all other
+    parameters and buffers, mode, and batches; dense ones by their entries. The loss function and
+    the model's code cannot be seen; of another library's operator only shape and dtype can. Two
+    operators that compute the same product in different ways have the same fingerprint.
+
+    Args:
+        H: The operator.
+
+    Returns:
+        A dictionary of str, int, float and None, the same in every process.
+
+    Cost: one reading of the weights and of the batches.
+    """
+    out: dict[str, Any] = {
+        "operator": type(H).__name__,
+        "size": H.shape[0],
+        "dtype": str(H.dtype),
+    }
+    if isinstance(H, DenseOperator):
+        out["entries"] = hash_tensors([H.matrix])
+        return out
+    objective = getattr(H, "objective", None)
+    if objective is None:
+        return out
+    objective.refresh()
+    layout = H.layout  # type: ignore[attr-defined]
+    out["parameters"] = hash_text(repr(layout.to_dict()))
+    out["values"] = hash_tensors(objective.parameters())
+    constants = objective.constants
+    out["constants"] = hash_tensors(constants[name] for name in sorted(constants))
+    out["training"] = objective.training
+    out["batches"] = hash_tensors(t for batch in objective.batches for t in tensors_of(batch))
+    return out
+
+
+def differences(stored: dict[str, Any], present: dict[str, Any]) -> list[str]:
+    """Return the names of the entries in which two fingerprints differ."""
+    return sorted(
+        key for key in stored.keys() | present.keys() if stored.get(key) != present.get(key)
+    )
+
+
+def hash_tensors(tensors: Iterable[Tensor]) -> str:
+    """Return a hash of tensors' shapes, dtypes and bytes, in their order."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tuple(tensor.shape)} {tensor.dtype};".encode())
+        flat = tensor.detach().contiguous().reshape(-1)
+        if flat.numel() == 0:
+            continue
+        for part in flat.split(_CHUNK_NUMEL):
+            digest.update(part.cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()[:32]
+
+
+def hash_text(text: str) -> str:
+    """Return a hash of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
