@@ -5,7 +5,10 @@ from hesscurv.eigensolvers import (
     Eigenpairs,
     ErrorEstimate,
     a_posteriori_error,
+    assemble,
     eigsh,
+    measure,
+    missing,
 )
 from hesscurv.metrics import *  # noqa: F403
 from hesscurv.metrics import __all__ as _metrics
@@ -17,6 +20,14 @@ from hesscurv.operators import (
     ParameterLayout,
     Task,
     supervised,
+)
+from hesscurv.spectra import (
+    DiagonalEstimate,
+    SpectralDensity,
+    TraceEstimate,
+    diagonal,
+    spectral_density,
+    trace,
 )
 
 __version__ = "0.1.0"
@@ -36,6 +47,17 @@ __all__ = [
     "ConvergenceWarning",
     "a_posteriori_error",
     "ErrorEstimate",
+    # The eigensolver's measurements by independent jobs
+    "measure",
+    "missing",
+    "assemble",
+    # Spectra
+    "spectral_density",
+    "SpectralDensity",
+    "trace",
+    "TraceEstimate",
+    "diagonal",
+    "DiagonalEstimate",
     # Metrics
     *_metrics,
 ]

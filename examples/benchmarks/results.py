@@ -3,7 +3,7 @@
 Import it; it is not run. Every run appends one line of JSON to `results.jsonl` beside this file:
 
     benchmark     the script's name
-    environment   date, processor, cores, threads, versions, commit
+    environment   date, processor, accelerator, cores, threads, versions, commit
     settings      the options of the run
     rows          one object per printed row, numbers unrounded
     verdicts      one object per target: what was to be reached, what was, and whether
@@ -59,6 +59,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "processor": _processor(),
+        "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

@@ -53,6 +53,12 @@ def digits(folder: Path | None, side: int, channels: int) -> Data:
 
 def cifar10(folder: Path) -> Data:
     """Return CIFAR-10's test images, normalised, and labels."""
+    images, labels = cifar10_part(folder / "cifar-10-batches-py" / "test_batch")
+    return "CIFAR-10", (images - 0.5) / 0.25, labels
+
+
+def cifar10_part(path: Path) -> tuple[Tensor, Tensor]:
+    """Return one of CIFAR-10's files: images (n, 3, 32, 32) in [0, 1], and labels."""
 
     class ArraysOnly(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> object:
@@ -66,10 +72,9 @@ def cifar10(folder: Path) -> Data:
                 return super().find_class(module, name)
             raise pickle.UnpicklingError(f"expected arrays and plain values, got {module}.{name}")
 
-    content = (folder / "cifar-10-batches-py" / "test_batch").read_bytes()
-    batch = ArraysOnly(io.BytesIO(content), encoding="bytes").load()
+    batch = ArraysOnly(io.BytesIO(path.read_bytes()), encoding="bytes").load()
     images = torch.tensor(batch[b"data"].reshape(-1, 3, 32, 32), dtype=torch.float32) / 255
-    return "CIFAR-10", (images - 0.5) / 0.25, torch.tensor(batch[b"labels"])
+    return images, torch.tensor(batch[b"labels"])
 
 
 def colour_images(folder: Path | None) -> Data:

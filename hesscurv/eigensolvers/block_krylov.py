@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
+import logging
 import math
+import os
 import time
 import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hesscurv.eigensolvers.checkpoint import Checkpoint
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
+from hesscurv.eigensolvers.krylov_plan import (
+    SEARCH_STEPS,
+    check_disk,
+    expected_matvecs,
+    identity,
+    newest_state,
+    plan,
+)
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
 from hesscurv.eigensolvers.progress import Progress
 from hesscurv.eigensolvers.residuals import ConvergenceWarning, measured_residuals
-from hesscurv.linalg.device_memory import device_memory
 from hesscurv.linalg.rayleigh_ritz import ritz_pairs
 from hesscurv.operators.linear_operator import LinearOperator
 
+logger = logging.getLogger(__name__)
+
 # The search for missed eigenvectors: by how much one would dominate, and when to give up.
-_DOMINANT, _MOST_STEPS, _MOST_ROUNDS = 10.0, 30, 3
+_DOMINANT, _MOST_ROUNDS = 10.0, 3
 
 
 def block_krylov(
@@ -32,6 +46,9 @@ def block_krylov(
     block_size: int | None = None,
     max_basis: int | None = None,
     verify: bool = True,
+    storage: str | os.PathLike[str] | None = None,
+    storage_dtype: torch.dtype | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Eigenpairs:
     r"""Compute the k eigenpairs of largest magnitude by randomised block Krylov iteration.
@@ -58,6 +75,15 @@ def block_krylov(
         max_basis: The most vectors to store, at least k + 3 block_size; default 2 k + 10
             block_size + 30, or fewer where memory is short. Memory is taken as the basis grows.
         verify: Whether to look for missed eigenvectors at the end, 6 to 12 products.
+        storage: Where the basis lives: "device", the operator's; "cpu", the host's memory; or a
+            folder on a disk, for files that are mapped into memory and go with the result. By
+            default chosen from what is free: see `hesscurv.storage.placement.choose_placement`.
+        storage_dtype: H's dtype, or torch.float16 or torch.bfloat16: half the memory, at the price
+            of residuals of some 1e-3 |lambda_i|, for bfloat16 up to 5e-2 |lambda_i|; sums are in
+            H's dtype all the same. By default H's, or float16 where memory is short and tol is
+            at least 5e-3. The eigenvectors are returned as they are stored.
+        checkpoint: A folder to save the work in, as it goes; where there is work in it already,
+            the same call goes on from there, and ends with the same bits on a CPU. See below.
         progress: Whether to show a progress bar: pairs converged, products, rate.
 
     Returns:
@@ -65,7 +91,15 @@ def block_krylov(
         the noise of the products, as measured on one block.
 
     Raises:
-        ValueError: If an argument is out of range.
+        ValueError: If an argument is out of range, the basis fits nowhere, or the checkpoint is
+            another problem's or damaged.
+        DiskFullError: If the disk of the storage or the checkpoint has no room, an OSError.
+        BlockingIOError: If another process works with the same checkpoint.
+
+    A checkpoint takes the bytes of the basis once more, and little time. It may be resumed with
+    another tol, max_matvecs or storage, and with the same everything else: weights, batches, k,
+    generator, initial, block_size, max_basis, number of processes. A finished one gives the result
+    again for a few products.
 
     Cost: usually 2 k to 4 k products and 2 k D floats; 2 m^2 D multiply-adds to orthogonalise m
     vectors twice.
@@ -79,61 +113,138 @@ def block_krylov(
         Wu, Simon, "Thick-restart Lanczos method", SIAM J. Matrix Anal. Appl. 22 (2000).
     """
     generator = generator or torch.Generator().manual_seed(0)
-    H.expect(expected_matvecs(k, block_size or min(16, max(4, k // 4))))
-    block = min(block_size or choose_block_size(H, k), H.shape[0])
-    known = 0 if initial is None else initial.shape[1]
-    capacity = basis_capacity(H, k, block, known, max_basis)
-    space = KrylovSpace(H, k, tol, block, capacity, generator)
-    _start(space, initial, generator)
-    with Progress(k, progress) as bar:
-        run = _Run(space, 20 * k + 1000 if max_matvecs is None else max_matvecs, bar)
-        run.solve(verify)
-        return run.result()
+    asked = {"block_size": block_size, "max_basis": max_basis}
+    journal, state = None, None
+    if checkpoint is not None:
+        marks = identity(H, k, **asked, initial=initial, verify=verify, generator=generator)
+        with H.communicator.together("opening the checkpoint"):
+            journal = Checkpoint(checkpoint, marks, H.communicator.rank)
+    try:
+        if journal is not None:
+            state = newest_state(journal, H)
+        H.expect(expected_matvecs(k, block_size or min(16, max(4, k // 4))))
+        if state is not None:
+            H.adopt(state["operator"])
+        block, placement = plan(
+            H,
+            k,
+            tol,
+            **asked,
+            num_initial=0 if initial is None else initial.shape[1],
+            storage=storage,
+            storage_dtype=storage_dtype,
+            state=state,
+        )
+        if checkpoint is not None and state is None:
+            with H.communicator.together("looking at the disk"):
+                check_disk(checkpoint, placement, k, block)
+        space = KrylovSpace(H, k, tol, block, placement, generator)
+        with Progress(k, progress) as bar:
+            bar.say(str(placement))
+            run = _Run(space, 20 * k + 1000 if max_matvecs is None else max_matvecs, bar, verify)
+            if journal is not None:
+                journal.replay(space.basis)
+                run.checkpoint = journal
+            if state is None:
+                space.start(initial)
+            else:
+                run.load(state)
+                bar.say(f"going on from {checkpoint} after {space.num_matvecs} products")
+            run.solve()
+            return run.result()
+    finally:
+        if journal is not None:
+            journal.close()
 
 
-def _start(space: KrylovSpace, initial: Tensor | None, generator: torch.Generator) -> None:
-    """Put the first vectors into an empty space."""
-    if initial is not None:
-        start_KD = initial.mT.to(space.H.device, space.H.dtype, copy=True)
-        if space.capacity < min(space.dim, 2 * len(start_KD) + 3 * space.block):
-            # No room for all of them and their products: start from a block of their span.
-            mix = torch.randn(space.block, len(start_KD), generator=generator, dtype=start_KD.dtype)
-            start_KD = mix.to(start_KD.device) @ start_KD
-        space.num_initial = space.add_pending(start_KD)
-    if space.num_initial < space.k:
-        space.add_random(space.block)
+@dataclass
+class _Search:
+    """Where the search for missed eigenvectors stands."""
+
+    first: int  # vectors expanded before it
+    added: int  # vectors that wait for their product
+    bound: float  # the magnitude that a missed eigenvalue would have
+    step: int = 0
 
 
 class _Run:
-    """When to expand, to restart, to search and to stop."""
+    """When to expand, to restart, to search, to save and to stop."""
 
-    def __init__(self, space: KrylovSpace, max_matvecs: int, progress: Progress) -> None:
+    def __init__(
+        self, space: KrylovSpace, max_matvecs: int, progress: Progress, verify: bool
+    ) -> None:
         self.space, self.max_matvecs, self.progress = space, max_matvecs, progress
+        self.verify = verify
+        self.checkpoint: Checkpoint | None = None
         self.start = time.perf_counter()
-        self.next_check = 0
+        self.next_check = 0  # the Ritz pairs are looked at from so many expanded vectors on
+        # Random vectors a step of the search, how often it was without result, and whether it is
+        # over: what it brought is brought to convergence still.
+        self.count, self.inconclusive, self.closing = 1 if space.k < 50 else 2, 0, False
+        self.search: _Search | None = None
 
-    def solve(self, verify: bool) -> None:
-        """Expand until all pairs have converged and no missed one is found."""
+    def solve(self) -> None:
+        """Bring the k largest pairs to convergence, and look for pairs that were missed."""
         space = self.space
-        count = 1 if space.k < 50 else 2
-        inconclusive = 0
-        while self._converge() and verify and space.num_expanded < space.dim:
-            found = self._found_missed(count)
-            if found is False or self._affordable(1) == 0:
-                break
-            if found:
-                count, inconclusive = min(2 * count, space.block), 0
-            else:
-                inconclusive += 1
-                if inconclusive == _MOST_ROUNDS:
+        while True:
+            if self.search is None:
+                converged = self._converge()
+                whole = space.num_expanded >= space.dim
+                if self.closing or not self.verify:
                     break
-        if verify:  # the search may have brought pairs among the k largest
-            self._converge()
+                if not converged or whole:
+                    self.closing = True
+                    continue
+            found = self._found_missed()
+            self.search = None
+            if found is False or self._affordable(1) == 0:
+                self.closing = True
+            elif found:
+                self.count, self.inconclusive = min(2 * self.count, space.block), 0
+            else:
+                self.inconclusive += 1
+                self.closing = self.inconclusive == _MOST_ROUNDS
+        if self.checkpoint is not None:
+            self.save()
+
+    def state(self) -> dict[str, Any]:
+        """Return all that decides how the run goes on, beside the basis."""
+        return {
+            "block": self.space.block,
+            "capacity": self.space.capacity,
+            "storage_dtype": str(self.space.basis.placement.dtype),
+            "operator": self.space.H.settings(),
+            "space": self.space.state(),
+            "next_check": self.next_check,
+            "count": self.count,
+            "inconclusive": self.inconclusive,
+            "closing": self.closing,
+            "search": None if self.search is None else asdict(self.search),
+            "seconds": time.perf_counter() - self.start,
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from a state; the basis has been restored already."""
+        self.space.load(state["space"])
+        for name in ("next_check", "count", "inconclusive", "closing"):
+            setattr(self, name, state[name])
+        self.search = None if state["search"] is None else _Search(**state["search"])
+        self.start = time.perf_counter() - state["seconds"]
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        assert self.checkpoint is not None
+        self.checkpoint.save(self.state(), self.space.basis)
+
+    def _save_if_due(self) -> None:
+        if self.checkpoint is not None and self.checkpoint.due:
+            self.save()
 
     def _converge(self) -> bool:
         """Expand until all k pairs have converged (True), or cannot any more (False)."""
         space = self.space
         while True:
+            self._save_if_due()
             pending, expanded = space.num_pending, space.num_expanded
             if expanded >= space.k and (expanded >= self.next_check or pending == 0):
                 # In H's dtype first: half the time in float32, and good to the products' rounding.
@@ -174,7 +285,7 @@ class _Run:
         residuals = space.ritz(dtype)[2]
         return float(residuals[~space.converged(dtype)].max()) < 2 * space.noise
 
-    def _found_missed(self, count: int) -> bool | None:
+    def _found_missed(self) -> bool | None:
         """Look outside the basis for an eigenvalue that belongs to the k largest.
 
         Fresh random vectors, orthogonal to the basis, are expanded by themselves: what the basis
@@ -185,33 +296,38 @@ class _Run:
         when the basis or the steps ran out before.
         """
         space = self.space
-        magnitudes = space.ritz()[0][: space.k].abs()
-        # What is larger than |lambda_k| by less than a residual may have does not matter.
-        bound = float(magnitudes[-1] + space.thresholds(magnitudes)[-1])
-        if bound == 0:  # only the zero operator has no scale
-            return False
-        self.next_check = 0
-        if space.basis.size == space.dim:  # all that is outside is pending
-            space.expand(self._affordable(min(space.block, space.num_pending)))
-            return True
-        if not space.fits(count * (_MOST_STEPS // 2)):
-            space.restart()
-        added = space.add_random(count)
-        first = space.num_expanded
-        for step in range(_MOST_STEPS):
-            if added == 0:  # the vectors' own Krylov space is exhausted
-                space.step_back(first)
+        if self.search is None:
+            magnitudes = space.ritz()[0][: space.k].abs()
+            # What is larger than |lambda_k| by less than a residual may have does not matter.
+            bound = float(magnitudes[-1] + space.thresholds(magnitudes)[-1])
+            if bound == 0:  # only the zero operator has no scale
                 return False
-            if not space.fits(added) or self._affordable(added) < added:
-                break
-            space.bring_last_forward(added)
-            added = space.expand(added)
-            theta = float(ritz_pairs(space.A[first : space.num_expanded, first:])[0][0].abs())
-            if theta > bound:
+            self.next_check = 0
+            if space.basis.size == space.dim:  # all that is outside is pending
+                space.expand(self._affordable(min(space.block, space.num_pending)))
                 return True
-            growth = (step + 1) * math.acosh(bound / max(theta, 1e-3 * bound))
-            if growth > math.log(2 * _DOMINANT * math.sqrt(space.dim / count)):
-                space.step_back(first)
+            if not space.fits(self.count * (SEARCH_STEPS // 2)):
+                space.restart()
+            added = space.add_random(self.count)
+            self.search = _Search(space.num_expanded, added, bound)
+        search = self.search
+        while search.step < SEARCH_STEPS:
+            self._save_if_due()
+            if search.added == 0:  # the vectors' own Krylov space is exhausted
+                space.step_back(search.first)
+                return False
+            if not space.fits(search.added) or self._affordable(search.added) < search.added:
+                break
+            space.bring_last_forward(search.added)
+            search.added = space.expand(search.added)
+            own = space.A[search.first : space.num_expanded, search.first :]
+            theta = float(ritz_pairs(own)[0][0].abs())
+            if theta > search.bound:
+                return True
+            search.step += 1
+            growth = search.step * math.acosh(search.bound / max(theta, 1e-3 * search.bound))
+            if growth > math.log(2 * _DOMINANT * math.sqrt(space.dim / self.count)):
+                space.step_back(search.first)
                 return False
         return None
 
@@ -223,12 +339,13 @@ class _Run:
         space, H = self.space, self.space.H
         values, residuals, V_Dk = space.take()
 
+        residuals = torch.hypot(residuals, space.rounding * values.abs())
         noise = float("nan")
         sample = torch.linspace(0, space.k - 1, min(space.block, space.k)).round().long().unique()
         if self._affordable(len(sample)) == len(sample):
             measured = measured_residuals(
-                H, values[sample].to(H.dtype), V_Dk[:, sample.to(H.device)]
-            ).to("cpu", torch.float64)
+                H, values[sample].to(H.dtype), V_Dk[:, sample.to(V_Dk.device)]
+            )
             space.num_matvecs += len(sample)
             # Only what the estimate does not explain is noise, which is alike for all pairs.
             excess = measured**2 - residuals[sample] ** 2
@@ -279,55 +396,3 @@ class _Run:
             ConvergenceWarning,
             stacklevel=4,
         )
-
-
-def expected_matvecs(k: int, block: int) -> int:
-    """Return about how many products k pairs take, as measured on Hessians of small nets."""
-    return 2 * k + 9 * block
-
-
-def choose_block_size(H: LinearOperator, k: int) -> int:
-    """Return the block size with the least predicted time for k pairs, by H's calibration.
-
-    A wider block makes a product and the reading of the basis cheaper, and the space grow slower in
-    degree: see `expected_matvecs`.
-    """
-    dim = H.shape[0]
-    if not hasattr(H, "seconds_per_vector"):
-        return max(1, min(16, k // 4 if k > 16 else 4, dim))
-    # Orders of magnitude are enough: entries per second read, multiplied and added.
-    read, multiplied = (2.5e9, 5e10) if H.device.type == "cpu" else (4e11, 1e13)
-
-    def seconds(b: int) -> float:
-        # A measured projection reads the basis, of k vectors on average, twice a block.
-        gram_schmidt = 2 * k * dim * (1 / (b * read) + 1 / multiplied)
-        return float((H.seconds_per_vector(b) + gram_schmidt) * expected_matvecs(k, b))
-
-    return min(dim, min((b for b in (4, 8, 16, 32, 64) if b <= max(4, k // 4)), key=seconds))
-
-
-def basis_capacity(
-    H: LinearOperator, k: int, block: int, num_initial: int, wanted: int | None
-) -> int:
-    """Return how many vectors to store at most.
-
-    Raises:
-        ValueError: If `wanted`, or the memory, is less than k pairs need.
-    """
-    dim = H.shape[0]
-    least = min(dim, k + 3 * block)
-    if wanted is not None:
-        if wanted < least:
-            raise ValueError(
-                f"expected max_basis >= k + 3 block_size = {least}, got {wanted}; lower k or "
-                "block_size"
-            )
-        return min(wanted, dim)
-    size = dim * torch.finfo(H.dtype).bits // 8
-    room = device_memory(H.device) * 3 // 4 // size
-    if room < least:
-        raise ValueError(
-            f"{least} vectors of {size / 1e9:.3g} GB each do not fit the memory of {H.device}: "
-            f"there is room for {room}; lower k or block_size, or select fewer parameters"
-        )
-    return min(dim, max(least, min(room, 2 * max(k, num_initial) + 10 * block + _MOST_STEPS)))

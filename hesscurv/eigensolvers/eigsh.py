@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -32,6 +33,8 @@ def eigsh(
     max_matvecs: int | None = None,
     generator: torch.Generator | None = None,
     initial: Tensor | Eigenpairs | None = None,
+    storage: str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
     **options: Any,
 ) -> Eigenpairs:
@@ -52,6 +55,10 @@ def eigsh(
         generator: Source of random numbers; default a new one with seed 0, so that the same call
             gives the same result. The global generator is never used.
         initial: A space (D, k0), or Eigenpairs, to start from; not for "single_pass".
+        storage: Where the basis lives, "device", "cpu" or a folder on a disk; by default chosen
+            from what memory is free. For "block_krylov", which takes `storage_dtype` too.
+        checkpoint: A folder to save the work in, so that the same call goes on after a kill; for
+            "block_krylov". The single pass is saved by `measure` and `assemble`.
         progress: Whether to show a progress bar.
         **options: The method's own options; see `block_krylov`, `single_pass`, `rayleigh_ritz`.
 
@@ -82,6 +89,11 @@ def eigsh(
         if "initial" not in accepted:
             raise ValueError(f"method {method!r} cannot start from `initial`; use 'block_krylov'")
         options["initial"] = _check_initial(operator, initial)
+    for name, value in (("storage", storage), ("checkpoint", checkpoint)):
+        if value is not None:
+            if name not in accepted:
+                raise ValueError(f"method {method!r} has no {name}; use method='block_krylov'")
+            options[name] = value
     unknown = [name for name in options if name not in accepted]
     if unknown:
         known = [n for n in accepted if n not in inspect.signature(eigsh).parameters]

@@ -12,15 +12,21 @@ orthonormal vectors may join P at any time: their rows in R are zero.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesscurv.eigensolvers.basis import Basis
 from hesscurv.eigensolvers.residuals import convergence_threshold
-from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_out_
+from hesscurv.linalg.orthogonalization import (
+    column_norms,
+    orthonormalize_against_,
+    project_out_,
+)
 from hesscurv.linalg.rayleigh_ritz import by_magnitude
 from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.storage.placement import Placement
 
 
 class KrylovSpace:
@@ -31,8 +37,11 @@ class KrylovSpace:
         k: The number of wanted pairs, those of largest magnitude.
         tol: Their relative tolerance.
         block: The usual number of vectors in a step.
-        capacity: The most vectors to store, at least min(D, k + 3 block).
+        placement: Where the vectors live, and how many at most: at least min(D, k + 3 block).
         generator: Source of random vectors.
+
+    Where H's products are spread over processes, each holds some rows of all vectors; small
+    matrices, and with them all decisions, are the same on each.
     """
 
     def __init__(
@@ -41,23 +50,72 @@ class KrylovSpace:
         k: int,
         tol: float,
         block: int,
-        capacity: int,
+        placement: Placement,
         generator: torch.Generator,
     ) -> None:
         self.H, self.k, self.tol, self.block = H, k, tol, block
-        self.dim, self.capacity = H.shape[0], capacity
+        self.dim, self.capacity = H.shape[0], placement.capacity
         self.eps = torch.finfo(H.dtype).eps
+        self.across = H.communicator if H.communicator.size > 1 else None
+        # What rounding a stored vector does to its residual, relative to its eigenvalue: the rms
+        # error of an entry is a quarter of eps.
+        stored = placement.dtype
+        self.rounding = 0.0 if stored == H.dtype else torch.finfo(stored).eps / 4
         self.num_matvecs = 0
         self.num_restarts = 0
         self.num_expanded = 0
         # Vectors to expand before all others: they belong together, coupled or not.
         self.num_initial = 0
-        self.basis = Basis(self.dim, capacity, k, max(block, k // 2), H.dtype, H.device)
+        self.basis = Basis(placement, k, max(block, k // 2), H.dtype)
         self.A = torch.zeros(0, 0, dtype=torch.float64)
         self._ritz: dict[torch.dtype, tuple[Tensor, ...]] = {}  # of the last T
         self._asymmetries: list[float] = []
         self._scale = 0.0  # the largest ||H q|| seen: rounding is relative to it
         self._generator = generator
+
+    def start(self, initial: Tensor | None) -> None:
+        """Let the first vectors wait: those given, (D, k0), and random ones where they are few."""
+        if initial is not None:
+            start_KD = initial.mT.to(self.H.device, self.H.dtype, copy=True)
+            if self.capacity < min(self.dim, 2 * len(start_KD) + 3 * self.block):
+                # No room for all of them and their products: start from a block of their span.
+                mix = torch.randn(
+                    self.block, len(start_KD), generator=self._generator, dtype=start_KD.dtype
+                )
+                start_KD = mix.to(start_KD.device) @ start_KD
+            self.num_initial = self.add_pending(start_KD)
+        if self.num_initial < self.k:
+            self.add_random(self.block)
+
+    def state(self) -> dict[str, Any]:
+        """Return all values that decide how the space grows on, beside the basis."""
+        return {
+            "A": self.A,
+            "size": self.basis.size,
+            "num_matvecs": self.num_matvecs,
+            "num_restarts": self.num_restarts,
+            "num_expanded": self.num_expanded,
+            "num_initial": self.num_initial,
+            "asymmetries": list(self._asymmetries),
+            "scale": self._scale,
+            "generator": self._generator.get_state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a state; the basis has been restored already.
+
+        Raises:
+            ValueError: If the basis has another number of vectors.
+        """
+        if state["size"] != self.basis.size:
+            raise ValueError(
+                f"expected a basis of {state['size']} vectors, got {self.basis.size}: the "
+                "checkpoint's journal does not belong to its state; begin anew"
+            )
+        for name in ("A", "num_matvecs", "num_restarts", "num_expanded", "num_initial"):
+            setattr(self, name, state[name])
+        self._asymmetries, self._scale = list(state["asymmetries"]), state["scale"]
+        self._generator.set_state(state["generator"])
 
     @property
     def num_pending(self) -> int:
@@ -107,7 +165,8 @@ class KrylovSpace:
         """
         values, _, residuals = self.ritz(dtype)
         thresholds = self.thresholds(values[: self.k])
-        noise = (0.9 * thresholds).clamp(max=self.noise)
+        noise = torch.hypot(torch.tensor(self.noise), self.rounding * values[: self.k].abs())
+        noise = torch.minimum(noise, 0.9 * thresholds)
         return residuals <= (thresholds**2 - noise**2).sqrt()
 
     # -- steps ----------------------------------------------------------------------------------
@@ -115,9 +174,9 @@ class KrylovSpace:
     def expand(self, size: int) -> int:
         """Multiply the first `size` pending vectors; return how many new directions came of it."""
         m, rows = self.num_expanded, self.basis.size
-        W_BD = (self.H @ torch.cat(self.basis.slabs(m, m + size)).mT).mT.contiguous()
+        W_BD = self.H.product_rows(self.basis.block(m, m + size).mT).mT.contiguous()
         self.num_matvecs += size
-        scale = float(torch.linalg.vector_norm(W_BD, dim=1, dtype=torch.float64).max())
+        scale = float(column_norms(W_BD, self.across).max())
         if not math.isfinite(scale):
             raise ValueError(
                 f"products {self.num_matvecs - size} to {self.num_matvecs} with the operator have "
@@ -125,13 +184,13 @@ class KrylovSpace:
             )
         self._scale = max(self._scale, scale)
         if rows == self.dim:
-            C, R = project_out_(W_BD, self.basis.slabs()), torch.zeros(0, size)
+            C, R = project_out_(W_BD, self.basis.slabs(), across=self.across), torch.zeros(0, size)
         else:
             floor = self.eps * self._scale
             # E^T H S is (S^T H E)^T, and S^T H E is a part of A.
             known = self.A[m : m + size].mT
             Q_rD, C, R = orthonormalize_against_(
-                W_BD, self.basis.slabs(), floor=floor, known_nb=known
+                W_BD, self.basis.slabs(), floor=floor, known_nb=known, across=self.across
             )
             # Where the whole space is nearly spanned, rounding may look like further directions.
             Q_rD, R = Q_rD[: self.dim - rows], R[: self.dim - rows]
@@ -145,12 +204,15 @@ class KrylovSpace:
         return self.basis.size - rows
 
     def add_pending(self, block_BD: Tensor) -> int:
-        """Orthonormalise vectors (b, D) against the basis, in place, and let them wait.
+        """Orthonormalise vectors (b, D), whole on every process, and let them wait.
 
         Returns how many independent ones there were.
         """
         room = min(self.capacity, self.dim) - self.basis.size
-        Q_rD, _, _ = orthonormalize_against_(block_BD[:room], self.basis.slabs())
+        mine_BD = block_BD[:room]
+        if self.across is not None:
+            mine_BD = mine_BD[:, slice(*self.across.rows(self.dim))].clone()
+        Q_rD, _, _ = orthonormalize_against_(mine_BD, self.basis.slabs(), across=self.across)
         self.basis.append(Q_rD)
         self.A = torch.cat([self.A, torch.zeros(len(Q_rD), self.A.shape[1], dtype=torch.float64)])
         return len(Q_rD)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import time
 
 from tqdm.auto import tqdm
+
+logger = logging.getLogger(__name__)
 
 
 class Progress(tqdm):
@@ -18,6 +21,12 @@ class Progress(tqdm):
     def __init__(self, total: int, enabled: bool) -> None:
         super().__init__(total=total, unit="pair", desc="eigenpairs", disable=not enabled)
         self._begun = self._shown = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        """Log a line, and write it above the bar where there is one."""
+        logger.info(text)
+        if not self.disable:
+            self.write(text)
 
     def show(self, converged: int | None, num_matvecs: int) -> None:
         """Show how many pairs have converged (None: as before) after so many products."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hesscurv.linalg.orthogonalization import column_norms
 from hesscurv.operators.linear_operator import LinearOperator
 
 
@@ -20,18 +21,20 @@ def measured_residuals(
     Args:
         H: The operator, D x D.
         eigenvalues: Shape (k,).
-        V_Dk: Shape (D, k), unit columns.
+        V_Dk: Shape (D, k), unit columns; cast to H's dtype block by block. Where H is spread over
+            processes, this process' rows.
         block_size: Products at a time; temporary memory is three blocks of D floats each.
 
     Returns:
-        Shape (k,), float64, on the eigenvectors' device.
+        Shape (k,), float64, on the CPU.
     """
-    out = torch.empty(V_Dk.shape[1], dtype=torch.float64, device=V_Dk.device)
+    across = H.communicator if H.communicator.size > 1 else None
+    out = torch.empty(V_Dk.shape[1], dtype=torch.float64)
     for start in range(0, len(out), block_size):
         part = slice(start, start + block_size)
-        gap = H @ V_Dk[:, part]
-        gap = gap - V_Dk[:, part] * eigenvalues[part].to(V_Dk)
-        out[part] = torch.linalg.vector_norm(gap, dim=0, dtype=torch.float64)
+        part_Db = V_Dk[:, part].to(H.device, H.dtype)
+        gap = H.product_rows(part_Db) - part_Db * eigenvalues[part].to(part_Db)
+        out[part] = column_norms(gap.mT, across)
     return out
 
 

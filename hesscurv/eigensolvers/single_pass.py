@@ -33,10 +33,10 @@ def single_pass(
 
     ``Y = H Omega``, ``M = Psi^T Y``, ``Q = orth(Y[:, :outer])``,
     ``C = (Psi^T Q)^+ M ((Omega^T Q)^+)^T``, ``(C + C^T)/2 = U Lambda U^T``, ``V = Q U``, with
-    random Omega, Psi (D, inner). Since no product waits for another, `measure` can take ranges of
-    them anywhere and any time. The price is accuracy, which falls along the spectrum: in the
-    paper's runs with 7,030 parameters and outer = 355 the eigenvalues were within 6 % up to number
-    200, and half of the true ones at number 300.
+    random Omega, Psi (D, inner). Since no product waits for another, jobs that know nothing of each
+    other can share them out: see `measure` and `assemble`. The price is accuracy, which falls along
+    the spectrum: in the paper's runs with 7,030 parameters and outer = 355 the eigenvalues were
+    within 6 % up to number 200, and half of the true ones at number 300.
 
     Args:
         H: The symmetric operator, D x D, float32 or float64; what `eigsh` takes.
@@ -79,7 +79,7 @@ def single_pass(
     start = time.perf_counter()
     H = as_linear_operator(H)
     dim = H.shape[0]
-    outer, inner = _sizes(k, dim, outer, inner, max_matvecs, k if residuals else 0)
+    outer, inner = sketch_sizes(k, dim, outer, inner, max_matvecs, k if residuals else 0)
     if block_size < 1:
         raise ValueError(f"expected block_size >= 1, got {block_size}")
     if inner == dim:
@@ -94,17 +94,18 @@ def single_pass(
     with CountedOperator(H, total, "single_pass", progress) as counted:
         basis_mD = torch.empty(outer, dim, dtype=H.dtype, device=H.device)
         M_nn = torch.empty(inner, inner, dtype=torch.float64)
-        M_nn[:, :outer] = measure(counted, omega, psi, 0, outer, basis_mD, block_size)
-        # The other columns of Y count through Psi^T Y alone. Where Psi is drawn anew for each use,
-        # they come in groups wider than a block, which are stored.
-        group, scratch_gD = inner, None
-        if measurements != "ssrft":
-            group = max(block_size, outer // 8)
-            scratch_gD = basis_mD.new_empty(min(group, inner - outer), dim)
-        for first in range(outer, inner, group):
-            last = min(first + group, inner)
-            M_nn[:, first:last] = measure(counted, omega, psi, first, last, scratch_gD, block_size)
-        del scratch_gD
+        # SSRFT tests block by block. Where Psi is drawn anew for each use, all of the basis is
+        # tested at once, and the other columns of Y, which count through Psi^T Y alone, are stored
+        # in groups wider than a block.
+        group, drawn_anew = group_size(measurements, outer, block_size), measurements != "ssrft"
+        scratch_gD = basis_mD.new_empty(min(group, inner - outer), dim) if drawn_anew else None
+        ranges = cut(0, outer, outer if drawn_anew else group) + cut(outer, inner, group)
+        for first, last in ranges:
+            out_bD = basis_mD[first:last] if last <= outer else scratch_gD
+            M_nn[:, first:last] = take_measurements(
+                counted, omega, psi, first, last, out_bD, block_size
+            )
+        del scratch_gD, out_bD
 
         Q_rD, _ = orthonormalize_(basis_mD)
         C_rr = core_matrix(Q_rD, M_nn, omega, psi)
@@ -123,7 +124,7 @@ def single_pass(
         )
 
 
-def measure(
+def take_measurements(
     H: LinearOperator,
     omega: TestMatrix,
     psi: TestMatrix,
@@ -185,7 +186,17 @@ def core_matrix(Q_rD: Tensor, M_nn: Tensor, omega: TestMatrix, psi: TestMatrix) 
     return left_rn @ M_nn @ right_rn.mT
 
 
-def _sizes(
+def group_size(measurements: str, outer: int, block_size: int) -> int:
+    """Return how many measurements to test at once: a block, or more where Psi is drawn for it."""
+    return block_size if measurements == "ssrft" else max(block_size, outer // 8)
+
+
+def cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:
+    """Return the range [start, stop) in pieces of this size; the last may be shorter."""
+    return [(first, min(first + size, stop)) for first in range(start, stop, size)]
+
+
+def sketch_sizes(
     k: int, dim: int, outer: int | None, inner: int | None, limit: int | None, extra: int
 ) -> tuple[int, int]:
     """Return outer and inner within D and within the limit on products."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -19,6 +20,16 @@ from hesscurv.linalg.rayleigh_ritz import rotate_
 _CHUNK_NUMEL = 2**23  # entries of one chunk of a basis: bounds what a cast to W's dtype takes
 _SUM_LENGTH = 4096  # products summed in W's dtype before the sum goes on in float64
 _MAX_PASSES = 12  # a block of condition 1/eps takes 4 or 5
+
+
+class Reduction(Protocol):
+    """Sums and maxima over the processes that each hold some rows of the (D, b) matrices."""
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its sum over all processes, the same bits on each."""
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by its entrywise maximum over all processes."""
 
 
 def orthonormalize_(W_bD: Tensor, *, floor: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -62,6 +73,7 @@ def orthonormalize_against_(
     *,
     floor: float = 0.0,
     known_nb: Tensor | None = None,
+    across: Reduction | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormalise a block against a basis and within itself, in place.
 
@@ -83,6 +95,8 @@ def orthonormalize_against_(
             on the CPU, shape (n, b), as symmetry gives it for W = H Q. The first projection takes
             these, which saves their measurement, and all of the work where they are zero; the
             second measures what they leave.
+        across: Where every process holds D_local of the D entries of all vectors: how they sum up.
+            All processes get the same coefficients. None: this process holds them all.
 
     Returns:
         Q, the view ``W_bD[:r]``, shape (r, D); C, shape (m, b), the coefficients of all
@@ -103,35 +117,42 @@ def orthonormalize_against_(
     if W_bD.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"expected float32 or float64 vectors, got {W_bD.dtype}; cast them first")
     _check_slabs(W_bD, slabs)
-    scale = _normalize_scale_(W_bD)
+    scale = _normalize_scale_(W_bD, across)
     eps = torch.finfo(W_bD.dtype).eps
-    norms = torch.linalg.vector_norm(W_bD, dim=1).tolist()
+    norms = column_norms(W_bD, across).tolist()
     if known_nb is None:
-        C_mb = project_out_(W_bD, slabs, passes=1)
+        C_mb = project_out_(W_bD, slabs, passes=1, across=across)
     else:
-        C_mb = _subtract_known_(W_bD, slabs, known_nb / scale, eps * max(norms, default=0.0))
+        negligible = eps * max(norms, default=0.0)
+        C_mb = _subtract_known_(W_bD, slabs, known_nb / scale, negligible, across)
     # The rounding error of sums of m terms that cancel was measured as 0.2 sqrt(m) eps ||w||.
     noise = (4 + math.sqrt(C_mb.shape[0]) / 2) * eps * max(norms, default=0.0)
     threshold = max(floor / scale, noise)
-    Q_rD, R_rb = _factor_(W_bD, torch.eye(W_bD.shape[0], dtype=torch.float64), threshold)
+    start_bb = torch.eye(W_bD.shape[0], dtype=torch.float64)
+    Q_rD, R_rb = _factor_(W_bD, start_bb, threshold, across)
     for _ in range(_MAX_PASSES):
         if C_mb.shape[0] == 0 or Q_rD.shape[0] == 0:
             break
-        correction_mr = project_out_(Q_rD, slabs, passes=1)
+        correction_mr = project_out_(Q_rD, slabs, passes=1, across=across)
         C_mb += correction_mr @ R_rb
-        Q_rD, R_rb = _factor_(Q_rD, R_rb, threshold)
+        Q_rD, R_rb = _factor_(Q_rD, R_rb, threshold, across)
         # What remains in the basis' span is eps times what was just found there.
         if correction_mr.norm(dim=0).max() < 0.1:
             break
     return Q_rD, C_mb * scale, R_rb * scale
 
 
-def project_out_(W_bD: Tensor, slabs: Sequence[Tensor], *, passes: int = 2) -> Tensor:
+def project_out_(
+    W_bD: Tensor,
+    slabs: Sequence[Tensor],
+    *,
+    passes: int = 2,
+    across: Reduction | None = None,
+) -> Tensor:
     """Remove the span of an orthonormal basis from a block, in place (block Gram-Schmidt).
 
-    ``W <- W - B (B^T W)``, `passes` times. Slabs are taken one after the other, each against the
-    block that the earlier ones left. After two passes ``|B^T w| <= few eps ||w||`` holds for the
-    projected w, but not for combinations in which the columns of W cancel: where the block is
+    ``W <- W - B (B^T W)``, `passes` times. After two passes ``|B^T w| <= few eps ||w||`` holds for
+    the projected w, but not for combinations in which the columns of W cancel: where the block is
     orthonormalised next, use `orthonormalize_against_`.
 
     Args:
@@ -139,6 +160,7 @@ def project_out_(W_bD: Tensor, slabs: Sequence[Tensor], *, passes: int = 2) -> T
         slabs: The basis in pieces of shape (m_i, D), row-contiguous, orthonormal together; another
             dtype or device is cast chunk by chunk. None at all is a basis of m = 0 vectors.
         passes: The number of projections, 2 by default.
+        across: As in `orthonormalize_against_`.
 
     Returns:
         C, shape (m, b), float64 on the CPU: the coefficients of all passes summed, so that
@@ -150,16 +172,14 @@ def project_out_(W_bD: Tensor, slabs: Sequence[Tensor], *, passes: int = 2) -> T
     Cost: 2 m b D multiply-adds and two readings of the basis for each pass.
     """
     _check_slabs(W_bD, slabs)
-    sizes = [slab.shape[0] for slab in slabs]
-    C_mb = torch.zeros(sum(sizes), W_bD.shape[0], dtype=torch.float64)
+    C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64)
     with full_precision(W_bD.device):
-        for _ in range(passes):
-            for slab_mD, C_part in zip(slabs, C_mb.split(sizes) if sizes else (), strict=True):
-                C_part += _subtract_projection_(W_bD, slab_mD)
+        for _ in range(passes if slabs else 0):
+            C_mb += _subtract_projection_(W_bD, slabs, across)
     return C_mb
 
 
-def inner_products(A_mD: Tensor, B_bD: Tensor) -> Tensor:
+def inner_products(A_mD: Tensor, B_bD: Tensor, across: Reduction | None = None) -> Tensor:
     """Return the small matrix ``A^T B`` of two sets of long vectors, summed accurately.
 
     A plain float32 product over D = 1e6 entries is off by 2e-6 to 6e-5 of the norms (MKL; the worse
@@ -169,6 +189,7 @@ def inner_products(A_mD: Tensor, B_bD: Tensor) -> Tensor:
     Args:
         A_mD: Shape (m, D), row-contiguous; another dtype or device is cast chunk by chunk.
         B_bD: Shape (b, D), row-contiguous; its dtype and device are those of the computation.
+        across: As in `orthonormalize_against_`.
 
     Returns:
         Shape (m, b), float64 on the CPU.
@@ -186,7 +207,19 @@ def inner_products(A_mD: Tensor, B_bD: Tensor) -> Tensor:
             B_nbs = B_bD[:, start:stop].unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
             total_mb += (A_nms @ B_nbs.mT).sum(dim=0, dtype=torch.float64)
         total_mb += A_mD[:, whole:].to(B_bD) @ B_bD[:, whole:].mT
-    return total_mb.cpu()
+    total_mb = total_mb.cpu()
+    return total_mb if across is None else across.sum_(total_mb)
+
+
+def column_norms(W_bD: Tensor, across: Reduction | None = None) -> Tensor:
+    """Return the norms of long vectors, shape (b,), float64 on the CPU.
+
+    Args:
+        W_bD: Shape (b, D).
+        across: As in `orthonormalize_against_`.
+    """
+    norms = torch.linalg.vector_norm(W_bD, dim=1, dtype=torch.float64).cpu()
+    return norms if across is None else across.sum_(norms.square_()).sqrt_()
 
 
 def complete_(basis_mD: Tensor, rank: int, generator: torch.Generator) -> None:
@@ -213,10 +246,15 @@ def complete_(basis_mD: Tensor, rank: int, generator: torch.Generator) -> None:
         rank += Q_rD.shape[0]
 
 
-def _subtract_projection_(W_bD: Tensor, slab_mD: Tensor) -> Tensor:
-    """Subtract ``B B^T W`` for one slab B and return ``B^T W``, (m, b), float64 on the CPU."""
-    C_mb = inner_products(slab_mD, W_bD)
-    _subtract_(W_bD, slab_mD, C_mb)
+def _subtract_projection_(
+    W_bD: Tensor, slabs: Sequence[Tensor], across: Reduction | None
+) -> Tensor:
+    """Subtract ``B B^T W`` and return ``B^T W``, (m, b), float64 on the CPU."""
+    C_mb = torch.cat([inner_products(slab, W_bD) for slab in slabs])
+    if across is not None:
+        C_mb = across.sum_(C_mb)
+    for slab_mD, C_part in zip(slabs, C_mb.split(list(map(len, slabs))), strict=True):
+        _subtract_(W_bD, slab_mD, C_part)
     return C_mb
 
 
@@ -229,11 +267,15 @@ def _subtract_(W_bD: Tensor, slab_mD: Tensor, C_mb: Tensor) -> None:
 
 
 def _subtract_known_(
-    W_bD: Tensor, slabs: Sequence[Tensor], known_nb: Tensor, negligible: float
+    W_bD: Tensor,
+    slabs: Sequence[Tensor],
+    known_nb: Tensor,
+    negligible: float,
+    across: Reduction | None,
 ) -> Tensor:
     """Subtract the basis times coefficients, given for its first n vectors and else measured."""
     C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64)
-    start = 0
+    start, rest = 0, []
     with full_precision(W_bD.device):
         for slab_mD in slabs:
             known = known_nb[start : start + len(slab_mD)]
@@ -241,9 +283,10 @@ def _subtract_known_(
                 _subtract_(W_bD, slab_mD[low:high], known[low:high])
                 C_mb[start + low : start + high] = known[low:high]
             if len(known) < len(slab_mD):
-                rest = slice(start + len(known), start + len(slab_mD))
-                C_mb[rest] = _subtract_projection_(W_bD, slab_mD[len(known) :])
+                rest.append(slab_mD[len(known) :])
             start += len(slab_mD)
+        if rest:
+            C_mb[len(known_nb) :] = _subtract_projection_(W_bD, rest, across)
     return C_mb
 
 
@@ -258,11 +301,13 @@ def _runs(marked: Tensor) -> list[tuple[int, int]]:
     return ranges
 
 
-def _factor_(P_bD: Tensor, R_bn: Tensor, threshold: float) -> tuple[Tensor, Tensor]:
+def _factor_(
+    P_bD: Tensor, R_bn: Tensor, threshold: float, across: Reduction | None
+) -> tuple[Tensor, Tensor]:
     """Orthonormalise P in place, keeping ``W_Dn = P_Db R_bn``; drop what adds <= threshold to W."""
     eps = torch.finfo(P_bD.dtype).eps
     for _ in range(_MAX_PASSES):
-        G_bb = inner_products(P_bD, P_bD)
+        G_bb = inner_products(P_bD, P_bD, across)
         norms = G_bb.diagonal().clamp(min=0).sqrt()
         keep = norms * R_bn.norm(dim=1) > threshold
         if not keep.any():
@@ -309,18 +354,21 @@ def _whitening(G: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (Z / roots).mT, (Z * roots).mT
 
 
-def _normalize_scale_(W_bD: Tensor) -> float:
+def _normalize_scale_(W_bD: Tensor, across: Reduction | None) -> float:
     """Divide W by a power of two, without rounding, where its squares could over- or underflow."""
-    if W_bD.numel() == 0:
-        return 1.0
-    low, high = (bound.item() for bound in W_bD.aminmax())
-    largest = max(-low, high)
-    if not math.isfinite(low) or not math.isfinite(high):
+    largest = 0.0
+    if W_bD.numel() > 0:
+        low, high = (bound.item() for bound in W_bD.aminmax())
+        finite = math.isfinite(low) and math.isfinite(high)
+        largest = max(-low, high) if finite else math.inf
+    if across is not None:
+        largest = across.max_(torch.tensor([largest], dtype=torch.float64)).item()
+    if not math.isfinite(largest):
         raise ValueError(
             "expected finite vectors, got NaN or inf entries; check the operator's products"
         )
     exponent = math.frexp(largest)[1]
-    if abs(exponent) <= 16:
+    if largest == 0 or abs(exponent) <= 16:
         return 1.0
     exponent = max(-100, min(100, exponent))
     W_bD.mul_(2.0**-exponent)

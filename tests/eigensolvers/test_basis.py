@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from hesscurv.eigensolvers.basis import Basis
+from hesscurv.storage.placement import Placement
 
 
 def filled(sizes=(2, 3, 4), first=3, grow=2, capacity=12, dim=5000):
     g = torch.Generator().manual_seed(0)
-    basis = Basis(dim, capacity, first, grow, torch.float64, torch.device("cpu"))
+    place = Placement("device", torch.float64, torch.device("cpu"), capacity, dim)
+    basis = Basis(place, first, grow, torch.float64)
     blocks = [torch.randn(n, dim, generator=g, dtype=torch.float64) for n in sizes]
     for block in blocks:
         basis.append(block)

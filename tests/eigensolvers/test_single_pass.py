@@ -5,7 +5,7 @@ import torch
 from planted import PlainOperator, assert_valid, by_magnitude, indefinite, planted
 
 from hesscurv import ConvergenceWarning
-from hesscurv.eigensolvers.single_pass import core_matrix, measure, single_pass
+from hesscurv.eigensolvers.single_pass import core_matrix, single_pass, take_measurements
 from hesscurv.linalg.orthogonalization import orthonormalize_
 from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
 
@@ -187,7 +187,7 @@ def test_ranges_measured_apart_assemble_to_the_same_result(measurements):
     Y = torch.zeros(inner, 80, dtype=torch.float64)
     M = torch.zeros(inner, inner, dtype=torch.float64)
     for start, stop in [(13, 20), (0, 6), (6, 13)]:
-        M[:, start:stop] = measure(H, omega, psi, start, stop, Y[start:stop], 4)
+        M[:, start:stop] = take_measurements(H, omega, psi, start, stop, Y[start:stop], 4)
     Q, _ = orthonormalize_(Y[:outer].clone())
     C = core_matrix(Q, M, omega, psi)
     whole = single_pass(

@@ -1,0 +1,178 @@
+"""What is decided before the first product of a block Krylov solve: sizes, places, identity."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscurv.eigensolvers.checkpoint import Checkpoint, check_room
+from hesscurv.operators.fingerprint import fingerprint, hash_tensors
+from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.storage.placement import Placement, choose_placement
+
+SEARCH_STEPS = 30  # the most of a search for missed eigenvectors
+
+# With a basis in float16 the residuals of 355 pairs were 2e-4 to 3e-3 of their eigenvalues. (In
+# bfloat16, which has 3 bits less, 2e-3 to 5e-2: it is not chosen.)
+_ROUNDED_FROM_TOL = 5e-3
+
+
+def expected_matvecs(k: int, block: int) -> int:
+    """Return about how many products k pairs take, as measured on Hessians of small nets."""
+    return 2 * k + 9 * block
+
+
+def choose_block_size(H: LinearOperator, k: int) -> int:
+    """Return the block size with the least predicted time for k pairs, by H's calibration.
+
+    A wider block makes a product and the reading of the basis cheaper, and the space grow slower in
+    degree: see `expected_matvecs`.
+    """
+    dim = H.shape[0]
+    if not hasattr(H, "seconds_per_vector"):
+        return max(1, min(16, k // 4 if k > 16 else 4, dim))
+    # Orders of magnitude are enough: entries per second read, multiplied and added.
+    read, multiplied = (2.5e9, 5e10) if H.device.type == "cpu" else (4e11, 1e13)
+
+    def seconds(b: int) -> float:
+        # A measured projection reads the basis, of k vectors on average, twice a block.
+        gram_schmidt = 2 * k * dim * (1 / (b * read) + 1 / multiplied)
+        return float((H.seconds_per_vector(b) + gram_schmidt) * expected_matvecs(k, b))
+
+    return min(dim, min((b for b in (4, 8, 16, 32, 64) if b <= max(4, k // 4)), key=seconds))
+
+
+def plan(
+    H: LinearOperator,
+    k: int,
+    tol: float,
+    *,
+    block_size: int | None,
+    max_basis: int | None,
+    num_initial: int,
+    storage: str | os.PathLike[str] | None,
+    storage_dtype: torch.dtype | None,
+    state: dict[str, Any] | None,
+) -> tuple[int, Placement]:
+    """Return the block size and where the basis lives, or refuse what cannot fit.
+
+    Args:
+        H: The operator.
+        k: The number of wanted pairs.
+        tol: Their tolerance.
+        block_size: What the caller wants; None chooses.
+        max_basis: What the caller wants; None chooses.
+        num_initial: How many vectors the solve starts from.
+        storage: See `choose_placement`.
+        storage_dtype: See `choose_placement`.
+        state: The checkpoint to go on from, whose sizes are taken over.
+
+    Raises:
+        ValueError: If an argument is out of range, or it fits nowhere.
+    """
+    dim = H.shape[0]
+    communicator = H.communicator
+    first, last = communicator.rows(dim)
+    local = max(1, last - first)
+    capacity = None
+    if state is not None:
+        block, capacity = int(state["block"]), int(state["capacity"])
+        stored = getattr(torch, state["storage_dtype"].removeprefix("torch."))
+        if storage_dtype not in (None, stored):
+            raise ValueError(
+                f"expected storage_dtype={stored}, as in the checkpoint, got {storage_dtype}; make "
+                "the same call as before, or name another folder"
+            )
+        storage_dtype, least, wanted = stored, capacity, capacity
+    else:
+        block = min(block_size or choose_block_size(H, k), dim)
+        least = min(dim, k + 3 * block)
+        wanted = min(dim, max(least, 2 * max(k, num_initial) + 10 * block + SEARCH_STEPS))
+        if max_basis is not None:
+            if max_basis < least:
+                raise ValueError(
+                    f"expected max_basis >= k + 3 block_size = {least}, got {max_basis}; lower k "
+                    "or block_size"
+                )
+            capacity = min(max_basis, dim)
+
+    def choose(capacity: int | None, storage_dtype: torch.dtype | None) -> Placement:
+        with communicator.together("planning the basis"):
+            return choose_placement(
+                storage,
+                storage_dtype,
+                dim=local,
+                dtype=H.dtype,
+                device=H.device,
+                least=least,
+                wanted=wanted,
+                rounding_allowed=tol >= _ROUNDED_FROM_TOL,
+                capacity=capacity,
+                sharing=_processes_here(communicator.size),
+            )
+
+    placement = choose(capacity, storage_dtype)
+    if communicator.size > 1:  # all ranks have as many vectors, in one dtype
+        own = [-placement.capacity, int(placement.dtype == torch.float16)]
+        fewest, rounded = communicator.max_(torch.tensor(own)).tolist()
+        placement = choose(-fewest, torch.float16 if rounded else placement.dtype)
+    return block, placement
+
+
+def identity(
+    H: LinearOperator,
+    k: int,
+    *,
+    block_size: int | None,
+    max_basis: int | None,
+    initial: Tensor | None,
+    verify: bool,
+    generator: torch.Generator,
+) -> dict[str, Any]:
+    """Return what must be equal for a solve to be gone on with; tolerance and limits may change."""
+    return {
+        **fingerprint(H),
+        "method": "block_krylov",
+        "k": k,
+        "block_size": block_size,
+        "max_basis": max_basis,
+        "verify": verify,
+        "initial": None if initial is None else hash_tensors([initial]),
+        "generator": hash_tensors([generator.get_state()]),
+        "processes": H.communicator.size,
+    }
+
+
+def newest_state(checkpoint: Checkpoint, H: LinearOperator) -> dict[str, Any] | None:
+    """Return the newest state that all processes have, or None where there is none yet."""
+    available = checkpoint.available
+    newest = available[-1] if available else 0
+    if H.communicator.size > 1:
+        newest = -int(H.communicator.max_(torch.tensor([-newest])))
+    if newest == 0:
+        return None
+    with H.communicator.together("resuming"):
+        if newest not in available:
+            raise ValueError(
+                f"expected state {newest} of rank {checkpoint.rank} in {checkpoint.folder}, got "
+                f"{available}; the ranks' parts do not fit each other: begin anew in another folder"
+            )
+    return checkpoint.resume(newest)
+
+
+def check_disk(folder: str | os.PathLike[str], placement: Placement, k: int, block: int) -> None:
+    """Refuse a checkpoint for which the disk has no room: every vector is written once.
+
+    Raises:
+        DiskFullError: If there is less than the products usually needed would take.
+    """
+    count = min(2 * placement.capacity, expected_matvecs(k, block))
+    check_room(folder, count * placement.dim * placement.dtype.itemsize)
+
+
+def _processes_here(size: int) -> int:
+    """Return how many of a job's processes share this machine, as torchrun says, or all."""
+    return max(1, min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size))))

@@ -1,0 +1,407 @@
+"""A folder of measurements: one manifest that all jobs agree on, one file for each chunk.
+
+``manifest.json`` holds the settings and the operator's fingerprint; the first job writes it and
+nobody changes it. ``measurements_START_STOP.npz`` holds the measurements of one chunk. All files
+appear under their names whole or not at all, so jobs need neither locks nor each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hesscurv.eigensolvers.single_pass import cut
+from hesscurv.operators.fingerprint import differences, hash_text
+from hesscurv.storage.atomic_files import sync_folder, write_atomically
+
+_FORMAT = "hesscurv.measurements"
+_VERSION = 1
+_MANIFEST = "manifest.json"
+_READ_BYTES = 2**24
+_OVERHEAD_BYTES = 4096  # of a chunk's file: names, headers, the last block of the disk
+_LEFTOVER_SECONDS = 3600  # a temporary file that nobody wrote to for so long has lost its job
+_SETTINGS = ("k", "outer", "inner", "measurements", "seed", "omega_seed", "psi_seed")
+_MEANING = {
+    "operator": "its kind",
+    "size": "its size D",
+    "entries": "the matrix' entries",
+    "parameters": "the parameters' names or shapes",
+    "values": "the parameters' values",
+    "constants": "the buffers or frozen parameters",
+    "training": "the modules' mode",
+}
+
+
+class DamagedFileError(ValueError):
+    """A file of measurements is cut off or was changed."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is measured: the settings of the sketch and what the operator is.
+
+    Args:
+        k: Number of eigenpairs.
+        outer: Measurements whose vectors Y are kept: the basis.
+        inner: All measurements.
+        measurements: The kind of test matrix.
+        seed: The seed that the two others are drawn from.
+        omega_seed: Of the matrix that H is applied to.
+        psi_seed: Of the matrix that tests the products.
+        chunk: Measurements in one file.
+        dim: D.
+        dtype: The vectors' dtype, "torch.float32" or "torch.float64".
+        layout: `ParameterLayout.to_dict`, None for an operator without a model.
+        operator: The operator's `fingerprint`.
+    """
+
+    k: int
+    outer: int
+    inner: int
+    measurements: str
+    seed: int
+    omega_seed: int
+    psi_seed: int
+    chunk: int
+    dim: int
+    dtype: str
+    layout: dict[str, Any] | None
+    operator: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        """A hash of all of it, which every file of measurements carries."""
+        return hash_text(self.to_json())
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The vectors' dtype."""
+        return {"torch.float32": torch.float32, "torch.float64": torch.float64}[self.dtype]
+
+    def ranges(self) -> list[tuple[int, int]]:
+        """Return the chunks [start, stop) in their order; none has vectors in part."""
+        return cut(0, self.outer, self.chunk) + cut(self.outer, self.inner, self.chunk)
+
+    def num_bytes(self, ranges: Iterable[tuple[int, int]]) -> int:
+        """Return how large the files of these chunks are."""
+        return sum(
+            (stop - start) * self.inner * 8
+            + (stop - start) * self.dim * self.torch_dtype.itemsize * (stop <= self.outer)
+            + _OVERHEAD_BYTES
+            for start, stop in ranges
+        )
+
+    def to_json(self) -> str:
+        """Return the manifest as text, the same for the same manifest."""
+        data = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
+        return json.dumps(data, indent=1, sort_keys=True) + "\n"
+
+    def require_operator(self, fingerprint: dict[str, Any], folder: Path) -> None:
+        """Raise ValueError, naming what differs, unless the fingerprint is that of the operator."""
+        found = differences(self.operator, fingerprint)
+        if found:
+            names = ", ".join(_MEANING.get(name, f"the {name}") for name in found)
+            raise ValueError(
+                f"the measurements in {folder} are of another operator: what differs is {names}; "
+                "give the model and batches that they were taken with, or take another folder"
+            )
+
+    def require_settings(self, other: Manifest, folder: Path) -> None:
+        """Raise ValueError, naming what differs, unless another job's settings are the same."""
+        found = [
+            f"{name}={getattr(self, name)!r} there and {getattr(other, name)!r} here"
+            for name in _SETTINGS
+            if getattr(self, name) != getattr(other, name)
+        ]
+        if found:
+            raise ValueError(
+                f"the measurements in {folder} have other settings: {', '.join(found)}; give the "
+                "same settings, or take another folder"
+            )
+
+    def call(self, folder: Path, start: int, stop: int) -> str:
+        """Return the call that takes the measurements of a range."""
+        return (
+            f"measure(H, {self.k}, {str(folder)!r}, start={start}, stop={stop}, "
+            f"outer={self.outer}, inner={self.inner}, measurements={self.measurements!r}, "
+            f"seed={self.seed})"
+        )
+
+
+class MeasurementFolder:
+    """The files of one folder, by the manifest that holds there.
+
+    Args:
+        path: The folder.
+        manifest: Its manifest.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> MeasurementFolder:
+        """Return an existing folder.
+
+        Raises:
+            FileNotFoundError: If there is no manifest: no job has started.
+            ValueError: If the manifest is damaged, or of another version.
+        """
+        path = Path(path)
+        file = path / _MANIFEST
+        if not file.is_file():
+            raise FileNotFoundError(
+                f"expected a folder with the {_MANIFEST} of `measure`, found none in {path}; "
+                "run measure(H, k, folder) first"
+            )
+        damaged = (
+            f"{file} is damaged; delete it and run a job again with the first one's arguments, "
+            "which writes it anew"
+        )
+        try:
+            data = json.loads(file.read_bytes())
+        except ValueError as error:
+            raise ValueError(damaged) from error
+        if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
+            raise ValueError(damaged)
+        if (version := data.pop("version", None)) != _VERSION:
+            raise ValueError(
+                f"expected format version {_VERSION}, got {version} in {file}; use the hesscurv "
+                "that wrote it"
+            )
+        if set(data) != {field.name for field in fields(Manifest)}:
+            raise ValueError(damaged)
+        return cls(path, Manifest(**data))
+
+    @classmethod
+    def join(cls, path: str | os.PathLike[str], wanted: Manifest) -> MeasurementFolder:
+        """Return the folder of these measurements; the first job to come makes it.
+
+        Of several that come at once one is the first, and the others find its manifest.
+
+        Args:
+            path: The folder; the one that it lies in must exist.
+            wanted: The manifest of this job. All but the chunk size must be what is there.
+
+        Raises:
+            FileNotFoundError: If the folder above does not exist.
+            ValueError: If the folder is of another operator or other settings, or damaged.
+            OSError: If the disk has no room for all measurements.
+        """
+        path = Path(path)
+        if not (path / _MANIFEST).exists():
+            # Before the manifest, which would bind the next try to these sizes.
+            new = cls(path, wanted)
+            new.require_space(new.missing())
+            path.mkdir(exist_ok=True)
+            _create(path / _MANIFEST, wanted.to_json().encode())
+        folder = cls.open(path)
+        folder.manifest.require_operator(wanted.operator, path)
+        folder.manifest.require_settings(wanted, path)
+        return folder
+
+    def file(self, start: int, stop: int) -> Path:
+        """Return where a chunk is, or would be."""
+        return self.path / f"measurements_{start:07d}_{stop:07d}.npz"
+
+    def missing(self) -> list[tuple[int, int]]:
+        """Return the chunks without a whole file, judged by its directory, not its numbers.
+
+        Raises:
+            ValueError: If a file belongs to other measurements.
+        """
+        return [
+            chunk for chunk in self.manifest.ranges() if not self.is_whole(*chunk, every_byte=False)
+        ]
+
+    def absent(self) -> list[tuple[int, int]]:
+        """Return the chunks without a file, whole or not."""
+        return [chunk for chunk in self.manifest.ranges() if not self.file(*chunk).exists()]
+
+    def require_space(self, ranges: list[tuple[int, int]]) -> None:
+        """Raise OSError if the files of these chunks do not fit on the disk."""
+        place = self.path if self.path.is_dir() else self.path.absolute().parent
+        if not place.is_dir():
+            raise FileNotFoundError(
+                f"expected an existing folder to make {self.path.name!r} in, got {place}"
+            )
+        needed, free = self.manifest.num_bytes(ranges), shutil.disk_usage(place).free
+        if needed > free:
+            raise OSError(
+                errno.ENOSPC,
+                f"the measurements still missing take {_size(needed)} in {self.path} and "
+                f"{_size(free)} are free; free some, take a folder on another disk, or a smaller "
+                f"outer (now {self.manifest.outer}) in a new folder",
+            )
+
+    def write(self, start: int, stop: int, tested_nc: Tensor, Y_cD: Tensor | None) -> None:
+        """Write the file of one chunk, atomically.
+
+        Args:
+            start: Its first measurement.
+            stop: One past the last.
+            tested_nc: Shape (inner, stop - start), ``Psi^T Y``, float64.
+            Y_cD: Shape (stop - start, D), the products; None past outer.
+
+        Raises:
+            OSError: If the disk is full; no part of the file is left and the others are whole.
+        """
+        arrays = {
+            "manifest": np.array(self.manifest.id),
+            "range": np.array([start, stop], dtype="<i8"),
+            "tested": tested_nc.cpu().numpy(),
+        }
+        if Y_cD is not None:
+            arrays["vectors"] = Y_cD.cpu().numpy()
+
+        def save(file: Any) -> None:
+            # An .npz file: each member has a checksum, which reading compares.
+            with zipfile.ZipFile(file, "w") as archive:
+                for name, array in arrays.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                        np.lib.format.write_array(member, array, (1, 0), allow_pickle=False)
+
+        try:
+            write_atomically(self.file(start, stop), save)
+        except OSError as error:
+            needed = _size(self.manifest.num_bytes([(start, stop)]))
+            raise OSError(
+                error.errno,
+                f"could not write measurements {start} to {stop} ({needed}): {error.strerror}. "
+                "What was written before is whole; make room and run the same call again",
+                str(self.path),
+            ) from error
+
+    def read(self, start: int, stop: int, out_cD: Tensor | None) -> Tensor:
+        """Read the file of one chunk and compare the checksums.
+
+        Args:
+            start: Its first measurement.
+            stop: One past the last.
+            out_cD: Shape (stop - start, D), row-contiguous, in the manifest's dtype: filled with
+                the products Y. None past outer.
+
+        Returns:
+            ``Psi^T Y``, shape (inner, stop - start), float64 on the CPU.
+
+        Raises:
+            FileNotFoundError: If there is no file.
+            DamagedFileError: If it is cut off or was changed; out_cD may be overwritten in part.
+            ValueError: If it belongs to other measurements.
+        """
+        tested_nc = torch.empty(self.manifest.inner, stop - start, dtype=torch.float64)
+        host_cD = out_cD
+        if out_cD is not None and out_cD.device.type != "cpu":
+            host_cD = torch.empty_like(out_cD, device="cpu")
+        with self._opened(start, stop) as archive:
+            _read_member(archive, "tested", tested_nc)
+            if host_cD is not None:
+                _read_member(archive, "vectors", host_cD)
+        if out_cD is not None and host_cD is not None and host_cD is not out_cD:
+            out_cD.copy_(host_cD)
+        return tested_nc
+
+    def remove_leftovers(self) -> None:
+        """Remove temporary files of jobs that were killed an hour ago or earlier."""
+        for pattern in (".measurements_*", f".{_MANIFEST}.*"):
+            for path in self.path.glob(pattern):
+                with contextlib.suppress(FileNotFoundError):  # another job removed it
+                    if time.time() - path.stat().st_mtime > _LEFTOVER_SECONDS:
+                        path.unlink()
+
+    def is_whole(self, start: int, stop: int, *, every_byte: bool = True) -> bool:
+        """Return whether a chunk has a file that is whole, by its checksums or its directory."""
+        try:
+            with self._opened(start, stop) as archive:
+                return not every_byte or archive.testzip() is None
+        except (FileNotFoundError, DamagedFileError):
+            return False
+
+    @contextlib.contextmanager
+    def _opened(self, start: int, stop: int) -> Iterator[zipfile.ZipFile]:
+        """Open a chunk's file, see that it is this chunk of these measurements, and hand it out."""
+        path = self.file(start, stop)
+        remedy = f"delete it and run {self.manifest.call(self.path, start, stop)} again"
+        identity, found = np.array(self.manifest.id), np.zeros(2, dtype="<i8")
+        present = np.empty_like(identity)
+        try:
+            with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+                _read_member(archive, "manifest", present)
+                _read_member(archive, "range", found)
+                foreign = present != identity or found.tolist() != [start, stop]
+                if not foreign:
+                    yield archive
+        except (FileNotFoundError, PermissionError, MemoryError):
+            raise
+        except Exception as error:
+            raise DamagedFileError(f"{path} is damaged ({error}); {remedy}") from error
+        if foreign:
+            raise ValueError(
+                f"{path} holds other measurements than {_MANIFEST} beside it says; {remedy}"
+            )
+
+
+def _read_member(archive: zipfile.ZipFile, name: str, out: Tensor | np.ndarray[Any, Any]) -> None:
+    """Fill an array with a member's numbers; any error means that the file is not whole."""
+    array = out.numpy() if isinstance(out, Tensor) else out
+    with archive.open(f"{name}.npy") as member:
+        np.lib.format.read_magic(member)
+        header = np.lib.format.read_array_header_1_0(member)
+        if header != (array.shape, False, array.dtype):
+            raise ValueError(f"expected {name} {array.shape} of {array.dtype}, got {header}")
+        flat = array.reshape(-1).view(np.uint8)
+        filled = 0
+        while filled < len(flat):
+            part = member.read(min(_READ_BYTES, len(flat) - filled))
+            if not part:
+                raise EOFError(f"{name} ends after {filled} of {len(flat)} bytes")
+            flat[filled : filled + len(part)] = np.frombuffer(part, dtype=np.uint8)
+            filled += len(part)
+        if member.read(1):  # the checksum is compared where the member ends
+            raise ValueError(f"{name} goes on after {filled} bytes")
+
+
+def _create(path: Path, content: bytes) -> None:
+    """Write a file unless there is one; of several that try at once, one does."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)  # fails where there is a file, which replacing would not
+        except FileExistsError:
+            return
+        except OSError:
+            # A file system without hard links. Of two jobs at the same instant the later one's
+            # manifest stays; if they differ, so do the ids in their files, and none is mixed up.
+            if not path.exists():
+                os.replace(temporary, path)
+        sync_folder(path.parent)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def _size(num_bytes: float) -> str:
+    """Return a number of bytes in words."""
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"

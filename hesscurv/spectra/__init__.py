@@ -1,0 +1,15 @@
+"""Whole spectra without eigenvectors: density, trace and diagonal of a symmetric operator."""
+
+from hesscurv.spectra.diagonal import DiagonalEstimate, diagonal
+from hesscurv.spectra.spectral_density import Estimate, SpectralDensity, spectral_density
+from hesscurv.spectra.trace import TraceEstimate, trace
+
+__all__ = [
+    "DiagonalEstimate",
+    "Estimate",
+    "SpectralDensity",
+    "TraceEstimate",
+    "diagonal",
+    "spectral_density",
+    "trace",
+]

@@ -1,0 +1,57 @@
+"""What the estimators of a spectrum check before the first product."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
+
+
+def check_operator(H: Any) -> LinearOperator:
+    """Return H as an operator.
+
+    Args:
+        H: A hesscurv operator, a dense symmetric tensor (D, D), or any object with `shape`,
+            `dtype`, `device` and ``@`` on tensors (D,) and (D, b).
+
+    Raises:
+        TypeError: If it is none of these, or not float32 or float64.
+        ValueError: If it is not square, or a tensor that is not symmetric and finite.
+    """
+    H = as_linear_operator(H)
+    if H.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"expected a float32 or float64 operator, got {H.dtype}; convert the model or matrix "
+            "with .float()"
+        )
+    return H
+
+
+def check_count(name: str, value: Any, least: int, remedy: str = "") -> None:
+    """Refuse what is not an integer of at least `least`.
+
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is too small.
+    """
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"expected an integer {name}, got {value!r}; convert it with int()")
+    if value < least:
+        raise ValueError(f"expected {name} >= {least}, got {value}{remedy and '; ' + remedy}")
+
+
+def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    """Refuse what is not among the choices.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"expected {name} among {list(choices)}, got {value!r}")
+
+
+def default_generator(generator: torch.Generator | None) -> torch.Generator:
+    """Return the generator, or a new one with seed 0: torch's global one is never used."""
+    return torch.Generator().manual_seed(0) if generator is None else generator

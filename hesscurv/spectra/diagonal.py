@@ -1,0 +1,199 @@
+"""Stochastic estimates of the diagonal: XDiag, Hutchinson (Bekas)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscurv.eigensolvers.counted_operator import CountedOperator
+from hesscurv.linalg.precision import full_precision
+from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
+from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.spectra.arguments import (
+    check_choice,
+    check_count,
+    check_operator,
+    default_generator,
+)
+from hesscurv.spectra.leave_one_out import deflate, project, sketch_range
+
+# The fewest products that give an error bar: two samples.
+_FEWEST = {"xdiag": 4, "hutchinson": 2}
+
+
+@dataclass(frozen=True, eq=False)
+class DiagonalEstimate:
+    """An estimate of diag H.
+
+    Args:
+        values: Shape (D,), in H's dtype on its device.
+        standard_error: Shape (D,): the estimated standard deviation of each entry; 0 where it is
+            exact.
+        num_matvecs: Products with H that were used.
+        method: "xdiag", "hutchinson", or "exact".
+    """
+
+    values: Tensor
+    standard_error: Tensor
+    num_matvecs: int
+    method: str
+
+
+def diagonal(
+    H: Any,
+    num_matvecs: int,
+    method: str = "xdiag",
+    *,
+    generator: torch.Generator | None = None,
+    block_size: int = 32,
+    progress: bool = False,
+) -> DiagonalEstimate:
+    """Estimate the diagonal of a symmetric operator from products with random sign vectors.
+
+    With n products, and P_i the orthogonal projector onto the range of H times all of n/2 test
+    vectors but omega_i (o is the product entry by entry):
+
+    - "xdiag" (default): the mean over i of ``diag(H - E_i) + omega_i o (E_i omega_i)`` with
+      ``E_i = (I - P_i) H (I - P_i)``. The paper, for matrices that need not be symmetric, has
+      ``E_i = (I - P_i) H``; what symmetry allows has an error 1.3 to 3 times smaller on
+      decaying spectra, for the same products.
+    - "hutchinson": the mean of ``omega_i o (H omega_i)`` over n test vectors.
+
+    An entry's error is ``sqrt(sum_{j != i} H_ij^2 / n)`` with Hutchinson. XDiag removes the large
+    eigenvalues first, which pays where the spectrum decays, as those of curvature matrices do. On a
+    flat spectrum there is nothing to remove, and Hutchinson is better: it has twice the
+    samples. When n >= D, the diagonal itself is measured instead, in D products; XDiag is also
+    exact, to rounding, where H's rank is below n/2.
+
+    Args:
+        H: A hesscurv operator, a dense symmetric tensor (D, D), or any object with `shape`,
+            `dtype`, `device` and ``@`` on tensors (D,) and (D, b); float32 or float64.
+        num_matvecs: n, the most products; at least 4, for "hutchinson" 2, or D. XDiag leaves one
+            over when it is odd.
+        method: "xdiag" or "hutchinson".
+        generator: Source of the test vectors' seed; default a new one with seed 0. The global
+            generator is never used.
+        block_size: Products at a time; default 32.
+        progress: Whether to show a progress bar over the products.
+
+    Returns:
+        The estimate with a standard error for each entry, which comes from the samples' scatter,
+        ``sqrt(sum_i (d_i - d)^2 / (m (m - 1)))``. Few samples give a coarse one.
+
+    Raises:
+        TypeError: If H is no operator, or not float32 or float64, or a number is not an int.
+        ValueError: If an argument is out of range, or a product has NaN or inf entries.
+
+    Cost: n products. Storage: n D floats and some blocks, and about 3 n^2 D multiply-adds (XDiag);
+    blocks alone (Hutchinson).
+
+    References:
+        Epperly, Tropp, Webber, "XTrace: making the most of every sample in stochastic trace
+        estimation", SIAM J. Matrix Anal. Appl. 45 (2024), arXiv 2301.07825, section 2.5.
+        Bekas, Kokiopoulou, Saad, "An estimator for the diagonal of a matrix", Appl. Numer. Math. 57
+        (2007).
+    """
+    H = check_operator(H)
+    check_choice("method", method, tuple(_FEWEST))
+    check_count("block_size", block_size, 1)
+    dim = H.shape[0]
+    least = min(_FEWEST[method], dim)
+    check_count("num_matvecs", num_matvecs, least, f"{method!r} needs two samples for an error bar")
+    generator = default_generator(generator)
+    total = min(num_matvecs, dim)
+    H.expect(total)
+    with CountedOperator(H, total, "diagonal", progress) as counted:
+        if num_matvecs >= dim:
+            values = exact_diagonal(counted, block_size)
+            return DiagonalEstimate(values, torch.zeros_like(values), counted.num_matvecs, "exact")
+        estimate = _xdiag if method == "xdiag" else _hutchinson
+        values, errors = estimate(counted, num_matvecs, generator, block_size)
+    return DiagonalEstimate(values.to(H.dtype), errors.to(H.dtype), counted.num_matvecs, method)
+
+
+def exact_diagonal(H: LinearOperator, block_size: int) -> Tensor:
+    """Return the diagonal (D,) from D products with the unit vectors."""
+    dim = H.shape[0]
+    out = torch.empty(dim, dtype=H.dtype, device=H.device)
+    for start in range(0, dim, block_size):
+        stop = min(start + block_size, dim)
+        unit_bD = torch.zeros(stop - start, dim, dtype=H.dtype, device=H.device)
+        unit_bD[:, start:stop].fill_diagonal_(1)
+        out[start:stop] = (H @ unit_bD.mT)[start:stop].diagonal()
+    return out
+
+
+class _Moments:
+    """Mean and standard error of samples (b, D) that come in blocks, summed in float64."""
+
+    def __init__(self, dim: int, device: torch.device) -> None:
+        self._sums = torch.zeros(2, dim, dtype=torch.float64, device=device)
+        self._count = 0
+
+    def add(self, samples_bD: Tensor) -> None:
+        # Row by row: a float64 copy of the block would double what the caller holds.
+        for sample in samples_bD:
+            sample = sample.double()
+            self._sums[0] += sample
+            self._sums[1].addcmul_(sample, sample)
+        self._count += len(samples_bD)
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        n, (total, squares) = self._count, self._sums
+        variance = ((squares - total**2 / n) / (n - 1)).clamp(min=0)
+        return total / n, (variance / n).sqrt()
+
+
+def _xdiag(
+    H: LinearOperator, num_matvecs: int, generator: torch.Generator, block_size: int
+) -> tuple[Tensor, Tensor]:
+    """Average the estimates that leave one test vector each out of the range.
+
+    With Z = H Q, G = Q^T Z, and s, u, R_i of `SketchedRange`: ``E omega = Q c - Z u``,
+    ``c = s (s^T R_i) + (I - s s^T) G u``, and ``diag(H - E) = diag(2 Q Z^T - Q G Q^T) +
+    (Q s) o (Q a - 2 Z s)``, ``a = 2 G s - (s^T G s) s``.
+    """
+    dim, m = H.shape[0], num_matvecs // 2
+    omega = make_test_matrix("rademacher", dim, m, draw_seed(generator), H.dtype, H.device)
+    sketch = sketch_range(H, omega, block_size)
+    Q_rD = sketch.Q_rD
+    Z_rD = torch.empty_like(Q_rD)
+    G_rr = project(H, Q_rD, block_size, Z_rD)
+    R, S, U = sketch.R_rm, sketch.S_rm, sketch.U_rm
+    GS = G_rr @ S
+    A = 2 * GS - (S * GS).sum(dim=0) * S
+    C = S * (S * R).sum(dim=0) + deflate(G_rr @ U, S)
+
+    inside = torch.zeros(dim, dtype=torch.float64, device=H.device)
+    moments = _Moments(dim, H.device)
+    with full_precision(H.device):
+        for start in range(0, len(Q_rD), block_size):
+            rows = slice(start, start + block_size)
+            QG_bD = G_rr[rows].to(Q_rD) @ Q_rD
+            for q, z, qg in zip(Q_rD[rows], Z_rD[rows], QG_bD, strict=True):
+                inside += q.double() * (2 * z - qg).double()
+        for start in range(0, m, block_size):
+            stop = min(start + block_size, m)
+            A_br, C_br, S_br, U_br = (X[:, start:stop].mT.to(Q_rD) for X in (A, C, S, U))
+            samples_bD = (C_br @ Q_rD).sub_(U_br @ Z_rD).mul_(omega.columns(start, stop).mT)
+            samples_bD += (A_br @ Q_rD).sub_(S_br @ Z_rD, alpha=2).mul_(S_br @ Q_rD)
+            moments.add(samples_bD)
+    outside, errors = moments.result()
+    return inside + outside, errors
+
+
+def _hutchinson(
+    H: LinearOperator, num_matvecs: int, generator: torch.Generator, block_size: int
+) -> tuple[Tensor, Tensor]:
+    dim = H.shape[0]
+    omega = make_test_matrix(
+        "rademacher", dim, num_matvecs, draw_seed(generator), H.dtype, H.device
+    )
+    moments = _Moments(dim, H.device)
+    for start in range(0, num_matvecs, block_size):
+        X_Db = omega.columns(start, min(start + block_size, num_matvecs))
+        moments.add((X_Db * (H @ X_Db)).mT)
+    return moments.result()

@@ -1,0 +1,149 @@
+"""Independent Lanczos processes in a block: one tridiagonal matrix for each starting vector.
+
+Not block Lanczos: the processes share the products with H, which come a block at a time, and
+nothing else. Vectors lie in rows: b processes, n steps, (b, D) and (b, n, D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hesscurv.linalg.orthogonalization import project_out_
+from hesscurv.operators.linear_operator import LinearOperator
+
+
+@dataclass(frozen=True, eq=False)
+class Tridiagonal:
+    """The symmetric tridiagonal matrix T = Q^T H Q of one process.
+
+    Args:
+        diagonal: Shape (n,), float64 on the CPU.
+        off_diagonal: Shape (n - 1,), float64 on the CPU, positive.
+    """
+
+    diagonal: Tensor
+    off_diagonal: Tensor
+
+    def quadrature(self) -> tuple[Tensor, Tensor]:
+        """Return the nodes (n,), ascending, and weights (n,), which add up to 1.
+
+        ``q_1^T f(H) q_1 ~ sum_j weight_j f(node_j)``: the eigenvalues of T and the squared first
+        entries of its eigenvectors (Golub, Welsch 1969). Exact for polynomials of degree 2 n - 1.
+        """
+        T = torch.diag(self.diagonal)
+        T += torch.diag(self.off_diagonal, 1) + torch.diag(self.off_diagonal, -1)
+        nodes, vectors = torch.linalg.eigh(T)
+        return nodes, vectors[0] ** 2
+
+
+def lanczos(
+    H: LinearOperator,
+    start_bD: Tensor,
+    num_steps: int,
+    *,
+    basis_bnD: Tensor | None = None,
+    deflated: Sequence[Tensor] = (),
+) -> list[Tridiagonal]:
+    """Run b Lanczos processes side by side.
+
+    ``beta_j q_{j+1} = H q_j - alpha_j q_j - beta_{j-1} q_{j-1}``, for each starting vector q_1. A
+    process ends where beta_j is rounding error: its vectors span an invariant subspace, and its
+    quadrature is exact for every function.
+
+    Args:
+        H: The symmetric operator, D x D.
+        start_bD: Shape (b, D), row-contiguous, float32 or float64: nonzero vectors, one in each
+            row. Overwritten.
+        num_steps: n, the most steps, at least 1.
+        basis_bnD: Shape (at least b, n, D), storage for the vectors, against all of which each new
+            one is orthogonalised. None keeps the last two alone: rounding then lets the processes
+            find converged eigenvalues again (ghosts), whose weights add up to the right one, so
+            that densities and traces suffer little; it takes more steps to resolve the rest.
+        deflated: Orthonormal vectors in slabs (k_i, D), row-contiguous. They are projected out of
+            the start and of each product: H is replaced by ``(I - V V^T) H (I - V V^T)``.
+
+    Returns:
+        The b tridiagonal matrices.
+
+    Raises:
+        ValueError: If a starting vector is zero, or lies in the span of the deflated ones.
+
+    Cost: at most b n products; n^2 D multiply-adds for each process (2 n D without a basis), and
+    2 k D for each product with k deflated vectors.
+
+    References:
+        Lanczos (1950); full reorthogonalisation as in Golub, Van Loan, "Matrix computations",
+        section 10.3; Cullum, Willoughby (1985) on ghosts.
+    """
+    eps = torch.finfo(start_bD.dtype).eps
+    current_bD = start_bD
+    before = _norms(current_bD)
+    project_out_(current_bD, deflated)
+    lengths = _norms(current_bD)
+    if not (lengths > 100 * eps * before).all():
+        raise ValueError(
+            "expected starting vectors outside of the span of the deflated ones, got one inside; "
+            "deflate fewer, or start from Gaussian vectors"
+        )
+    current_bD /= lengths.to(current_bD)[:, None]
+    previous_bD = torch.zeros_like(current_bD)
+    active = list(range(len(current_bD)))
+    alphas: list[list[float]] = [[] for _ in active]
+    betas: list[list[float]] = [[] for _ in active]
+    scales = [0.0] * len(active)  # of each process' products: what a beta is compared with
+    for step in range(num_steps):
+        if basis_bnD is not None:
+            basis_bnD[active, step] = current_bD
+        # A copy, as it is changed: an operator may return its own storage.
+        W_bD = (H @ current_bD.mT).mT.clone(memory_format=torch.contiguous_format)
+        norms = _norms(W_bD).tolist()
+        project_out_(W_bD, deflated, passes=1)
+        if step > 0:
+            last = torch.tensor([betas[i][-1] for i in active], dtype=torch.float64)
+            W_bD.addcmul_(previous_bD, last.to(W_bD)[:, None], value=-1)
+        first = _project_out_rows_(W_bD, current_bD)
+        # A second time removes what rounding left, and with a basis all earlier vectors as well.
+        if basis_bnD is None:
+            second = _project_out_rows_(W_bD, current_bD)
+        else:
+            slabs = [basis_bnD[i, : step + 1] for i in active]
+            rows = zip(W_bD.split(1), slabs, strict=True)
+            second = [project_out_(w, [slab], passes=1)[-1].item() for w, slab in rows]
+        for row, i in enumerate(active):
+            alphas[i].append(first[row] + second[row])
+            scales[i] = max(scales[i], norms[row])
+        project_out_(W_bD, deflated, passes=1)
+        if step + 1 == num_steps:
+            break
+        found = _norms(W_bD).tolist()
+        going = [row for row, i in enumerate(active) if found[row] > 4 * eps * scales[i]]
+        for row in going:
+            betas[active[row]].append(found[row])
+        if not going:
+            break
+        if len(going) < len(active):
+            W_bD, current_bD = W_bD[going], current_bD[going]
+            active = [active[row] for row in going]
+        lengths_b1 = torch.tensor([[betas[i][-1]] for i in active], dtype=torch.float64)
+        previous_bD, current_bD = current_bD, W_bD.div_(lengths_b1.to(W_bD))
+    return [
+        Tridiagonal(
+            torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64)
+        )
+        for alpha, beta in zip(alphas, betas, strict=True)
+    ]
+
+
+def _project_out_rows_(W_bD: Tensor, Q_bD: Tensor) -> list[float]:
+    """Project each row of W off the unit vector in the same row of Q; return the coefficients."""
+    coefficients = (W_bD * Q_bD).sum(dim=1, dtype=torch.float64)
+    W_bD.addcmul_(Q_bD, coefficients.to(W_bD)[:, None], value=-1)
+    return coefficients.tolist()
+
+
+def _norms(block_bD: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(block_bD, dim=1, dtype=torch.float64).cpu()

@@ -1,0 +1,330 @@
+"""Stochastic Lanczos quadrature: the density of a whole spectrum, and all that follows from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hesscurv.eigensolvers.counted_operator import CountedOperator
+from hesscurv.eigensolvers.eigenpairs import Eigenpairs
+from hesscurv.linalg.test_matrices import KINDS, draw_seed, make_test_matrix
+from hesscurv.spectra.arguments import (
+    check_choice,
+    check_count,
+    check_operator,
+    default_generator,
+)
+from hesscurv.spectra.lanczos import Tridiagonal, lanczos
+
+
+class Estimate(NamedTuple):
+    """An estimate and its standard error over the probes, of the same shape, float64.
+
+    Args:
+        value: The mean over the probes.
+        standard_error: Its estimated standard deviation; NaN for a single probe.
+    """
+
+    value: Tensor
+    standard_error: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class SpectralDensity:
+    """The spectrum of H as p probes see it: nodes and weights of a quadrature for each.
+
+    ``tr f(H) ~ sum_i f(lambda_i) + (D - k) mean_p sum_j w_pj f(x_pj)``, the first sum over k known
+    eigenvalues. All methods are sums over the stored nodes and cost no products. Standard errors
+    say how much the probes differ. They do not hold the error that all probes have in common, that
+    of a quadrature with n nodes: none for polynomials up to degree 2 n - 1, and small for functions
+    that change little between neighbouring nodes.
+
+    Args:
+        nodes: Shape (p, n), float64 on the CPU, ascending: each probe's Ritz values. A process that
+            ended early repeats its last one with weight 0.
+        weights: Shape (p, n), nonnegative; each row adds up to 1.
+        eigenvalues: Shape (k,): those taken as known, in full (deflated); empty by default.
+        dim: D, the number of eigenvalues.
+        num_matvecs: Products with H that were used.
+    """
+
+    nodes: Tensor
+    weights: Tensor
+    eigenvalues: Tensor
+    dim: int
+    num_matvecs: int
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def expectation(self, fn: Callable[[Tensor], Tensor]) -> Estimate:
+        """Estimate the mean of a function over the eigenvalues, ``tr f(H) / D``.
+
+        Args:
+            fn: Maps float64 eigenvalues (...) to values (...), entry by entry. Times D, the
+                identity gives the trace, `torch.log` the log-determinant of a positive definite H.
+
+        Returns:
+            The mean (), and its standard error.
+
+        Raises:
+            ValueError: If a node with positive weight has no finite value.
+        """
+        # A node without weight is repeated from another, where fn is defined if it is anywhere.
+        values, known = fn(self.nodes), fn(self.eigenvalues)
+        if not (values.isfinite().all() and known.isfinite().all()):
+            low, high = self.range
+            raise ValueError(
+                f"expected a function that is finite on all Ritz values, which lie in [{low:.6g}, "
+                f"{high:.6g}]; got NaN or inf; shift or clamp its argument"
+            )
+        return self._mean((self.weights * values).sum(dim=1), known.sum())
+
+    def moment(self, power: int) -> Estimate:
+        """Estimate the mean of ``lambda^power`` over the eigenvalues, ``tr H^power / D``.
+
+        Free of quadrature error up to power 2 n - 1.
+
+        Args:
+            power: A nonnegative integer.
+
+        Returns:
+            The moment (), and its standard error.
+
+        Raises:
+            ValueError: If power is negative.
+            TypeError: If power is not an int.
+        """
+        check_count("power", power, 0)
+        return self.expectation(lambda x: x**power)
+
+    def cumulative(self, x: Any) -> Estimate:
+        """Estimate the number of eigenvalues at or below x.
+
+        ``N(x) ~ #{lambda_i <= x} + (D - k) mean_p sum_{nodes <= x} w``. A step at each node: in
+        the bulk of a spectrum the steps are about D/n high, and N is off by up to one of them
+        besides its standard error.
+
+        Args:
+            x: A number, or a tensor of any shape.
+
+        Returns:
+            The number, of x's shape, between 0 and D, and its standard error.
+        """
+        x = torch.as_tensor(x, dtype=torch.float64, device="cpu")
+        points = x.flatten().contiguous()
+        sums = torch.nn.functional.pad(self.weights.cumsum(dim=1), (1, 0))
+        index = torch.searchsorted(self.nodes, points.repeat(len(self.nodes), 1), right=True)
+        known = (self.eigenvalues <= points[:, None]).sum(dim=1).double()
+        mean, error = self._mean(sums.gather(1, index), known)
+        return Estimate((self.dim * mean).view_as(x), (self.dim * error).view_as(x))
+
+    def density(self, grid: Tensor | None = None, sigma: float | None = None) -> Estimate:
+        """Estimate the density of the eigenvalues, smoothed by a Gaussian; it integrates to 1.
+
+        ``phi(t) = (1/D) sum_i g(t - lambda_i)``, g the normal density with deviation sigma.
+
+        Args:
+            grid: Shape (G,): the points t; default `grid()`.
+            sigma: Positive, in units of the eigenvalues; default `default_sigma`. With a narrower
+                one single nodes show, which are no eigenvalues except at the ends.
+
+        Returns:
+            Shape (G,), in one over the units of the eigenvalues, and its standard error.
+
+        Raises:
+            ValueError: If sigma is not positive and finite.
+        """
+        sigma = self.default_sigma if sigma is None else float(sigma)
+        if not 0 < sigma < math.inf:
+            raise ValueError(f"expected a positive finite sigma, got {sigma}")
+        t_G = (self.grid() if grid is None else torch.as_tensor(grid)).to("cpu", torch.float64)
+
+        def smoothed(x: Tensor, weights: Tensor) -> Tensor:
+            bumps = torch.exp(-0.5 * ((t_G[:, None] - x) / sigma) ** 2)
+            return bumps @ weights / (sigma * math.sqrt(2 * math.pi))
+
+        rows = [smoothed(x, w) for x, w in zip(self.nodes, self.weights, strict=True)]
+        known = smoothed(self.eigenvalues, torch.ones_like(self.eigenvalues))
+        return self._mean(torch.stack(rows), known)
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The smallest and the largest node or known eigenvalue; all lie within H's spectrum."""
+        points = torch.cat([self.nodes.flatten(), self.eigenvalues])
+        return points.min().item(), points.max().item()
+
+    @property
+    def default_sigma(self) -> float:
+        """The smoothing that closes the gaps between n nodes: ``(pi / 4) width / n``.
+
+        Half the distance of n Chebyshev nodes in the middle of the spectrum, which leaves a ripple
+        of 1.4 % there. A spectrum of one point counts as 1 % of it wide.
+        """
+        return math.pi / 4 * self._width() / self.nodes.shape[1]
+
+    def grid(self, num_points: int = 1024, margin: float = 0.05) -> Tensor:
+        """Return points that cover the spectrum, and a margin on both sides for the smoothing.
+
+        Args:
+            num_points: G, at least 2; default 1024.
+            margin: Relative to the width of the spectrum, nonnegative; default 0.05. At least four
+                default sigmas are added.
+
+        Returns:
+            Shape (G,), float64 on the CPU, equally spaced.
+
+        Raises:
+            ValueError: If an argument is out of range.
+            TypeError: If num_points is not an int.
+        """
+        check_count("num_points", num_points, 2)
+        if not 0 <= margin < math.inf:
+            raise ValueError(f"expected a finite margin >= 0, got {margin}")
+        low, high = self.range
+        extra = max(margin * self._width(), 4 * self.default_sigma)
+        return torch.linspace(low - extra, high + extra, num_points, dtype=torch.float64)
+
+    def _width(self) -> float:
+        low, high = self.range
+        scale = max(abs(low), abs(high))
+        # One point, up to rounding: there is no width to go by, but it may have a size.
+        return high - low if high - low > 1e-6 * scale else 0.01 * scale or 0.01
+
+    def _mean(self, per_probe: Tensor, known: Tensor) -> Estimate:
+        """Average over the probes and add what is known, as a mean over all eigenvalues."""
+        share = 1 - len(self.eigenvalues) / self.dim
+        p = len(per_probe)
+        error = per_probe.std(dim=0, correction=1) if p > 1 else per_probe[0] * math.nan
+        return Estimate(
+            share * per_probe.mean(dim=0) + known / self.dim, share * error / math.sqrt(p)
+        )
+
+
+def spectral_density(
+    H: Any,
+    num_steps: int = 80,
+    num_probes: int = 10,
+    *,
+    measurements: str = "rademacher",
+    reorthogonalize: bool = True,
+    eigenpairs: Eigenpairs | None = None,
+    generator: torch.Generator | None = None,
+    block_size: int = 8,
+    progress: bool = False,
+) -> SpectralDensity:
+    """Estimate the density of all eigenvalues of a symmetric operator (Lanczos quadrature).
+
+    ``tr f(H) = D E[v^T f(H) v] ~ (D/p) sum_p sum_j w_pj f(x_pj)`` for random unit vectors v, with
+    the nodes x and weights w of n steps of Lanczos from each of them. The density is that of
+    ``f = g(t - .)``, a Gaussian; grid and smoothing are chosen afterwards, on the result.
+
+    Args:
+        H: A hesscurv operator, a dense symmetric tensor (D, D), or any object with `shape`,
+            `dtype`, `device` and ``@`` on tensors (D,) and (D, b); float32 or float64.
+        num_steps: n, the nodes of a probe, at least 1 and effectively at most D - k; default 80.
+            They set the resolution: the nodes lie about ``width / n`` apart, closer at both ends.
+        num_probes: p, at least 1; default 10, and 2 for error bars. They set the scatter,
+            which falls as 1 / sqrt(p D) for smooth functions.
+        measurements: "rademacher" (default: the least scatter), "gaussian" or "ssrft", each
+            normalised; "ssrft" probes are orthogonal, at most D.
+        reorthogonalize: Whether to orthogonalise each Lanczos vector against all before; default
+            True. That takes block_size n D floats. Without, five vectors for each probe of a group
+            do, and eigenvalues that have converged come again (ghosts): the weights of a node and
+            its ghosts add up to the right one, so that density, counts and traces stay right, but
+            the steps spent on ghosts are lost for the resolution of the bulk.
+        eigenpairs: Known pairs, which are counted exactly and projected out of the probes and
+            products, so that the probes see the other D - k eigenvalues alone. Their eigenvalues
+            are taken as they are: wrong by up to their residuals. The estimates are free of bias
+            with "gaussian" probes, and have one of relative size sqrt(k) / D with others.
+        generator: Source of the probes' seed; default a new one with seed 0. The global generator
+            is never used.
+        block_size: The most probes at a time, and so products at a time; default 8. The probes are
+            cut into groups of equal size.
+        progress: Whether to show a progress bar over the products.
+
+    Returns:
+        Nodes and weights, with `density`, `cumulative`, `moment` and `expectation`, each with a
+        standard error over the probes.
+
+    Raises:
+        TypeError: If H is no operator, or not float32 or float64, or an argument has the wrong
+            type.
+        ValueError: If an argument is out of range, or a product has NaN or inf entries.
+
+    Cost: p n products, fewer where the processes find an invariant subspace. With
+    reorthogonalisation block_size n D floats and p n^2 D multiply-adds.
+
+    References:
+        Ubaru, Chen, Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J.
+        Matrix Anal. Appl. 38 (2017), algorithm 1.
+        Ghorbani, Krishnan, Xiao, "An investigation into neural net optimization via Hessian
+        eigenvalue density", ICML 2019, algorithms 1 and 2.
+        Papyan, "The full spectrum of deepnet Hessians at scale" (2018), arXiv 1811.07062:
+        deflation of the outliers.
+        Chen, Trogdon, Ubaru, "Analysis of stochastic Lanczos quadrature for spectrum
+        approximation", ICML 2021: the error of `cumulative`.
+    """
+    H = check_operator(H)
+    dim = H.shape[0]
+    check_count("num_steps", num_steps, 1)
+    check_count("num_probes", num_probes, 1)
+    check_count("block_size", block_size, 1)
+    check_choice("measurements", measurements, tuple(KINDS))
+    known, slabs = _known_part(eigenpairs, dim)
+    num_steps = min(num_steps, dim - len(known))
+    generator = default_generator(generator)
+    probes = make_test_matrix(
+        measurements, dim, num_probes, draw_seed(generator), H.dtype, H.device
+    )
+    groups = math.ceil(num_probes / block_size)
+    size = math.ceil(num_probes / groups)
+    H.expect(num_probes * num_steps)
+    results: list[Tridiagonal] = []
+    with CountedOperator(H, num_probes * num_steps, "spectral_density", progress) as counted:
+        basis_bnD = None
+        if reorthogonalize:
+            basis_bnD = torch.empty(size, num_steps, dim, dtype=H.dtype, device=H.device)
+        for start in range(0, num_probes, size):
+            start_bD = probes.columns(start, min(start + size, num_probes)).mT
+            results += lanczos(counted, start_bD, num_steps, basis_bnD=basis_bnD, deflated=slabs)
+    nodes, weights = _padded(results)
+    info = {
+        "num_steps": num_steps,
+        "num_probes": num_probes,
+        "measurements": measurements,
+        "reorthogonalize": reorthogonalize,
+    }
+    return SpectralDensity(nodes, weights, known, dim, counted.num_matvecs, info)
+
+
+def _known_part(pairs: Eigenpairs | None, dim: int) -> tuple[Tensor, list[Tensor]]:
+    """Return the known eigenvalues, float64 on the CPU, and their vectors in rows."""
+    if pairs is None:
+        return torch.empty(0, dtype=torch.float64), []
+    if not isinstance(pairs, Eigenpairs):
+        raise TypeError(f"expected Eigenpairs, as eigsh returns them, got {type(pairs).__name__}")
+    length, k = pairs.eigenvectors.shape
+    if length != dim:
+        raise ValueError(f"expected eigenvectors of length {dim}, got {length}")
+    if k >= dim:
+        raise ValueError(
+            f"expected fewer than D = {dim} eigenpairs, got {k}: their eigenvalues are the spectrum"
+        )
+    known = pairs.eigenvalues.detach().to("cpu", torch.float64)
+    return known, [pairs.eigenvectors.detach().mT]
+
+
+def _padded(results: list[Tridiagonal]) -> tuple[Tensor, Tensor]:
+    """Return the quadratures (p, n), those that ended early filled with nodes of no weight."""
+    n = max(len(T.diagonal) for T in results)
+    nodes = torch.empty(len(results), n, dtype=torch.float64)
+    weights = torch.zeros(len(results), n, dtype=torch.float64)
+    for i, T in enumerate(results):
+        x, w = T.quadrature()
+        nodes[i, : len(x)], nodes[i, len(x) :] = x, x[-1]
+        weights[i, : len(w)] = w
+    return nodes, weights

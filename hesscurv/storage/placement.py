@@ -1,0 +1,218 @@
+"""Where many long vectors live: on the model's device, in the host's memory, or on a disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from hesscurv.linalg.device_memory import device_memory, free_memory
+from hesscurv.storage.mapped_files import mapped_tensor
+
+_SHARE = 0.8  # of what is free: the rest is for products, their temporaries and everybody else
+_SHARE_OF_DISK = 0.95
+_MAPPED_ROWS = 64  # rows of a mapped block that are handed out as one: see `Placement.pieces`
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A place for vectors, and their dtype there.
+
+    Args:
+        kind: "device", "cpu" or "disk".
+        dtype: float32, float64, float16 or bfloat16.
+        device: The device of the operator, where all computation is done.
+        folder: The folder, for "disk".
+        capacity: The most vectors that are planned for.
+        dim: Their length.
+    """
+
+    kind: str
+    dtype: torch.dtype
+    device: torch.device
+    capacity: int
+    dim: int
+    folder: Path | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all planned vectors."""
+        return self.capacity * self.dim * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        """Say where, how many and how large."""
+        where = {
+            "device": str(self.device),
+            "cpu": "host memory",
+            "disk": f"files in {self.folder}",
+        }
+        name = str(self.dtype).removeprefix("torch.")
+        return (
+            f"basis of up to {self.capacity} vectors of {self.dim:,} entries in {name}: "
+            f"{self.nbytes / 1e9:.3g} GB on {where[self.kind]}"
+        )
+
+    def allocate(self, rows: int) -> Tensor:
+        """Return uninitialised storage (rows, D).
+
+        Raises:
+            DiskFullError: If it is to be a file, and the disk is full.
+        """
+        if self.kind == "disk":
+            assert self.folder is not None
+            return mapped_tensor(self.folder, (rows, self.dim), self.dtype)
+        device = self.device if self.kind == "device" else torch.device("cpu")
+        return torch.empty(rows, self.dim, dtype=self.dtype, device=device)
+
+    def pieces(self, block_mD: Tensor) -> Sequence[Tensor]:
+        """Return a block in pieces that are best read one after the other.
+
+        Algebra runs over chunks of columns whose size falls with the number of rows: with many rows
+        it would read a file in many short stretches.
+        """
+        return block_mD.split(_MAPPED_ROWS) if self.kind == "disk" else [block_mD]
+
+
+def choose_placement(
+    storage: str | os.PathLike[str] | None,
+    storage_dtype: torch.dtype | None,
+    *,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    least: int,
+    wanted: int,
+    rounding_allowed: bool,
+    capacity: int | None = None,
+    sharing: int = 1,
+) -> Placement:
+    """Choose where a basis lives and how many vectors it may have, from what is free now.
+
+    By itself: the device, in the operator's dtype; the device, in float16 if the tolerance allows
+    its rounding; the host's memory, in both; a temporary folder. The first is taken that holds
+    three quarters of the wanted vectors, or else the first that holds as many as are needed.
+
+    Args:
+        storage: "device", "cpu", or a folder; None chooses.
+        storage_dtype: The operator's dtype, float16 or bfloat16; None chooses.
+        dim: Length of a vector, on this process.
+        dtype: The operator's dtype.
+        device: The operator's device.
+        least: Vectors without which it cannot be done.
+        wanted: Vectors beyond which more are of no use.
+        rounding_allowed: Whether float16 may be chosen.
+        capacity: Exactly so many vectors, if not None.
+        sharing: How many processes of the job share the host's memory and disk.
+
+    Returns:
+        The placement, with `capacity` set.
+
+    Raises:
+        TypeError: If an argument is of a wrong kind.
+        ValueError: If it fits nowhere; sizes and remedies are named.
+    """
+    _check(storage, storage_dtype, dtype)
+    kinds = _kinds(storage, device)
+    dtypes = [storage_dtype] if storage_dtype is not None else [dtype]
+    if storage_dtype is None and rounding_allowed and storage is None and dtype == torch.float32:
+        dtypes.append(torch.float16)
+    if capacity is not None:
+        least = wanted = capacity
+    options = []
+    for kind, folder in kinds:
+        for stored in dtypes:
+            shared = kind != "device" or device.type == "cpu"
+            room = _free(kind, folder, device) // (sharing if shared else 1)
+            fits = room // (dim * stored.itemsize)
+            option = Placement(kind, stored, device, min(fits, wanted), dim, folder)
+            options.append((option, room))
+    for enough in (max(least, 3 * wanted // 4), least):
+        for option, _ in options:
+            if option.capacity >= enough:
+                return option
+    raise ValueError(_refusal(options, least, dim))
+
+
+def _kinds(
+    storage: str | os.PathLike[str] | None, device: torch.device
+) -> list[tuple[str, Path | None]]:
+    if storage is None:
+        kinds: list[tuple[str, Path | None]] = [("device", None)]
+        if device.type != "cpu":
+            kinds.append(("cpu", None))
+        folder = Path(tempfile.gettempdir())
+        return [*kinds, ("disk", folder)] if not _is_memory(folder) else kinds
+    if storage in ("device", "cpu"):
+        return [("device" if device.type == "cpu" else str(storage), None)]
+    folder = Path(storage)
+    folder.mkdir(parents=True, exist_ok=True)
+    return [("disk", folder)]
+
+
+def _free(kind: str, folder: Path | None, device: torch.device) -> int:
+    if kind == "disk":
+        assert folder is not None
+        return int(_SHARE_OF_DISK * shutil.disk_usage(folder).free)
+    place = device if kind == "device" else torch.device("cpu")
+    # What is free moves by itself; a plan for all of the memory must not pass in one run alone.
+    return int(_SHARE * min(free_memory(place), device_memory(place)))
+
+
+def _is_memory(folder: Path) -> bool:
+    """Whether a folder lies in memory (tmpfs), where it saves none."""
+    best, kind = "", ""
+    try:
+        for line in Path("/proc/mounts").read_text().splitlines():
+            _, point, name = line.split()[:3]
+            inside = folder.resolve().is_relative_to(point)
+            if inside and len(point) >= len(best):
+                best, kind = point, name
+    except (OSError, ValueError):
+        return False
+    return kind in ("tmpfs", "ramfs")
+
+
+def _check(
+    storage: str | os.PathLike[str] | None, storage_dtype: torch.dtype | None, dtype: torch.dtype
+) -> None:
+    if storage is not None and not isinstance(storage, (str, os.PathLike)):
+        raise TypeError(
+            f"expected storage 'device', 'cpu' or a folder, got a {type(storage).__name__}"
+        )
+    if storage_dtype is None:
+        return
+    if not isinstance(storage_dtype, torch.dtype):
+        raise TypeError(
+            f"expected storage_dtype to be a torch.dtype, got a {type(storage_dtype).__name__}"
+        )
+    if storage_dtype not in (torch.bfloat16, torch.float16, dtype):
+        raise ValueError(
+            f"expected storage_dtype torch.float16, torch.bfloat16 or the operator's own, {dtype}, "
+            f"got {storage_dtype}"
+        )
+
+
+def _refusal(options: list[tuple[Placement, int]], least: int, dim: int) -> str:
+    tried = "; ".join(
+        f"{str(o.dtype).removeprefix('torch.')} on "
+        f"{o.folder if o.kind == 'disk' else o.device if o.kind == 'device' else 'the host'}: "
+        f"{least * dim * o.dtype.itemsize / 1e9:.3g} GB needed, {room / 1e9:.3g} GB to be had"
+        for o, room in options
+    )
+    remedies = ["lower k, max_basis or block_size", "select fewer parameters"]
+    if all(o.dtype.itemsize > 2 for o, _ in options):
+        remedies.append("storage_dtype=torch.float16 with tol >= 5e-3")
+    if all(o.kind != "disk" for o, _ in options):
+        remedies.append("name a folder on a disk with storage=")
+    else:
+        remedies.append("name a folder on a larger disk with storage=")
+    return (
+        f"a basis of at least {least} vectors of {dim:,} entries fits nowhere ({tried}); "
+        + ", or ".join(remedies)
+    )
