@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscurv.distributed.rows import as_rows
 from hesscurv.eigensolvers.checkpoint import Checkpoint
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.krylov_plan import (
@@ -234,10 +235,15 @@ class _Run:
     def save(self) -> None:
         """Write a checkpoint."""
         assert self.checkpoint is not None
-        self.checkpoint.save(self.state(), self.space.basis)
+        with self.space.H.communicator.together("saving a checkpoint"):
+            self.checkpoint.save(self.state(), self.space.basis)
 
     def _save_if_due(self) -> None:
-        if self.checkpoint is not None and self.checkpoint.due:
+        if self.checkpoint is None:
+            return
+        with self.space.H.communicator.together("looking at the clock") as step:
+            step.note = int(self.checkpoint.due)
+        if any(step.notes):
             self.save()
 
     def _converge(self) -> bool:
@@ -363,7 +369,7 @@ class _Run:
             )
         return Eigenpairs(
             eigenvalues=values.to(H.device, H.dtype),
-            eigenvectors=V_Dk,
+            eigenvectors=as_rows(V_Dk, H.communicator, space.dim),
             residuals=residuals.to(H.device, H.dtype),
             converged=done.to(H.device),
             num_matvecs=space.num_matvecs,
@@ -375,6 +381,9 @@ class _Run:
                 "max_basis": space.capacity,
                 "restarts": space.num_restarts,
                 "noise": noise,
+                "storage": space.basis.placement.kind,
+                "storage_dtype": str(space.basis.placement.dtype).removeprefix("torch."),
+                "planned_bytes": space.basis.placement.nbytes,
                 "seconds": time.perf_counter() - self.start,
             },
         )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscurv.distributed.sharded import is_sharded, whole
 from hesscurv.operators.parameters import ParameterLayout
 from hesscurv.storage.atomic_files import write_atomically
 
@@ -25,7 +26,8 @@ class Eigenpairs:
 
     Args:
         eigenvalues: Shape (k,), real.
-        eigenvectors: Shape (D, k), orthonormal columns; column i belongs to eigenvalue i.
+        eigenvectors: Shape (D, k), orthonormal columns; column i belongs to eigenvalue i. Computed
+            by several processes together, a DTensor of which each has some rows (see `gather`).
         residuals: Shape (k,), ``||H v_i - lambda_i v_i||``, absolute; NaN where not measured.
         converged: Shape (k,), bool: ``residual_i <= max(tol |lambda_i|, 10 eps |lambda_1|)``.
         num_matvecs: Products with H that were used, each vector counted once.
@@ -107,11 +109,22 @@ class Eigenpairs:
             converged=self.converged.to(device=self.eigenvalues.to(*args, **kwargs).device),
         )
 
+    def gather(self) -> Eigenpairs:
+        """Return the pairs with all rows of the eigenvectors on every process.
+
+        To be called by all processes that have computed them; of a single one, the pairs
+        themselves.
+        """
+        if not is_sharded(self.eigenvectors):
+            return self
+        return replace(self, eigenvectors=whole(self.eigenvectors))
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the pairs to one file, atomically: the old file stays until the new one is whole.
 
         The file is read by `load` with ``torch.load(weights_only=True)``; it holds tensors and
-        plain values alone. Its size is that of the eigenvectors, D k floats.
+        plain values alone. Its size is that of the eigenvectors, D k floats. Of pairs that are
+        spread over processes, all call it, and the first one gathers and writes them.
 
         Args:
             path: The file to write; its folder must exist.
@@ -120,6 +133,12 @@ class Eigenpairs:
             FileNotFoundError: If the folder does not exist.
             OSError: If the disk is full; the old file is untouched and no part is left.
         """
+        if is_sharded(self.eigenvectors):
+            mesh = self.eigenvectors.device_mesh  # type: ignore[attr-defined]
+            whole_pairs = self.gather()
+            if mesh.get_local_rank() == 0:
+                whole_pairs.save(path)
+            return
         vectors_kD = self.eigenvectors.detach().mT.contiguous()
         if vectors_kD.untyped_storage().nbytes() > vectors_kD.numel() * vectors_kD.element_size():
             vectors_kD = vectors_kD.clone()  # torch.save writes a view's whole storage

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.block_krylov import block_krylov
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.rayleigh_ritz import rayleigh_ritz
@@ -133,7 +134,7 @@ def _check_numbers(operator: LinearOperator, k: int, tol: float, max_matvecs: in
 
 
 def _check_initial(operator: LinearOperator, initial: Tensor | Eigenpairs) -> Tensor:
-    vectors = initial.eigenvectors if isinstance(initial, Eigenpairs) else initial
+    vectors = whole(initial.eigenvectors if isinstance(initial, Eigenpairs) else initial)
     if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
         raise TypeError(
             f"expected initial to be Eigenpairs or a floating tensor (D, k0), got "

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.linalg.precision import full_precision
@@ -153,7 +154,7 @@ def a_posteriori_error(
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     seed = draw_seed(generator) ^ _PROBE_SEED
     probes = make_test_matrix("gaussian", dim, num_probes, seed, H.dtype, H.device)
-    V_Dk = pairs.eigenvectors.to(H.device, H.dtype)
+    V_Dk = whole(pairs.eigenvectors).to(H.device, H.dtype)
     eigenvalues_k1 = pairs.eigenvalues.to(H.device, H.dtype)[:, None]
     counted = CountedOperator(H, num_probes, "a_posteriori_error", progress=False)
     sums = torch.zeros(3, dtype=torch.float64)

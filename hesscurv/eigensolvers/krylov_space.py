@@ -12,6 +12,7 @@ orthonormal vectors may join P at any time: their rows in R are zero.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -66,7 +67,8 @@ class KrylovSpace:
         self.num_expanded = 0
         # Vectors to expand before all others: they belong together, coupled or not.
         self.num_initial = 0
-        self.basis = Basis(placement, k, max(block, k // 2), H.dtype)
+        with H.communicator.together("taking memory"):
+            self.basis = Basis(placement, k, max(block, k // 2), H.dtype)
         self.A = torch.zeros(0, 0, dtype=torch.float64)
         self._ritz: dict[torch.dtype, tuple[Tensor, ...]] = {}  # of the last T
         self._asymmetries: list[float] = []
@@ -143,7 +145,7 @@ class KrylovSpace:
         """
         m = self.num_expanded
         if dtype not in self._ritz or len(self._ritz[dtype][0]) != m:
-            values, vectors = torch.linalg.eigh(self.A[:m].to(dtype), UPLO="U")
+            values, vectors = self._from_first(torch.linalg.eigh(self.A[:m].to(dtype), UPLO="U"))
             order = by_magnitude(values)
             leading = vectors[:, order[: self.k]].double()
             self._ritz[dtype] = values[order].double(), leading, vectors, order
@@ -194,7 +196,7 @@ class KrylovSpace:
             )
             # Where the whole space is nearly spanned, rounding may look like further directions.
             Q_rD, R = Q_rD[: self.dim - rows], R[: self.dim - rows]
-            self.basis.append(Q_rD)
+            self._append(Q_rD)
         self._note_asymmetry(C[:m], self.A[m : m + size])
         A = torch.zeros(self.basis.size, m + size, dtype=torch.float64)
         A[:rows, :m] = self.A
@@ -213,7 +215,7 @@ class KrylovSpace:
         if self.across is not None:
             mine_BD = mine_BD[:, slice(*self.across.rows(self.dim))].clone()
         Q_rD, _, _ = orthonormalize_against_(mine_BD, self.basis.slabs(), across=self.across)
-        self.basis.append(Q_rD)
+        self._append(Q_rD)
         self.A = torch.cat([self.A, torch.zeros(len(Q_rD), self.A.shape[1], dtype=torch.float64)])
         return len(Q_rD)
 
@@ -235,7 +237,8 @@ class KrylovSpace:
         _, Y, _ = self.ritz(self.H.dtype)
         unfinished = ~self.converged(self.H.dtype)
         coupling = self.A[self.num_expanded :] @ Y[:, unfinished]
-        self._turn_pending(torch.linalg.svd(coupling, full_matrices=True)[0])
+        U, _ = self._from_first(torch.linalg.svd(coupling, full_matrices=True)[:2])
+        self._turn_pending(U)
 
     def bring_last_forward(self, count: int) -> None:
         """Put the last `count` pending vectors before the other ones."""
@@ -291,6 +294,17 @@ class KrylovSpace:
         """
         return float(torch.tensor(self._asymmetries).median()) if self._asymmetries else 0.0
 
+    def _append(self, Q_rD: Tensor) -> None:
+        # A disk may be full for one process alone.
+        with self.H.communicator.together("storing vectors"):
+            self.basis.append(Q_rD)
+
+    def _from_first(self, factors: Iterable[Tensor]) -> list[Tensor]:
+        """Return the first process' factors: another processor may find other eigenvectors."""
+        if self.across is None:
+            return list(factors)
+        return [self.across.broadcast_(factor.contiguous()) for factor in factors]
+
     # -- pieces ---------------------------------------------------------------------------------
 
     def _note_asymmetry(self, upper_ms: Tensor, lower_sm: Tensor) -> None:
@@ -311,7 +325,7 @@ class KrylovSpace:
         values, Y, _ = self.ritz()
         thresholds = self.thresholds(values[: self.k])
         coupling = self.A[m:] @ (Y / thresholds.clamp(min=1e-300))
-        U, sigma, _ = torch.linalg.svd(coupling, full_matrices=True)
+        U, sigma = self._from_first(torch.linalg.svd(coupling, full_matrices=True)[:2])
         # The norm of all that follows, relative to the thresholds; restarts add up.
         rest = sigma.flip(0).square().cumsum(0).sqrt().flip(0)
         keep = max(self.block, int((rest > 0.02).sum()))

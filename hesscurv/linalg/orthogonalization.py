@@ -31,6 +31,9 @@ class Reduction(Protocol):
     def max_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its entrywise maximum over all processes."""
 
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Replace a tensor by the first process' own."""
+
 
 def orthonormalize_(W_bD: Tensor, *, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """Orthonormalise a block in place, without the directions that it does not determine.
@@ -317,6 +320,8 @@ def _factor_(
         norms = norms[keep]
         scaled = G_bb[keep][:, keep] / torch.outer(norms, norms)
         T_rr, F_rr = _whitening(scaled, eps)
+        if across is not None:  # another processor may find other eigenvectors
+            T_rr, F_rr = across.broadcast_(torch.stack([T_rr.contiguous(), F_rr.contiguous()]))
         R_bn = F_rr @ (norms[:, None] * R_bn[keep])
         T_rb = torch.zeros(len(norms), len(keep), dtype=torch.float64)
         T_rb[:, keep] = T_rr / norms
@@ -334,6 +339,8 @@ def _factor_(
     if sigma[-1] > threshold:
         return P_bD, R_bn
     U_br, sigma, Vh = torch.linalg.svd(R_bn, full_matrices=False)
+    if across is not None:
+        U_br, Vh = across.broadcast_(U_br.contiguous()), across.broadcast_(Vh.contiguous())
     rank = int((sigma > threshold).sum())
     return rotate_(P_bD, U_br[:, :rank]), sigma[:rank, None] * Vh[:rank]
 

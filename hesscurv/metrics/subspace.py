@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 
 Subspace = Tensor | Eigenpairs
@@ -145,7 +146,7 @@ def as_mask_span(mask: Tensor, name: str) -> CoordinateSpan:
 
 def as_column_span(pairs: Subspace, name: str) -> ColumnSpan:
     """Validate an argument that has to be a basis or `Eigenpairs`; see `as_span`."""
-    basis = pairs.eigenvectors if isinstance(pairs, Eigenpairs) else pairs
+    basis = whole(pairs.eigenvectors if isinstance(pairs, Eigenpairs) else pairs)
     if not isinstance(basis, Tensor):
         raise TypeError(
             f"expected {name} to be a bool mask (D,), a basis (D, k) or Eigenpairs, got "

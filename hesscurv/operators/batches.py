@@ -32,6 +32,7 @@ class Batches:
         device: Where the tensors go.
         cast: The dtype that floating tensors are converted to; None leaves them.
         keep_bytes: The most bytes to keep in memory beside a list's own.
+        may_be_empty: Whether there may be no batch, where other ranks have some.
 
     Attributes:
         count: The number of batches.
@@ -51,6 +52,7 @@ class Batches:
         device: torch.device,
         cast: torch.dtype | None,
         keep_bytes: int,
+        may_be_empty: bool = False,
     ) -> None:
         _check_source(source)
         self._source: Iterable[Any] = [None] if source is None else source
@@ -58,6 +60,7 @@ class Batches:
         self._device = device
         self._cast = cast
         self._keep_bytes = keep_bytes
+        self._may_be_empty = may_be_empty
         self._random_state = _random_state(device)
         self._sums = (0.0, 0.0)
         self._versions: tuple[Any, ...] = ()
@@ -87,7 +90,7 @@ class Batches:
                 if size > self._keep_bytes:
                     kept = None
             yield batch
-        if self.count == 0:
+        if self.count == 0 and not self._may_be_empty:
             raise ValueError(
                 "expected at least one batch, got an empty iterable; pass a list of batches or a "
                 "DataLoader over some data"
@@ -116,7 +119,7 @@ class Batches:
 
     def reread_if_written(self) -> bool:
         """Read a list again whose tensors were written to; return whether that was so."""
-        if self.count == 0 or self._versions == self._read_versions():
+        if self.reads == 0 or self._versions == self._read_versions():
             return False
         for _ in self.first_pass():
             pass

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesscurv.distributed import Communicator
 from hesscurv.operators.batches import split
+from hesscurv.operators.blocks import cut_block, put_block
 from hesscurv.operators.calibration import Calibration
 from hesscurv.operators.environment import differentiable
-from hesscurv.operators.linear_operator import LinearOperator
-from hesscurv.operators.linearizations import Linearization, NonFiniteLossError
+from hesscurv.operators.linearizations import Linearization
 from hesscurv.operators.memory import (
     MemoryPlan,
     is_mean_over_parts,
@@ -25,24 +25,37 @@ from hesscurv.operators.memory import (
 )
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParamSelection
-from hesscurv.operators.probe import check_dependent, check_deterministic, check_symmetric
+from hesscurv.operators.probe import (
+    check_dependent,
+    check_deterministic,
+    check_finite,
+    check_symmetric,
+)
+from hesscurv.operators.summed_operator import SummedOperator, device_of
 from hesscurv.operators.tasks import num_samples
 from hesscurv.operators.way_choice import EXPECTED, WayChoice
 
 logger = logging.getLogger(__name__)
 
 
-class CurvatureOperator(LinearOperator):
+class CurvatureOperator(SummedOperator):
     """A curvature matrix of a model's mean loss over all batches, by products.
 
     Products loop over batches outside and vectors inside: a batch is read, and its derivative
     set up, once for all vectors of a block; what fits the memory budget is kept for later blocks
     until a weight changes.
 
+    On many ranks, where `torch.distributed` is initialised, each passes its own share of the
+    batches, which may differ in number and size and be none: ``H @ V`` with the same V on every
+    rank is the product with the mean over all ranks' samples, the same on every rank. Closures
+    without batches count alike. All ranks must have the same weights, and call the same methods;
+    what fails on one of them is an error on all. `product_on`, `prepare` and `run` are local.
+
     Args:
         model: The module, on its device, in any mode; left as found.
         task: See `Objective`; `supervised(loss)` for ``(inputs, targets)`` batches.
-        batches: An iterable of batches that can be iterated again; None for a closure.
+        batches: An iterable of batches that can be iterated again, on many ranks this one's share;
+            None for a closure.
         params: Which parameters: None (all that require grad), names, parameters, or a predicate.
         training: Mode of the modules during products: False (default) as in inference, True as in
             training, None as found.
@@ -52,11 +65,15 @@ class CurvatureOperator(LinearOperator):
         memory_budget: Bytes for graphs and blocks of vectors; default an eighth of the machine's
             memory, or a quarter of the GPU's. Batches that need more are cut into micro-batches.
         check: Evaluate every batch once and probe determinism and symmetry at construction.
+        process_group: The ranks that share the batches; default all where `torch.distributed` is
+            initialised. A model that FSDP2 shards needs all ranks that hold its shards.
 
     Raises:
         TypeError: If an argument is of a wrong type, or batches are a one-shot iterator.
         ValueError: If batches are empty, the loss is not a finite scalar, nothing requires grad, or
-            the operator is not deterministic or not symmetric.
+            the operator is not deterministic or not symmetric; on all ranks, if their weights or
+            arguments differ.
+        DistributedError: If another rank fails.
     """
 
     ways: tuple[str, ...] = ()  # the first is the reference that others must agree with
@@ -77,12 +94,14 @@ class CurvatureOperator(LinearOperator):
         way: str = "auto",
         memory_budget: int | None = None,
         check: bool = True,
+        process_group: Any = None,
     ) -> None:
+        communicator = Communicator.of(process_group, device_of(model))
         known = self.ways + self.extra_ways
-        if way != "auto" and way not in known:
-            raise ValueError(f"expected way 'auto' or one of {known}, got {way!r}")
-        with torch.inference_mode(False):
-            self.objective = Objective(
+        with communicator.together("reading the arguments"), torch.inference_mode(False):
+            if way != "auto" and way not in known:
+                raise ValueError(f"expected way 'auto' or one of {known}, got {way!r}")
+            objective = Objective(
                 model,
                 task,
                 batches,
@@ -90,15 +109,15 @@ class CurvatureOperator(LinearOperator):
                 training=training,
                 compute_dtype=compute_dtype,
                 budget=memory_budget,
+                may_be_empty=communicator.size > 1,
             )
-        super().__init__(self.objective.layout.numel, self.objective.dtype, self.objective.device)
-        self.layout = self.objective.layout
+            if self.needs_parts:
+                _ = objective.task_parts
+        super().__init__(objective, communicator)
+        self.layout = objective.layout
         self.way = way
         if self.device.type == "cuda":
             self.ways = known
-        if self.needs_parts:
-            _ = self.objective.task_parts
-        self.total_weight = 0.0
         self._plan = MemoryPlan(self.objective.budget)
         self._separable = False
         self._largest: Any = None
@@ -107,8 +126,7 @@ class CurvatureOperator(LinearOperator):
         self._kept: dict[tuple[int, str], Linearization] = {}
         self.verified = {self.ways[0]}  # the ways known to agree with the reference
         self._checking = check
-        with torch.inference_mode(False), torch.no_grad():
-            self._look_at_data()
+        self._count_together("the first pass over the batches")
 
     # -- what subclasses say --------------------------------------------------------------------
 
@@ -121,18 +139,17 @@ class CurvatureOperator(LinearOperator):
 
     # -- products -------------------------------------------------------------------------------
 
-    def _matmat(self, vectors_DB: Tensor) -> Tensor:
-        vectors_BD = vectors_DB.mT.contiguous()
-        self._forget_if_changed()
-        width = vectors_BD.shape[0]
-        self._choice.prepare(width)
+    def _own_product(self, vectors_BD: Tensor) -> Tensor:
+        if self.own_weight == 0:
+            return torch.zeros_like(vectors_BD)
+        self._choice.prepare(len(vectors_BD))
         out_BD = self.within_memory(lambda: self._accumulate(vectors_BD))
         if not bool(torch.stack(out_BD.aminmax()).isfinite().all()):  # NaN propagates
             raise ValueError(
                 "the product has NaN or inf entries, so the loss has no finite second derivative "
                 "here; look for overflow, sqrt or norm at zero, or try compute_dtype=torch.float64"
             )
-        return out_BD.mT
+        return out_BD
 
     def within_memory(self, fn: Callable[[], Any]) -> Any:
         """Run, with less at once each time that memory runs out."""
@@ -170,13 +187,13 @@ class CurvatureOperator(LinearOperator):
                 size = 1 if way in self.loops else min(chunk, self._plan.max_vectors)
                 part_BD = vectors_BD[start : start + size]
                 try:
-                    product = apply(self._pieces(part_BD))
+                    product = apply(cut_block(self.layout, part_BD))
                 except torch.OutOfMemoryError:
                     if len(part_BD) == 1:
                         raise
                     product = None
                 if product is not None:
-                    self._put(out_BD[start : start + size], product, weight, add)
+                    put_block(self.layout, out_BD[start : start + size], product, weight, add)
                     start += size
                     continue
                 self._plan = self._plan.with_fewer_vectors(len(part_BD) // 2)
@@ -193,23 +210,6 @@ class CurvatureOperator(LinearOperator):
             return
         with differentiable(self.device):
             multiply()
-
-    def _pieces(self, part_BD: Tensor) -> tuple[Tensor, ...]:
-        spans = zip(self.layout.slices().values(), self.layout.shapes, strict=True)
-        return tuple(part_BD[:, span].reshape(len(part_BD), *shape) for span, shape in spans)
-
-    def _put(self, out_BD: Tensor, product: tuple[Any, ...], weight: float, add: bool) -> None:
-        for span, piece in zip(self.layout.slices().values(), product, strict=True):
-            target = out_BD[:, span]
-            if piece is None:
-                if not add:
-                    target.zero_()
-                continue
-            entries = piece.detach().reshape(target.shape)
-            if add:
-                target.add_(entries, alpha=weight)
-            else:
-                torch.mul(entries, weight, out=target)
 
     def _prepared(self, index: int, batch: Any, way: str) -> Linearization:
         if (index, way) in self._kept:
@@ -279,9 +279,10 @@ class CurvatureOperator(LinearOperator):
                 set-up pay off over many. From here on choices are made for at least so many.
 
         Returns:
-            The measured seconds per vector of every way.
+            The measured seconds per vector of every way, on this rank.
         """
-        return self._choice.calibrate(expected)
+        with self.communicator.together("measuring the ways of computing"):
+            return self._choice.calibrate(expected)
 
     def expect(self, products: int) -> None:
         """Choose the way for so many products from here on, whatever was computed before.
@@ -292,16 +293,21 @@ class CurvatureOperator(LinearOperator):
         self._choice.expect(products)
 
     def seconds_per_vector(self, block: int) -> float:
-        """Return the predicted seconds per vector and pass over the data, in blocks of `block`."""
-        block = max(1, min(block, self._plan.max_vectors))
-        return self._choice.seconds_per_vector(block) * self.objective.batches.count
+        """Return the predicted seconds per vector and pass over the data, in blocks of `block`.
+
+        On many ranks the slowest one's, the same on all of them, and to be called on all.
+        """
+        with self.communicator.together("measuring the ways of computing"):
+            block = max(1, min(block, self._plan.max_vectors))
+            own = self._choice.seconds_per_vector(block) * self.objective.batches.count
+        return own if self.communicator.size == 1 else self.largest_of_all(own)
 
     # -- set-up and memory ----------------------------------------------------------------------
 
     def _look_at_data(self) -> None:
         objective = self.objective
         for i, batch in enumerate(objective.batches.first_pass()):
-            weight = self._count_in(i, batch)
+            weight = self._add_weight(i, batch)
             is_larger = num_samples(batch) > num_samples(self._largest)
             if weight and (self._largest is None or is_larger):
                 self._largest = batch
@@ -309,14 +315,10 @@ class CurvatureOperator(LinearOperator):
                 with objective.environment():
                     params = objective.parameters()
                     loss = objective.loss(params, batch).detach()
-                    if not bool(torch.isfinite(loss)):
-                        raise NonFiniteLossError(
-                            f"expected a finite loss, got {loss.item()} on batch {i}; look for "
-                            "bad inputs there, overflow, or diverged weights"
-                        )
+                    check_finite(loss, i)
                     self._check_batch(params, batch, loss)
-        if not self.total_weight > 0:
-            raise ValueError(f"expected a positive total weight, got {self.total_weight}")
+        if self.own_weight == 0:
+            return
         if self._checking:
             check_deterministic(objective, self._largest)
         self._set_separable(is_mean_over_samples(objective, self._largest))
@@ -326,13 +328,6 @@ class CurvatureOperator(LinearOperator):
             few = split(self._largest, 32)[0] if self._separable else self._largest
             check_dependent(objective, few)
             check_symmetric(self, few)
-
-    def _count_in(self, index: int, batch: Any) -> float:
-        weight = self.objective.weight(batch)
-        if not 0 <= weight < math.inf:
-            raise ValueError(f"expected a batch weight >= 0, got {weight} for batch {index}")
-        self.total_weight += weight
-        return weight
 
     def _set_separable(self, separable: bool) -> None:
         self._separable = separable
@@ -347,17 +342,16 @@ class CurvatureOperator(LinearOperator):
             if num_samples(batch) > size and self.objective.weight(batch)
         )
 
-    def _forget_if_changed(self) -> None:
-        reads = self.objective.batches.reads
-        if not self.objective.refresh():
-            return
+    def _forget(self) -> None:
         self._drop_graphs()
         if self.objective.is_closure:  # what it has captured is compiled in
             self._compiled.clear()
-        if self.objective.batches.reads != reads:  # the weights may have changed with them
-            self.total_weight = 0.0
-            for i, batch in enumerate(self.objective.batches):
-                self._count_in(i, batch)
+
+    def _count(self) -> None:
+        if self._largest is None:  # the first batches of this rank
+            self._look_at_data()
+        else:
+            super()._count()
 
     def _drop_graphs(self) -> None:
         traced = any(way in self.traced for _, way in self._kept)

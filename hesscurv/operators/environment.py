@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from hesscurv.distributed.sharded import is_sharding_hook
 from hesscurv.linalg.precision import full_precision
 
 
@@ -40,8 +41,9 @@ def preserved(
     Put back, also after an exception: each module's attributes, among them its `training` flag and
     the plain tensors that pruning, weight normalisation and recurrent layers set in every forward;
     and the state of the CPU's and the device's random number generators. Parameters and buffers are
-    not touched: the caller runs the model on substitutes. The modules' backward hooks are off, and
-    torch.compile is suspended, since compiled code cannot be differentiated twice.
+    not touched: the caller runs the model on substitutes. The modules' backward hooks are off, so
+    are FSDP's, which would gather the very parameters that are substituted, and torch.compile is
+    suspended, since compiled code cannot be differentiated twice.
 
     Args:
         model: The module.
@@ -67,6 +69,11 @@ def preserved(
                     m.training = training
                 # Hooks on gradients see and change what is not theirs to see here.
                 m._backward_hooks, m._backward_pre_hooks = OrderedDict(), OrderedDict()
+                for name in ("_forward_pre_hooks", "_forward_hooks"):
+                    hooks = vars(m)[name]
+                    if any(map(is_sharding_hook, hooks.values())):
+                        others = [(k, h) for k, h in hooks.items() if not is_sharding_hook(h)]
+                        vars(m)[name] = OrderedDict(others)
             yield
         finally:
             for m, flag, before in zip(modules, flags, attributes, strict=True):

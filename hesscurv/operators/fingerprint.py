@@ -24,10 +24,11 @@ def fingerprint(H: LinearOperator) -> dict[str, Any]:
     operators that compute the same product in different ways have the same fingerprint.
 
     Args:
-        H: The operator.
+        H: The operator; one that is spread over ranks on all of them together.
 
     Returns:
-        A dictionary of str, int, float and None, the same in every process.
+        A dictionary of str, int, float and None, the same in every process: of batches that are
+        spread over ranks, each rank's hash, in the ranks' order.
 
     Cost: one reading of the weights and of the batches.
     """
@@ -42,14 +43,17 @@ def fingerprint(H: LinearOperator) -> dict[str, Any]:
     objective = getattr(H, "objective", None)
     if objective is None:
         return out
-    objective.refresh()
+    refresh = getattr(H, "refresh", objective.refresh)  # an operator forgets what it has kept, too
+    refresh()
     layout = H.layout  # type: ignore[attr-defined]
     out["parameters"] = hash_text(repr(layout.to_dict()))
     out["values"] = hash_tensors(objective.parameters())
     constants = objective.constants
     out["constants"] = hash_tensors(constants[name] for name in sorted(constants))
     out["training"] = objective.training
-    out["batches"] = hash_tensors(t for batch in objective.batches for t in tensors_of(batch))
+    with H.communicator.together("reading the batches"):
+        own = hash_tensors(t for batch in objective.batches for t in tensors_of(batch))
+    out["batches"] = ", ".join(H.communicator.gather_texts(own))
     return out
 
 

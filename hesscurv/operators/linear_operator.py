@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscurv.distributed import Communicator
 from hesscurv.linalg.precision import full_precision
 
 
@@ -22,6 +23,11 @@ class LinearOperator(ABC):
         size: The size D.
         dtype: The dtype of the vectors.
         device: The device of the vectors.
+
+    Attributes:
+        num_matvecs: The number of products so far.
+        communicator: The ranks that multiply together, each with the same operator or a part of
+            it; a single process unless set.
     """
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -29,6 +35,7 @@ class LinearOperator(ABC):
         self.dtype = dtype
         self.device = torch.device(device)
         self.num_matvecs = 0
+        self.communicator = Communicator()
 
     @abstractmethod
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
@@ -51,6 +58,37 @@ class LinearOperator(ABC):
         self.num_matvecs += block.shape[1]
         return out.squeeze(1) if other.ndim == 1 else out
 
+    def product_rows(self, rows_RB: Tensor) -> Tensor:
+        """Return this rank's rows of ``H @ V``, given its rows of V; on all ranks at once.
+
+        No rank holds more of the basis that V comes from than its rows, and full vectors only
+        during the product. In a single process, all rows: ``H @ V``.
+
+        Args:
+            rows_RB: Shape (D_local, B): the rows ``communicator.rows(D)`` of V.
+
+        Returns:
+            The same rows of the product, (D_local, B).
+
+        Raises:
+            TypeError: If the operand is not a tensor or has another dtype.
+            ValueError: If its shape or device does not fit, or it has NaN or inf entries.
+            DistributedError: If another rank fails.
+
+        Cost: B products; each rank receives B D entries, and for sums over ranks B D more.
+        """
+        communicator = self.communicator
+        if communicator.size == 1:
+            return self @ rows_RB
+        dim = self.shape[0]
+        with communicator.together("a product of rows") as step:
+            self._check_rows(rows_RB)
+            step.require_same("number of vectors", rows_RB.shape[1], "pass as many on all ranks")
+        full_BD = communicator.gather_rows(rows_RB.detach().mT.contiguous(), dim)
+        with communicator.together("a product of rows"):
+            start, stop = communicator.rows(dim)
+            return (self @ full_BD.mT)[start:stop].clone()
+
     def __rmatmul__(self, other: Tensor) -> Tensor:
         """Return ``v @ H`` or ``V @ H`` for V (b, D): the operator is symmetric."""
         if isinstance(other, Tensor) and other.ndim == 2:
@@ -67,6 +105,13 @@ class LinearOperator(ABC):
 
     def expect(self, products: int) -> None:  # noqa: B027, there may be nothing to choose
         """Take note that so many products follow; an operator may choose its way by it."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return, in plain values, what decides the rounding of products beside H itself."""
+        return {}
+
+    def adopt(self, settings: dict[str, Any]) -> None:  # noqa: B027, there may be nothing to adopt
+        """Compute from here on as the operator did whose `settings` these are."""
 
     @property
     def T(self) -> LinearOperator:
@@ -109,8 +154,19 @@ class LinearOperator(ABC):
             shape=tuple(self.shape), matvec=apply, rmatvec=apply, matmat=apply, dtype=numpy_dtype
         )
 
+    def _check_rows(self, rows: Any) -> None:
+        start, stop = self.communicator.rows(self.shape[0])
+        if isinstance(rows, Tensor) and rows.ndim != 2:
+            raise ValueError(
+                f"expected this rank's rows of a block, ({stop - start}, b), got "
+                f"{tuple(rows.shape)}"
+            )
+        self._check_operand(rows, stop - start)
+
     def _check(self, other: Any) -> None:
-        size = self.shape[0]
+        self._check_operand(other, self.shape[0])
+
+    def _check_operand(self, other: Any, size: int) -> None:
         if not isinstance(other, Tensor):
             raise TypeError(
                 f"expected a torch.Tensor of shape ({size},) or ({size}, b), got "

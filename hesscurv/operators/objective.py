@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from hesscurv.distributed.sharded import (
+    is_sharded,
+    own_shard,
+    refuse_flattened,
+    reshard,
+    whole,
+)
 from hesscurv.operators.batches import Batches
 from hesscurv.operators.environment import (
     differentiable,
@@ -22,19 +28,21 @@ from hesscurv.operators.memory import memory_budget
 from hesscurv.operators.parameters import (
     ParameterLayout,
     ParamSelection,
+    broadcasts_buffers,
     layout_of,
     select_parameters,
     unwrap,
 )
-from hesscurv.operators.tasks import Task
+from hesscurv.operators.tasks import Task, as_loss
 
 
 class Objective:
     """A model's mean loss over batches, as a pure function of the selected parameters.
 
     The model's code runs on substitutes: copies of the selected parameters' values in the compute
-    dtype, taken by `refresh`, and copies of the buffers. The model's own tensors, `.grad` fields
-    and hooks on them are never involved.
+    dtype, taken by `refresh`, which is to be called first, and copies of the buffers. The model's
+    own tensors, `.grad` fields and hooks on them are never involved. Parameters that are sharded
+    over ranks (FSDP2) are gathered by `refresh`, each at a time, into whole copies.
 
     Args:
         model: The module; torch.compile and DDP wrappers are looked through.
@@ -47,6 +55,10 @@ class Objective:
         compute_dtype: Dtype of the computation and of the vectors; by default the parameters' own,
             but float32 for those of half precision.
         budget: Bytes for graphs and vectors, see `memory_budget`; a quarter more keeps batches.
+        may_be_empty: Whether there may be no batch, where other ranks have some.
+
+    Attributes:
+        broadcasts_buffers: Whether all ranks compute with rank 0's buffers, as DDP does.
 
     Raises:
         TypeError: If the model, the task, the parameters or the batches are of a wrong type.
@@ -63,10 +75,14 @@ class Objective:
         training: bool | None,
         compute_dtype: torch.dtype | None,
         budget: int | None,
+        may_be_empty: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
         self.model = unwrap(model)
+        self.broadcasts_buffers = broadcasts_buffers(model)
+        refuse_flattened(self.model)
+        reshard(self.model)
         self._selected = select_parameters(self.model, params)
         self._signatures = {name: _signature(p) for name, p in self._selected.items()}
         self.layout: ParameterLayout = layout_of(self._selected)
@@ -76,16 +92,17 @@ class Objective:
         self._cast = None if own == {self.dtype} else self.dtype
         self.training = training
         self.task = task
-        self._loss = _as_loss(task, batches is not None)
+        self._loss = as_loss(task, batches is not None)
         self.budget = memory_budget(self.device, budget)
-        self.batches = Batches(batches, self.device, self._cast, self.budget // 4)
+        self.batches = Batches(batches, self.device, self._cast, self.budget // 4, may_be_empty)
         self._wrapper = _Wrapper(self.model)
         self._values: tuple[Tensor, ...] = ()
         self.constants: dict[str, Tensor] = {}
+        self._copies: tuple[Tensor, ...] = ()
         self._marks: tuple[Any, ...] = ()
+        self._marks_seen: tuple[Any, ...] = ()
         self.is_closure = batches is None
         self._closure_loss: float | None = None
-        self.refresh()
 
     @property
     def task_parts(self) -> Task:
@@ -114,25 +131,55 @@ class Objective:
         parameters are compared with the copies taken, the others by their norms. What a closure
         has captured is compared by its loss, for one evaluation.
         """
+        weights, data = self.find_changes()
+        if weights:
+            self.take_values()
+        return self.closure_differs() or weights or data
+
+    def find_changes(self) -> tuple[bool, bool]:
+        """Return whether the model changed, and whether a list of batches did: this is read again.
+
+        Sharded parameters are compared by this rank's own shards: nothing is sent.
+        """
         with torch.inference_mode(False), torch.no_grad():
-            changed = self.batches.reread_if_written()
+            data = self.batches.reread_if_written()
+            reshard(self.model)
             self._look_up()
-            marks = self._read_marks()
-            if marks != self._marks or self._differs():
-                self._values = tuple(p.to(self.dtype, copy=True) for p in self._selected.values())
-                self.constants = {
-                    name: self._substitute(t)
-                    for name, t in [*self._named(), *self.model.named_buffers()]
-                    if name not in self._selected
-                }
-                self._marks = marks
-                changed = True
-        if self.is_closure:
-            with self.environment():
-                loss = float(self.loss(self._values, None).detach())
-            changed |= loss != self._closure_loss
-            self._closure_loss = loss
-        return changed
+            self._marks_seen = self._read_marks()
+            return self._marks_seen != self._marks or self._differs(), data
+
+    def take_values(self) -> None:
+        """Take the model's present values; sharded ones are gathered, on all ranks together."""
+        with torch.inference_mode(False), torch.no_grad():
+            selected = self._selected.values()
+            self._values = tuple(whole(p).to(self.dtype, copy=True) for p in selected)
+            self._copies = tuple(
+                own_shard(p).clone() if is_sharded(p) else value
+                for p, value in zip(selected, self._values, strict=True)
+            )
+            self.constants = {
+                name: self._substitute(whole(t))
+                for name, t in [*self._named(), *self.model.named_buffers()]
+                if name not in self._selected
+            }
+            self._marks = self._marks_seen
+
+    def invalidate(self) -> None:
+        """Let the next `refresh` find that the model has changed."""
+        self._marks = ()
+
+    def closure_differs(self) -> bool:
+        """Whether a closure's loss is another than before, without having changed the model."""
+        if not self.is_closure:
+            return False
+        with self.environment():
+            loss = float(self.loss(self._values, None).detach())
+        before, self._closure_loss = self._closure_loss, loss
+        return loss != before
+
+    def is_sharded(self) -> bool:
+        """Whether any of the model's parameters is sharded over ranks."""
+        return any(is_sharded(p) for p in self.model.parameters())
 
     def weight(self, batch: Any) -> float:
         """Return the batch's weight in the mean, its number of samples unless the task says."""
@@ -191,6 +238,7 @@ class Objective:
         modules = list(self.model.modules())
         return (
             self._cast is None
+            and not self.is_sharded()
             and (self.training is None or all(m.training == self.training for m in modules))
             and all(p.requires_grad == (n in self._selected) for n, p in self._named())
             and not any(m.training and m._buffers for m in modules)
@@ -238,22 +286,23 @@ class Objective:
 
     def _differs(self) -> bool:
         """Whether the selected parameters differ from their copies; one look at the device."""
-        pairs = list(zip(self._selected.values(), self._values, strict=True))
+        pairs = list(zip(map(own_shard, self._selected.values()), self._copies, strict=True))
         if self.device.type == "cpu" and self._cast is None:
             return not all(torch.equal(p, copy) for p, copy in pairs)  # without memory
         return bool(torch.stack([(p != copy).any() for p, copy in pairs]).any())
 
     def _read_marks(self) -> tuple[Any, ...]:
         selected = {id(p) for p in self._selected.values()}
-        tensors = [*self.model.parameters(), *self.model.buffers()]
+        found = [*self.model.parameters(), *self.model.buffers()]
+        tensors = list(map(own_shard, found))
         marks: tuple[Any, ...] = tuple(
             (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors
         )
         if self.training is None:
             marks += tuple(m.training for m in self.model.modules())
         others: dict[torch.device, list[Tensor]] = {}
-        for t in tensors:
-            if id(t) not in selected and t.is_floating_point() and t.numel() and t.itemsize > 1:
+        for own, t in zip(found, tensors, strict=True):
+            if id(own) not in selected and t.is_floating_point() and t.numel() and t.itemsize > 1:
                 norm = torch.linalg.vector_norm(t, dtype=torch.float64)
                 others.setdefault(t.device, []).append(norm)
         return marks, tuple(x for n in others.values() for x in torch.stack(n).tolist())
@@ -287,42 +336,6 @@ class _Wrapper(nn.Module):
 
     def forward(self, fn: Callable[..., Any], batch: Any) -> Any:
         return fn(self.model, batch)
-
-
-def _as_loss(task: Any, has_batches: bool) -> Callable[[nn.Module, Any], Any]:
-    if not callable(task):
-        raise TypeError(
-            "expected a task such as hesscurv.supervised(torch.nn.CrossEntropyLoss()) or a "
-            f"callable (model, batch) -> scalar loss, got {type(task).__name__}"
-        )
-    if isinstance(task, nn.Module):
-        raise TypeError(
-            f"expected a task, got the module {type(task).__name__}; wrap a loss with "
-            "hesscurv.supervised(...)"
-        )
-    if has_batches:
-        return task
-    if isinstance(task, Task):
-        raise ValueError(
-            "expected batches for a task with outputs and loss, got None; pass a list of batches, "
-            "or a closure (model) -> scalar loss as the task"
-        )
-    try:
-        positional = [
-            p
-            for p in inspect.signature(task).parameters.values()
-            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
-        ]
-    except (TypeError, ValueError):
-        positional = []
-    if len(positional) > 1:
-        raise ValueError(
-            "expected a closure (model) -> scalar loss or () -> scalar loss where batches is None, "
-            f"got one that takes {len(positional)} arguments; pass batches"
-        )
-    if positional:
-        return lambda model, batch: task(model)
-    return lambda model, batch: task()
 
 
 def _signature(p: Tensor) -> tuple[Any, ...]:

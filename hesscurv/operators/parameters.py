@@ -129,6 +129,16 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def broadcasts_buffers(model: nn.Module) -> bool:
+    """Whether a model is wrapped in a DDP that gives all ranks rank 0's buffers."""
+    while not isinstance(model, nn.parallel.DistributedDataParallel):
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None:
+            return False
+        model = inner
+    return bool(model.broadcast_buffers)
+
+
 def select_parameters(model: nn.Module, params: ParamSelection = None) -> dict[str, nn.Parameter]:
     """Return the selected parameters of a model by name, tied ones once, in the model's order.
 

@@ -6,8 +6,9 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from hesscurv.operators.linearizations import NonFiniteLossError
 from hesscurv.operators.objective import Objective
 
 if TYPE_CHECKING:
@@ -47,6 +48,19 @@ def check_deterministic(objective: Objective, batch: Any) -> None:
     )
 
 
+def check_finite(loss: Tensor, index: int) -> None:
+    """Require a batch's loss to be finite.
+
+    Raises:
+        NonFiniteLossError: If it is not.
+    """
+    if not bool(torch.isfinite(loss)):
+        raise NonFiniteLossError(
+            f"expected a finite loss, got {loss.item()} on batch {index}; look for bad inputs "
+            "there, overflow, or diverged weights"
+        )
+
+
 def check_dependent(objective: Objective, batch: Any) -> None:
     """Warn where the loss does not involve the selected parameters; one gradient."""
 
@@ -62,7 +76,7 @@ def check_dependent(objective: Objective, batch: Any) -> None:
             f"the loss does not depend on any of {list(objective.layout.names[:4])}, so its "
             "curvature there is zero; a closure must use this very model, and nothing on the way "
             "may detach or run under no_grad",
-            stacklevel=4,
+            stacklevel=6,
         )
 
 

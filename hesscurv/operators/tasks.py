@@ -137,6 +137,48 @@ def supervised(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> SupervisedTask:
     return SupervisedTask(loss_fn)
 
 
+def as_loss(task: Any, has_batches: bool) -> Callable[[nn.Module, Any], Any]:
+    """Return a task, or a closure without batches, as a function of model and batch.
+
+    Raises:
+        TypeError: If it cannot be called, or is a module.
+        ValueError: If it needs batches and there are none.
+    """
+    if not callable(task):
+        raise TypeError(
+            "expected a task such as hesscurv.supervised(torch.nn.CrossEntropyLoss()) or a "
+            f"callable (model, batch) -> scalar loss, got {type(task).__name__}"
+        )
+    if isinstance(task, nn.Module):
+        raise TypeError(
+            f"expected a task, got the module {type(task).__name__}; wrap a loss with "
+            "hesscurv.supervised(...)"
+        )
+    if has_batches:
+        return task
+    if isinstance(task, Task):
+        raise ValueError(
+            "expected batches for a task with outputs and loss, got None; pass a list of batches, "
+            "or a closure (model) -> scalar loss as the task"
+        )
+    try:
+        positional = [
+            p
+            for p in inspect.signature(task).parameters.values()
+            if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) and p.default is p.empty
+        ]
+    except (TypeError, ValueError):
+        positional = []
+    if len(positional) > 1:
+        raise ValueError(
+            "expected a closure (model) -> scalar loss or () -> scalar loss where batches is None, "
+            f"got one that takes {len(positional)} arguments; pass batches"
+        )
+    if positional:
+        return lambda model, batch: task(model)
+    return lambda model, batch: task()
+
+
 def split_batch(batch: Any) -> tuple[Any, Any]:
     """Split a batch into inputs and targets.
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -82,14 +83,36 @@ class WayChoice:
         measured = self._measured()
         return 0.0 if measured is None else measured.seconds_per_vector(block, self._expected)
 
+    def state(self) -> dict[str, Any]:
+        """Return what choices rest on, in plain values."""
+        return {
+            "expected": [self._expected, self._asked_for],
+            "told": self._told,
+            "calibrations": {str(b): asdict(c) for b, c in self._calibrations.items()},
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Choose from here on as the choice did whose `state` this is."""
+        self._expected, self._asked_for = state["expected"]
+        self._told = state["told"]
+        self._calibrations = {
+            int(bucket): Calibration(
+                {w: {int(n): s for n, s in by.items()} for w, by in found["seconds"].items()},
+                found["setup"],
+                found["kept"],
+            )
+            for bucket, found in state["calibrations"].items()
+        }
+
     def forget(self) -> None:
         """Measure again when needed: what it costs to set a way up has changed."""
         self._calibrations.clear()
 
     def _measured(self) -> Calibration | None:
-        bucket = bucket_of(self._expected)
+        bucket, operator = bucket_of(self._expected), self._operator
+        if operator.own_weight == 0:  # other ranks have all the data
+            return None
         if bucket not in self._calibrations and self._expected >= _CALIBRATE_FROM:
-            operator = self._operator
             with torch.inference_mode(False):
                 self._calibrations[bucket] = operator.within_memory(
                     lambda: calibrate(operator, operator.first_microbatch(), self._expected)

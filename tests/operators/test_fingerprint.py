@@ -61,3 +61,15 @@ def test_dense_operators_differ_by_their_entries():
     A = torch.diag(torch.arange(1.0, 5.0))
     first, second = (fingerprint(as_linear_operator(M)) for M in (A, A + torch.eye(4)))
     assert differences(first, second) == ["entries"]
+
+
+def test_a_fingerprint_between_a_step_and_a_product_hides_nothing(parts):
+    model, batches = parts
+    task = hesscurv.supervised(nn.CrossEntropyLoss())
+    H = hesscurv.HessianOperator(model, task, batches)
+    vector = torch.ones(H.shape[0])
+    H @ vector
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    fingerprint(H)
+    assert torch.equal(H @ vector, hesscurv.HessianOperator(model, task, batches) @ vector)

@@ -1,0 +1,176 @@
+"""Where a basis goes by itself, what is refused, and what the files are."""
+
+import os
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hesscurv.linalg.device_memory import device_memory, free_memory
+from hesscurv.storage import placement
+from hesscurv.storage.mapped_files import DiskFullError, mapped_tensor
+from hesscurv.storage.placement import choose_placement
+
+CPU = torch.device("cpu")
+DIM = 1000
+BYTES = 4 * DIM  # of a float32 vector
+
+
+def choose(storage=None, storage_dtype=None, **options):
+    options = {
+        "dim": DIM,
+        "dtype": torch.float32,
+        "device": CPU,
+        "least": 50,
+        "wanted": 100,
+        "rounding_allowed": True,
+        **options,
+    }
+    return choose_placement(storage, storage_dtype, **options)
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """Set what is free, in float32 vectors: host memory, GPU memory, disk."""
+
+    def set_free(host=0, gpu=0, disk=0):
+        def free(kind, folder, device):
+            on_gpu = kind == "device" and device.type == "cuda"
+            return BYTES * {"disk": disk}.get(kind, gpu if on_gpu else host)
+
+        monkeypatch.setattr(placement, "_free", free)
+        monkeypatch.setattr(placement, "_is_memory", lambda folder: False)
+        monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+
+    return set_free
+
+
+@pytest.mark.parametrize(
+    ("free", "kind", "dtype", "capacity"),
+    [
+        # All that is wanted, in memory.
+        ({"host": 1000, "disk": 1000}, "device", torch.float32, 100),
+        # Three quarters in memory are better than all of it on a disk.
+        ({"host": 80, "disk": 1000}, "device", torch.float32, 80),
+        # Half the bytes before a disk.
+        ({"host": 60, "disk": 1000}, "device", torch.float16, 100),
+        ({"host": 20, "disk": 1000}, "disk", torch.float32, 100),
+        # Nowhere three quarters: the first that holds enough at all.
+        ({"host": 55, "disk": 20}, "device", torch.float16, 100),
+        ({"host": 27, "disk": 20}, "device", torch.float16, 54),
+    ],
+)
+def test_the_first_place_with_room_is_taken(machine, free, kind, dtype, capacity):
+    machine(**free)
+    chosen = choose()
+    assert (chosen.kind, chosen.dtype, chosen.capacity) == (kind, dtype, capacity)
+
+
+def test_a_small_tolerance_is_not_given_to_half_precision(machine):
+    machine(host=60, disk=1000)
+    chosen = choose(rounding_allowed=False)
+    assert (chosen.kind, chosen.dtype) == ("disk", torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("free", "kind", "dtype"),
+    [
+        ({"gpu": 1000, "host": 1000}, "device", torch.float32),
+        ({"gpu": 60, "host": 1000}, "device", torch.float16),
+        ({"gpu": 10, "host": 1000}, "cpu", torch.float32),
+        ({"gpu": 10, "host": 10, "disk": 1000}, "disk", torch.float32),
+    ],
+)
+def test_a_gpu_comes_before_the_host_and_the_host_before_the_disk(machine, free, kind, dtype):
+    machine(**free)
+    chosen = choose(device=torch.device("cuda"))
+    assert (chosen.kind, chosen.dtype) == (kind, dtype)
+
+
+def test_what_fits_nowhere_is_refused_with_sizes_and_remedies(machine):
+    machine(host=20, disk=20)
+    with pytest.raises(ValueError, match="at least 50 vectors of 1,000 entries") as refusal:
+        choose(rounding_allowed=False)
+    told = str(refusal.value)
+    for part in ("0.0002 GB needed", "8e-05 GB to be had", "lower k", "float16", "storage="):
+        assert part in told
+
+
+def test_what_was_asked_for_is_not_replaced(machine, tmp_path):
+    machine(host=20, disk=1000)
+    with pytest.raises(ValueError, match="fits nowhere"):
+        choose("device", torch.float32)
+    assert choose(tmp_path / "new").folder == tmp_path / "new"
+    assert choose(tmp_path, torch.bfloat16).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="at least 200 vectors"):
+        choose("cpu", capacity=200)
+
+
+def test_processes_share_the_memory_of_their_machine(machine):
+    machine(host=100)
+    assert choose(sharing=1).capacity == 100
+    assert (choose(sharing=2).dtype, choose(sharing=2).capacity) == (torch.float16, 100)
+
+
+@pytest.mark.parametrize("storage", [3, torch.device("cpu"), ["folder"]])
+def test_storage_of_another_kind_is_refused(storage):
+    with pytest.raises(TypeError, match="'device', 'cpu' or a folder"):
+        choose(storage)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "error"),
+    [("float16", TypeError), (torch.float64, ValueError), (torch.int8, ValueError)],
+)
+def test_a_storage_dtype_that_is_none_is_refused(dtype, error):
+    with pytest.raises(error, match="expected storage_dtype"):
+        choose("cpu", dtype)
+
+
+def test_a_mapped_tensor_holds_what_is_written_and_leaves_no_name(tmp_path):
+    block = mapped_tensor(tmp_path, (7, 1000), torch.float32)
+    values = torch.arange(7000.0).view(7, 1000)
+    block.copy_(values)
+    assert torch.equal(block, values)
+    assert list(tmp_path.iterdir()) == []
+    assert mapped_tensor(tmp_path, (0, 5), torch.float32).shape == (0, 5)
+
+
+def test_a_mapped_tensor_takes_its_room_at_once_or_is_refused(tmp_path):
+    # A limit on the size of files refuses as a full disk does.
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(DiskFullError, match=r"the disk is full: 0\.004 GB .*storage_dtype"):
+            mapped_tensor(tmp_path, (1000, 1000), torch.float32)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mapped_memory_is_no_memory_of_the_process(tmp_path):
+    code = """if True:
+        import sys, torch
+        from pathlib import Path
+        from hesscurv.storage.mapped_files import mapped_tensor
+        def anonymous():
+            for line in open("/proc/self/status"):
+                if line.startswith("RssAnon"):
+                    return int(line.split()[1]) * 1024
+        before = anonymous()
+        block = mapped_tensor(Path(sys.argv[1]), (50, 1_000_000), torch.float32)
+        block.fill_(1.0)
+        print(anonymous() - before)
+    """
+    if not os.path.exists("/proc/self/status"):
+        pytest.skip("needs /proc")
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < 20e6  # of 200 MB
+
+
+def test_free_memory_is_a_part_of_the_memory():
+    assert 0 < free_memory(CPU) <= device_memory(CPU)
