@@ -18,7 +18,7 @@ help:
 	@echo 'make test       the tests that take seconds'
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make lint       ruff and mypy'
-	@echo 'make bench      cost of products and of eigensolves, beside other libraries; peak memory'
+	@echo 'make bench      products, eigensolves, spectra beside other libraries; memory, storage, scaling'
 	@echo 'make clean      remove the virtual environment, caches and build outputs'
 	@echo
 	@echo 'ARGS="..." is handed on to the command:  make demo ARGS="--quick"'
@@ -42,7 +42,10 @@ lint: $(VENV)/.has-dev
 bench: $(VENV)/.has-bench
 	@$(IN_VENV) examples/benchmarks/products.py $(ARGS)
 	@$(IN_VENV) examples/benchmarks/eigensolvers.py $(ARGS)
+	@$(IN_VENV) examples/benchmarks/spectra.py $(filter --quick,$(ARGS))
 	@$(IN_VENV) examples/benchmarks/memory.py $(filter --quick,$(ARGS))
+	@$(IN_VENV) examples/benchmarks/storage.py $(filter --quick,$(ARGS))
+	@$(IN_VENV) examples/benchmarks/scaling.py $(filter --quick,$(ARGS))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,6 @@
 """The top eigenspace of a network's loss Hessian: compute it, compare it, use it."""
 
+from hesscurv.distributed import DistributedError
 from hesscurv.eigensolvers import (
     ConvergenceWarning,
     Eigenpairs,
@@ -58,6 +59,8 @@ __all__ = [
     "TraceEstimate",
     "diagonal",
     "DiagonalEstimate",
+    # Many processes
+    "DistributedError",
     # Metrics
     *_metrics,
 ]

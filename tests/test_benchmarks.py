@@ -28,9 +28,13 @@ def load(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["products", "eigensolvers", "memory"])
+@pytest.mark.parametrize(
+    "name", ["products", "eigensolvers", "memory", "spectra", "storage", "scaling"]
+)
 def test_benchmark_runs(name, tmp_path):
-    if name != "memory" and any(importlib.util.find_spec(peer) is None for peer in PEERS):
+    if name in ("products", "eigensolvers", "spectra") and any(
+        importlib.util.find_spec(peer) is None for peer in PEERS
+    ):
         pytest.skip("needs the extra hesscurv[bench]")
     kept = FOLDER / "results.jsonl"
     before = kept.read_bytes() if kept.exists() else None

@@ -141,7 +141,7 @@ def block_krylov(
                 check_disk(checkpoint, placement, k, block)
         space = KrylovSpace(H, k, tol, block, placement, generator)
         with Progress(k, progress) as bar:
-            bar.say(str(placement))
+            bar.say(str(placement), unusual=placement.is_unusual(H.dtype))
             run = _Run(space, 20 * k + 1000 if max_matvecs is None else max_matvecs, bar, verify)
             if journal is not None:
                 journal.replay(space.basis)

@@ -57,7 +57,7 @@ def eigsh(
             gives the same result. The global generator is never used.
         initial: A space (D, k0), or Eigenpairs, to start from; not for "single_pass".
         storage: Where the basis lives, "device", "cpu" or a folder on a disk; by default chosen
-            from what memory is free. For "block_krylov", which takes `storage_dtype` too.
+            from what memory is free. With "block_krylov" also `storage_dtype`.
         checkpoint: A folder to save the work in, so that the same call goes on after a kill; for
             "block_krylov". The single pass is saved by `measure` and `assemble`.
         progress: Whether to show a progress bar.

@@ -99,6 +99,10 @@ def plan(
                 )
             capacity = min(max_basis, dim)
 
+    # A block of vectors, its products, and what either is copied to on the way.
+    objective = getattr(H, "objective", None)
+    reserved = 4 * block * dim * H.dtype.itemsize + (objective.budget if objective else 0)
+
     def choose(capacity: int | None, storage_dtype: torch.dtype | None) -> Placement:
         with communicator.together("planning the basis"):
             return choose_placement(
@@ -112,6 +116,7 @@ def plan(
                 rounding_allowed=tol >= _ROUNDED_FROM_TOL,
                 capacity=capacity,
                 sharing=_processes_here(communicator.size),
+                reserved=reserved,
             )
 
     placement = choose(capacity, storage_dtype)

@@ -12,11 +12,10 @@ import errno
 import json
 import os
 import shutil
-import tempfile
 import time
 import zipfile
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,122 +23,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscurv.eigensolvers.single_pass import cut
-from hesscurv.operators.fingerprint import differences, hash_text
-from hesscurv.storage.atomic_files import sync_folder, write_atomically
+from hesscurv.eigensolvers.measurement_manifest import FORMAT, VERSION, Manifest
+from hesscurv.storage.atomic_files import create_atomically, write_atomically
 
-_FORMAT = "hesscurv.measurements"
-_VERSION = 1
 _MANIFEST = "manifest.json"
 _READ_BYTES = 2**24
-_OVERHEAD_BYTES = 4096  # of a chunk's file: names, headers, the last block of the disk
 _LEFTOVER_SECONDS = 3600  # a temporary file that nobody wrote to for so long has lost its job
-_SETTINGS = ("k", "outer", "inner", "measurements", "seed", "omega_seed", "psi_seed")
-_MEANING = {
-    "operator": "its kind",
-    "size": "its size D",
-    "entries": "the matrix' entries",
-    "parameters": "the parameters' names or shapes",
-    "values": "the parameters' values",
-    "constants": "the buffers or frozen parameters",
-    "training": "the modules' mode",
-}
 
 
 class DamagedFileError(ValueError):
     """A file of measurements is cut off or was changed."""
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What is measured: the settings of the sketch and what the operator is.
-
-    Args:
-        k: Number of eigenpairs.
-        outer: Measurements whose vectors Y are kept: the basis.
-        inner: All measurements.
-        measurements: The kind of test matrix.
-        seed: The seed that the two others are drawn from.
-        omega_seed: Of the matrix that H is applied to.
-        psi_seed: Of the matrix that tests the products.
-        chunk: Measurements in one file.
-        dim: D.
-        dtype: The vectors' dtype, "torch.float32" or "torch.float64".
-        layout: `ParameterLayout.to_dict`, None for an operator without a model.
-        operator: The operator's `fingerprint`.
-    """
-
-    k: int
-    outer: int
-    inner: int
-    measurements: str
-    seed: int
-    omega_seed: int
-    psi_seed: int
-    chunk: int
-    dim: int
-    dtype: str
-    layout: dict[str, Any] | None
-    operator: dict[str, Any]
-
-    @property
-    def id(self) -> str:
-        """A hash of all of it, which every file of measurements carries."""
-        return hash_text(self.to_json())
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        """The vectors' dtype."""
-        return {"torch.float32": torch.float32, "torch.float64": torch.float64}[self.dtype]
-
-    def ranges(self) -> list[tuple[int, int]]:
-        """Return the chunks [start, stop) in their order; none has vectors in part."""
-        return cut(0, self.outer, self.chunk) + cut(self.outer, self.inner, self.chunk)
-
-    def num_bytes(self, ranges: Iterable[tuple[int, int]]) -> int:
-        """Return how large the files of these chunks are."""
-        return sum(
-            (stop - start) * self.inner * 8
-            + (stop - start) * self.dim * self.torch_dtype.itemsize * (stop <= self.outer)
-            + _OVERHEAD_BYTES
-            for start, stop in ranges
-        )
-
-    def to_json(self) -> str:
-        """Return the manifest as text, the same for the same manifest."""
-        data = {"format": _FORMAT, "version": _VERSION, **asdict(self)}
-        return json.dumps(data, indent=1, sort_keys=True) + "\n"
-
-    def require_operator(self, fingerprint: dict[str, Any], folder: Path) -> None:
-        """Raise ValueError, naming what differs, unless the fingerprint is that of the operator."""
-        found = differences(self.operator, fingerprint)
-        if found:
-            names = ", ".join(_MEANING.get(name, f"the {name}") for name in found)
-            raise ValueError(
-                f"the measurements in {folder} are of another operator: what differs is {names}; "
-                "give the model and batches that they were taken with, or take another folder"
-            )
-
-    def require_settings(self, other: Manifest, folder: Path) -> None:
-        """Raise ValueError, naming what differs, unless another job's settings are the same."""
-        found = [
-            f"{name}={getattr(self, name)!r} there and {getattr(other, name)!r} here"
-            for name in _SETTINGS
-            if getattr(self, name) != getattr(other, name)
-        ]
-        if found:
-            raise ValueError(
-                f"the measurements in {folder} have other settings: {', '.join(found)}; give the "
-                "same settings, or take another folder"
-            )
-
-    def call(self, folder: Path, start: int, stop: int) -> str:
-        """Return the call that takes the measurements of a range."""
-        return (
-            f"measure(H, {self.k}, {str(folder)!r}, start={start}, stop={stop}, "
-            f"outer={self.outer}, inner={self.inner}, measurements={self.measurements!r}, "
-            f"seed={self.seed})"
-        )
 
 
 class MeasurementFolder:
@@ -177,11 +70,11 @@ class MeasurementFolder:
             data = json.loads(file.read_bytes())
         except ValueError as error:
             raise ValueError(damaged) from error
-        if not isinstance(data, dict) or data.pop("format", None) != _FORMAT:
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
             raise ValueError(damaged)
-        if (version := data.pop("version", None)) != _VERSION:
+        if (version := data.pop("version", None)) != VERSION:
             raise ValueError(
-                f"expected format version {_VERSION}, got {version} in {file}; use the hesscurv "
+                f"expected format version {VERSION}, got {version} in {file}; use the hesscurv "
                 "that wrote it"
             )
         if set(data) != {field.name for field in fields(Manifest)}:
@@ -209,7 +102,7 @@ class MeasurementFolder:
             new = cls(path, wanted)
             new.require_space(new.missing())
             path.mkdir(exist_ok=True)
-            _create(path / _MANIFEST, wanted.to_json().encode())
+            create_atomically(path / _MANIFEST, wanted.to_json().encode())
         folder = cls.open(path)
         folder.manifest.require_operator(wanted.operator, path)
         folder.manifest.require_settings(wanted, path)
@@ -374,28 +267,6 @@ def _read_member(archive: zipfile.ZipFile, name: str, out: Tensor | np.ndarray[A
             filled += len(part)
         if member.read(1):  # the checksum is compared where the member ends
             raise ValueError(f"{name} goes on after {filled} bytes")
-
-
-def _create(path: Path, content: bytes) -> None:
-    """Write a file unless there is one; of several that try at once, one does."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        try:
-            os.link(temporary, path)  # fails where there is a file, which replacing would not
-        except FileExistsError:
-            return
-        except OSError:
-            # A file system without hard links. Of two jobs at the same instant the later one's
-            # manifest stays; if they differ, so do the ids in their files, and none is mixed up.
-            if not path.exists():
-                os.replace(temporary, path)
-        sync_folder(path.parent)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def _size(num_bytes: float) -> str:

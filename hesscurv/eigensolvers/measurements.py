@@ -18,7 +18,8 @@ from torch import Tensor
 
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
-from hesscurv.eigensolvers.measurement_folder import Manifest, MeasurementFolder
+from hesscurv.eigensolvers.measurement_folder import MeasurementFolder
+from hesscurv.eigensolvers.measurement_manifest import Manifest
 from hesscurv.eigensolvers.ritz_result import ritz_result
 from hesscurv.eigensolvers.single_pass import (
     core_matrix,
@@ -103,6 +104,12 @@ def measure(
         eigenspaces at scale using sketched methods", TMLR 2025, arXiv 2504.14701.
     """
     H = as_linear_operator(H)
+    if H.communicator.size > 1:
+        raise ValueError(
+            f"expected an operator of this process alone, got one that is spread over "
+            f"{H.communicator.size} ranks: jobs of `measure` do not communicate; build it with "
+            "process_group= a group of this rank only, or use eigsh(H, k, 'single_pass')"
+        )
     wanted, omega, psi = _plan(H, k, outer, inner, measurements, seed, block_size)
     _check_share(start, stop, part, wanted.inner)
     files = MeasurementFolder.join(folder, wanted)

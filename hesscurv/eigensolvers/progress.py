@@ -22,9 +22,9 @@ class Progress(tqdm):
         super().__init__(total=total, unit="pair", desc="eigenpairs", disable=not enabled)
         self._begun = self._shown = time.perf_counter()
 
-    def say(self, text: str) -> None:
-        """Log a line, and write it above the bar where there is one."""
-        logger.info(text)
+    def say(self, text: str, *, unusual: bool = False) -> None:
+        """Log a line, as a warning if it is unusual, and write it above the bar if there is one."""
+        logger.log(logging.WARNING if unusual else logging.INFO, text)
         if not self.disable:
             self.write(text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -13,6 +14,7 @@ from hesscurv.eigensolvers.ritz_result import ritz_result
 from hesscurv.linalg.orthogonalization import inner_products, orthonormalize_
 from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
+from hesscurv.storage.placement import allocate_basis
 
 
 def rayleigh_ritz(
@@ -28,6 +30,7 @@ def rayleigh_ritz(
     residuals: bool = True,
     tol: float = 1e-3,
     max_matvecs: int | None = None,
+    storage: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Eigenpairs:
     """Compute the k eigenpairs of largest magnitude by Rayleigh-Ritz on a sketch of H's range.
@@ -52,6 +55,8 @@ def rayleigh_ritz(
             ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
         max_matvecs: The most products, those for residuals included: bounds the default of
             `num_measurements`.
+        storage: Where the basis lives: "device", or for an operator on the CPU a folder on a disk,
+            for a file that is mapped into memory; by default a temporary one where memory is short.
         progress: Whether to show a progress bar over the products.
 
     Returns:
@@ -92,8 +97,9 @@ def rayleigh_ritz(
     )
     total = passes * m + extra
     H.expect(total)
+    reserved = 3 * block_size * dim * H.dtype.itemsize
     with CountedOperator(H, total, "rayleigh_ritz", progress) as counted:
-        Q_rD = torch.empty(m, dim, dtype=H.dtype, device=H.device)
+        Q_rD = allocate_basis(storage, m, dim, H.dtype, H.device, reserved)
         basis_mD = Q_rD
         if initial is not None:
             basis_mD[:num_initial] = initial.detach().mT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 import torch
@@ -13,6 +14,7 @@ from hesscurv.eigensolvers.ritz_result import ritz_result
 from hesscurv.linalg.orthogonalization import orthonormalize_
 from hesscurv.linalg.test_matrices import TestMatrix, draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
+from hesscurv.storage.placement import allocate_basis
 
 
 def single_pass(
@@ -27,6 +29,7 @@ def single_pass(
     residuals: bool = True,
     tol: float = 1e-3,
     max_matvecs: int | None = None,
+    storage: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Eigenpairs:
     """Compute the k eigenpairs of largest magnitude from products that do not depend on each other.
@@ -52,6 +55,8 @@ def single_pass(
             ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
         max_matvecs: The most products, those for residuals included: bounds the defaults of
             outer and inner.
+        storage: Where the basis lives: "device", or for an operator on the CPU a folder on a disk,
+            for a file that is mapped into memory; by default a temporary one where memory is short.
         progress: Whether to show a progress bar over the products.
 
     Returns:
@@ -91,8 +96,9 @@ def single_pass(
     )
     total = inner + (k if residuals else 0)
     H.expect(total)
+    reserved = 3 * block_size * dim * H.dtype.itemsize
     with CountedOperator(H, total, "single_pass", progress) as counted:
-        basis_mD = torch.empty(outer, dim, dtype=H.dtype, device=H.device)
+        basis_mD = allocate_basis(storage, outer, dim, H.dtype, H.device, reserved)
         M_nn = torch.empty(inner, inner, dtype=torch.float64)
         # SSRFT tests block by block. Where Psi is drawn anew for each use, all of the basis is
         # tested at once, and the other columns of Y, which count through Psi^T Y alone, are stored

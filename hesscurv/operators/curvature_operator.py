@@ -292,6 +292,14 @@ class CurvatureOperator(SummedOperator):
         """
         self._choice.expect(products)
 
+    def settings(self) -> dict[str, Any]:
+        """Return what the choice of the way rests on; see `LinearOperator`."""
+        return self._choice.state()
+
+    def adopt(self, settings: dict[str, Any]) -> None:
+        """Choose from here on as the operator did whose `settings` these are."""
+        self._choice.load(settings)
+
     def seconds_per_vector(self, block: int) -> float:
         """Return the predicted seconds per vector and pass over the data, in blocks of `block`.
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from collections.abc import Callable
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,20 +23,50 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         FileNotFoundError: If the folder does not exist.
         OSError: If the disk is full or not writable; the old file is untouched, no part is left.
     """
+    with _temporary_file(Path(path), write) as temporary:
+        os.replace(temporary, path)
+
+
+def create_atomically(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write a file unless there is one; of several processes that try at once, one does.
+
+    Args:
+        path: The file; its folder must exist.
+        content: What it holds.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        OSError: If the disk is full or not writable.
+    """
     path = Path(path)
+    with _temporary_file(path, lambda file: file.write(content)) as temporary:
+        try:
+            os.link(temporary, path)  # fails where there is a file, which replacing would not
+        except FileExistsError:
+            pass
+        except OSError:
+            # A file system without hard links: of two at the same instant the later one stays.
+            if not path.exists():
+                os.replace(temporary, path)
+
+
+@contextmanager
+def _temporary_file(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
+    """Write a file beside `path`, hand it out to be given that name, and remove what is left."""
     if not path.parent.is_dir():
         raise FileNotFoundError(f"expected an existing folder, got {str(path.parent)!r}")
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    # Not by tempfile, whose files nobody else may read.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
         with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
+        yield temporary
+        sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from hesscurv.linalg.device_memory import device_memory, free_memory
 from hesscurv.storage.mapped_files import mapped_tensor
+
+logger = logging.getLogger(__name__)
 
 _SHARE = 0.8  # of what is free: the rest is for products, their temporaries and everybody else
 _SHARE_OF_DISK = 0.95
@@ -29,6 +32,7 @@ class Placement:
         dtype: float32, float64, float16 or bfloat16.
         device: The device of the operator, where all computation is done.
         folder: The folder, for "disk".
+        chosen: Whether nobody asked for it.
         capacity: The most vectors that are planned for.
         dim: Their length.
     """
@@ -39,11 +43,16 @@ class Placement:
     capacity: int
     dim: int
     folder: Path | None = None
+    chosen: bool = False
 
     @property
     def nbytes(self) -> int:
         """The bytes of all planned vectors."""
         return self.capacity * self.dim * self.dtype.itemsize
+
+    def is_unusual(self, dtype: torch.dtype) -> bool:
+        """Whether it was chosen because memory is short: not on the device, or in less digits."""
+        return self.chosen and (self.kind != "device" or self.dtype != dtype)
 
     def __str__(self) -> str:
         """Say where, how many and how large."""
@@ -91,6 +100,7 @@ def choose_placement(
     rounding_allowed: bool,
     capacity: int | None = None,
     sharing: int = 1,
+    reserved: int = 0,
 ) -> Placement:
     """Choose where a basis lives and how many vectors it may have, from what is free now.
 
@@ -109,6 +119,7 @@ def choose_placement(
         rounding_allowed: Whether float16 may be chosen.
         capacity: Exactly so many vectors, if not None.
         sharing: How many processes of the job share the host's memory and disk.
+        reserved: Bytes on the operator's device that products will take.
 
     Returns:
         The placement, with `capacity` set.
@@ -129,14 +140,64 @@ def choose_placement(
         for stored in dtypes:
             shared = kind != "device" or device.type == "cpu"
             room = _free(kind, folder, device) // (sharing if shared else 1)
+            if kind == "device" or (kind == "cpu" and device.type == "cpu"):
+                room = max(0, room - reserved)
             fits = room // (dim * stored.itemsize)
-            option = Placement(kind, stored, device, min(fits, wanted), dim, folder)
+            chosen = storage is None and storage_dtype is None
+            option = Placement(kind, stored, device, min(fits, wanted), dim, folder, chosen)
             options.append((option, room))
     for enough in (max(least, 3 * wanted // 4), least):
         for option, _ in options:
             if option.capacity >= enough:
                 return option
     raise ValueError(_refusal(options, least, dim))
+
+
+def allocate_basis(
+    storage: str | os.PathLike[str] | None,
+    rows: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    reserved: int,
+) -> Tensor:
+    """Return uninitialised storage for a basis of fixed size, in memory or in a file.
+
+    Args:
+        storage: "device", "cpu" or a folder, the last two for operators on the CPU; None takes
+            memory, or there, where that is short, a temporary folder.
+        rows: The number of vectors.
+        dim: Their length.
+        dtype: Theirs and the operator's.
+        device: The operator's.
+        reserved: Bytes on it that products will take.
+
+    Returns:
+        Shape (rows, dim), on a device of the operator's type.
+
+    Raises:
+        ValueError: If it fits nowhere, or is not on the operator's device.
+        DiskFullError: If it is to be a file, and the disk is full.
+    """
+    if device.type != "cpu" and storage not in (None, "device"):
+        raise ValueError(
+            f"expected storage 'device' for an operator on {device}, got {storage!r}; a basis "
+            "elsewhere takes method='block_krylov'"
+        )
+    placement = choose_placement(
+        "device" if device.type != "cpu" else storage,
+        None if storage is None else dtype,
+        dim=dim,
+        dtype=dtype,
+        device=device,
+        least=rows,
+        wanted=rows,
+        rounding_allowed=False,
+        reserved=reserved,
+    )
+    if placement.is_unusual(dtype):
+        logger.warning("%s", placement)
+    return placement.allocate(rows)
 
 
 def _kinds(

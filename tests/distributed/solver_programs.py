@@ -62,6 +62,8 @@ def solve_all():
     pairs.save("pairs.pt")
     dist.barrier()
     out["loaded"] = told(hesscurv.Eigenpairs.load("pairs.pt"))
+    H = hesscurv.HessianOperator(net(), TASK, data)
+    out["measure"] = refused(lambda: hesscurv.measure(H, K, "measurements"))
     near = solve(data=data, tol=1e-2)
     out["warm"] = told(solve(data=data, initial=near))
     out["first three"] = tuple(near.truncate(3).gather().eigenvectors.shape)

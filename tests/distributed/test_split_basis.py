@@ -85,6 +85,12 @@ def test_metrics_files_and_truncation_take_what_is_spread(world):
         assert rank["first three"] == (DIM, 3)
 
 
+def test_jobs_that_do_not_communicate_are_no_ranks(world):
+    for rank in world:
+        assert rank["measure"][0] == "ValueError"
+        assert "jobs of `measure` do not communicate" in rank["measure"][1]
+
+
 def test_wrapped_models_give_the_same_eigenvalues(exact, tmp_path):
     for rank in run_world(programs.solve_wrapped, 2, tmp_path):
         for name in ("ddp", "fsdp2"):

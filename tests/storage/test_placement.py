@@ -108,6 +108,13 @@ def test_what_was_asked_for_is_not_replaced(machine, tmp_path):
         choose("cpu", capacity=200)
 
 
+def test_what_products_take_is_left_free(machine):
+    machine(host=120, disk=1000)
+    assert choose(reserved=20 * BYTES).capacity == 100
+    assert choose(reserved=40 * BYTES).capacity == 80
+    assert choose(reserved=200 * BYTES).kind == "disk"
+
+
 def test_processes_share_the_memory_of_their_machine(machine):
     machine(host=100)
     assert choose(sharing=1).capacity == 100
