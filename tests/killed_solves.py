@@ -1,9 +1,10 @@
 """Solve again and again in processes that are killed at random moments; run by test_checkpoint.py.
 
-    python killed_solves.py FOLDER SEED KILLS
+    python killed_solves.py FOLDER SEED KILLS HOW
 
 Each solve runs in a fork of this process, which has imported torch but computed nothing. The first
-KILLS forks are killed a random number of products and milliseconds on, the last is left to end.
+KILLS forks are killed a random number of products and milliseconds on, or, where HOW is "crash", at
+a random one of the calls by which files change; the last is left to end.
 Prints JSON: eigenvalues and vectors' norms as hexadecimal floats, how many forks were killed at
 work, and the products that all of them did together.
 """
@@ -15,6 +16,7 @@ import signal
 import sys
 import time
 import warnings
+import zlib
 from pathlib import Path
 
 import torch
@@ -79,13 +81,34 @@ def products(folder):
     return sum(map(int, log.read_text().split())) if log.exists() else 0
 
 
-def run(folder, kill_at=None):
+def crash_at(count):
+    """Kill this process in place of the call number `count` of those by which files change."""
+    left = [count]
+
+    def crashing(fn):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return fn(*args, **kwargs)
+
+        return call
+
+    # Checksums are taken after each write to the journal, and after each reading of it.
+    for module, names in ((os, ("replace", "unlink", "fsync", "open")), (zlib, ("crc32",))):
+        for name in names:
+            setattr(module, name, crashing(getattr(module, name)))
+
+
+def run(folder, kill_at=None, crash=None):
     """Fork a solve, kill it so many products and seconds on; return whether it was at work."""
     before = products(folder)
     child = os.fork()
     if child == 0:
         code = 1
         try:
+            if crash is not None:
+                crash_at(crash)
             solve(folder)
             code = 0
         finally:
@@ -110,11 +133,14 @@ def run(folder, kill_at=None):
 
 
 def main():
-    folder, seed, kills = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+    folder, seed, kills, how = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     rng = random.Random(seed)
     killed, done = 0, []
     while killed < kills:
-        was_killed = run(folder, (rng.randrange(20), rng.uniform(0.0, 0.04)))
+        if how == "crash":
+            was_killed = run(folder, crash=rng.randrange(1, 40))
+        else:
+            was_killed = run(folder, (rng.randrange(20), rng.uniform(0.0, 0.04)))
         killed += was_killed
         done.append(products(folder))
         if not was_killed:

@@ -96,6 +96,17 @@ def peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def anonymous_bytes() -> int:
+    """Return the memory that this process holds now, without files that are mapped to it."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return peak_bytes()  # not Linux
+
+
 def make_operator(case: Case) -> Any:
     """Return a case's operator: a Hessian, or a diagonal plus a low-rank matrix."""
     import torch

@@ -32,6 +32,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from memory import anonymous_bytes
 from results import Report, parser, print_table
 
 TOL = 1e-2
@@ -64,13 +65,6 @@ class AnonymousPeak:
     def _watch(self) -> None:
         while not self._over.wait(0.01):
             self.peak = max(self.peak, anonymous_bytes())
-
-
-def anonymous_bytes() -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise SystemExit("this benchmark reads /proc/self/status, which this system has not")
 
 
 def work(job: dict[str, Any]) -> dict[str, Any]:

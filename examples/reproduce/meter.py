@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import peak_bytes
+from memory import anonymous_bytes, peak_bytes
 from training import write_json
 
 SAMPLE_SECONDS, KEEP_SECONDS, SAY_SECONDS = 0.2, 5.0, 60.0
@@ -85,14 +85,3 @@ class Meter:
                 said, done = now, getattr(self.operator, "num_matvecs", 0)
                 minutes = (now - self._start) / 60
                 print(f"  {minutes:.0f} min, {done} products, {peak_bytes() / 1e9:.3g} GB")
-
-
-def anonymous_bytes() -> int:
-    """Return the memory that this process holds now, without files that are mapped to it."""
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("RssAnon:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return peak_bytes()  # not Linux

@@ -5,6 +5,7 @@ Legend: B vectors, D their length; a rank has the D_local entries ``rows(D)`` of
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -229,19 +230,24 @@ class Communicator:
             yield step
             step.notes = [step.note]
             return
+        handled = sys.exc_info()[1]
         try:
             yield step
         except Exception as error:
-            self.announce(error)
+            self.announce(error, handled)
             raise
         self._exchange(what, step)
 
-    def announce(self, error: BaseException) -> None:
+    def announce(self, error: BaseException, handled: BaseException | None = None) -> None:
         """Tell the others, who end a step or are about to, that this rank raises an error.
 
         An error that all ranks know of already is not announced again.
+
+        Args:
+            error: The error.
+            handled: The error in whose handler the step was begun: an older story.
         """
-        if self.size == 1 or is_known(error):
+        if self.size == 1 or is_known(error, handled):
             return
         make_known(error)
         try:

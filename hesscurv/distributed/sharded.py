@@ -27,8 +27,18 @@ def own_shard(tensor: Any) -> Tensor:
 
 
 def whole(tensor: Any) -> Tensor:
-    """Return a DTensor's whole, gathered from all of its ranks; other tensors as they are."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    """Return a DTensor's whole, gathered from all of its ranks; other tensors as they are.
+
+    A matrix that is cut by rows travels by whatever way its group has, also where that cannot send
+    from the device the matrix lies on.
+    """
+    if not is_sharded(tensor):
+        return tensor
+    mesh = tensor.device_mesh
+    if tensor.ndim == 2 and mesh.ndim == 1 and [p.is_shard(0) for p in tensor.placements] == [True]:
+        ranks = Communicator(mesh.get_group())
+        return ranks.gather_rows(tensor.to_local().mT.contiguous(), tensor.shape[0]).mT
+    return tensor.full_tensor()
 
 
 def reshard(model: nn.Module) -> None:

@@ -41,10 +41,15 @@ def make_known(error: Any) -> Any:
     return error
 
 
-def is_known(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, is one that all ranks know of."""
+def is_known(error: BaseException | None, handled: BaseException | None = None) -> bool:
+    """Whether an error, or what it was raised from, is one that all ranks know of.
+
+    Args:
+        error: The error.
+        handled: The error that was being handled before; it and what it came from do not count.
+    """
     seen: set[int] = set()
-    while error is not None and id(error) not in seen:
+    while error is not None and error is not handled and id(error) not in seen:
         if getattr(error, "_known_to_all_ranks", False):
             return True
         seen.add(id(error))

@@ -16,6 +16,7 @@ journal's changes again, in their order, which gives the same basis bit by bit.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import time
@@ -32,7 +33,10 @@ from hesscurv.operators.fingerprint import differences
 from hesscurv.storage.checked_files import read_checked, write_checked
 from hesscurv.storage.mapped_files import DiskFullError, disk_full
 
+logger = logging.getLogger(__name__)
+
 _FORMAT, _VERSION = "hesscurv.checkpoint", 1
+_PIECE_NUMEL = 2**26  # entries of vectors that go through the host's memory at once
 _OVERHEAD = 0.2  # the share of the time that may go into writing states, where blocks are quick
 
 
@@ -59,12 +63,12 @@ class Checkpoint:
         self._generation = self._length = self._count = self._rows = 0
         self._file: BinaryIO | None = None
         self._saved, self._took = time.perf_counter(), 0.0
-        for path in self.folder.glob(f".state-{rank}-*"):  # of a process that was killed
-            path.unlink(missing_ok=True)
         try:
+            for path in self.folder.glob(f".state-{rank}-*"):  # of a process that was killed
+                path.unlink(missing_ok=True)
             self._states = self._read_states()
         except BaseException:
-            os.close(self._lock)
+            _unlock(self._lock)
             raise
         self._generations = {n: s["generation"] for n, s in self._states.items()}
 
@@ -76,17 +80,21 @@ class Checkpoint:
         return sorted(self._states)
 
     def resume(self, number: int) -> dict[str, Any]:
-        """Take up a state, forget later ones, and return the iteration's values of it."""
+        """Take up a state, and return the iteration's values of it."""
         chosen = self._states[number]
-        for later in [n for n in self._states if n > number]:
-            self._state_path(later).unlink(missing_ok=True)
-            self._generations.pop(later)
         self._states.clear()
         self._count, self._ops = number, list(chosen["journal"])
         self._generation, self._length = chosen["generation"], chosen["length"]
         self._rows = sum(op["shape"][0] for op in self._ops if op["kind"] == "append")
         self._took = float(chosen["took"])
         return dict(chosen["state"])
+
+    def forget(self) -> None:
+        """Remove all states: the work begins anew."""
+        for _, path in self._state_files():
+            path.unlink(missing_ok=True)
+        self._states.clear()
+        self._generations.clear()
 
     def replay(self, basis: Basis) -> None:
         """Make the journal's changes on an empty basis, and take note of all later ones.
@@ -102,6 +110,11 @@ class Checkpoint:
                         self._apply(op, file, basis)
             except FileNotFoundError as error:
                 raise ValueError(self._damaged(path)) from error
+        # What came after the state that was taken up goes, now that it has proved whole.
+        for later, old in self._state_files():
+            if later > self._count:
+                old.unlink(missing_ok=True)
+                self._generations.pop(later, None)
         self._file = open(path, "r+b" if self._ops else "w+b")  # noqa: SIM115, closed by `close`
         self._file.truncate(self._length)
         self._file.seek(self._length)
@@ -119,7 +132,7 @@ class Checkpoint:
 
     def _read(self, file: BinaryIO, op: dict[str, Any]) -> Tensor:
         dtype = getattr(torch, op["dtype"])
-        tensor = torch.empty(op["shape"], dtype=dtype)
+        tensor = torch.empty(op["shape"], dtype=dtype, device="cpu")
         raw = _bytes_of(tensor)
         file.seek(op["offset"])
         got = file.readinto(raw)  # type: ignore[attr-defined]
@@ -132,8 +145,9 @@ class Checkpoint:
     def append(self, rows: list[Tensor]) -> None:
         """Take note of vectors that were added, as they are stored."""
         for part in rows:
-            self._record(part, kind="append")
-            self._rows += len(part)
+            for piece in part.split(max(1, _PIECE_NUMEL // max(1, part.shape[1]))):
+                self._record(piece, kind="append")
+                self._rows += len(piece)
 
     def rotate(self, start: int, stop: int, Y_nk: Tensor) -> None:
         """Take note of `Basis.rotate_`."""
@@ -204,16 +218,21 @@ class Checkpoint:
         if self._file is not None:
             with contextlib.suppress(OSError):  # what was not written belongs to no state
                 self._file.close()
-        os.close(self._lock)
+        _unlock(self._lock)
 
     def _begin_anew(self, basis: Basis) -> None:
         """Write the basis as it stands to a new journal: rotations have made the old one long."""
         assert self._file is not None
         self._file.close()
         self._generation += 1
-        self._file = open(self._journal_path(self._generation), "w+b")  # noqa: SIM115
+        path = self._journal_path(self._generation)
+        self._file = open(path, "w+b")  # noqa: SIM115, closed by `close`
         self._ops, self._length, self._rows = [], 0, 0
-        self.append(basis.slabs())
+        try:
+            self.append(basis.slabs())
+        except OSError:
+            path.unlink(missing_ok=True)  # on a disk that is full
+            raise
 
     def _forget_old(self) -> None:
         self._generations[self._count] = self._generation
@@ -301,20 +320,40 @@ def check_room(folder: str | os.PathLike[str], nbytes: int) -> None:
         )
 
 
+_locks: set[int] = set()
+
+
 def _lock(path: Path) -> int:
+    """Open and lock a file, or refuse; the lock goes with the process, however it ends."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         import fcntl
-    except ImportError:  # Windows: nothing keeps two processes apart there
-        return handle
-    try:
+
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except BlockingIOError as error:
         os.close(handle)
         raise BlockingIOError(
             f"another process is working in {path.parent}; wait for it, or name another folder"
         ) from error
+    except (ImportError, OSError) as error:  # Windows, or a file system without locks
+        logger.info("%s cannot be locked: %s", path, error)
+    _locks.add(handle)
     return handle
+
+
+def _unlock(handle: int) -> None:
+    _locks.discard(handle)
+    os.close(handle)
+
+
+def _drop_locks() -> None:
+    # A child would hold them on after its parent was killed, a data loader's worker say.
+    for handle in list(_locks):
+        _unlock(handle)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_locks)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

@@ -124,7 +124,7 @@ class Eigenpairs:
 
         The file is read by `load` with ``torch.load(weights_only=True)``; it holds tensors and
         plain values alone. Its size is that of the eigenvectors, D k floats. Of pairs that are
-        spread over processes, all call it, and the first one gathers and writes them.
+        spread over processes, all call it; all gather them, and the first one writes.
 
         Args:
             path: The file to write; its folder must exist.

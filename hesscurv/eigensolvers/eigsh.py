@@ -79,26 +79,31 @@ def eigsh(
         raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
     solver = METHODS[method]
     operator = as_linear_operator(H)
-    _check_numbers(operator, k, tol, max_matvecs)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise TypeError(
-            f"expected a torch.Generator, got {type(generator).__name__}; for a seed use "
-            "torch.Generator().manual_seed(seed)"
-        )
-    accepted = inspect.signature(solver).parameters
-    if initial is not None:
-        if "initial" not in accepted:
-            raise ValueError(f"method {method!r} cannot start from `initial`; use 'block_krylov'")
-        options["initial"] = _check_initial(operator, initial)
-    for name, value in (("storage", storage), ("checkpoint", checkpoint)):
-        if value is not None:
-            if name not in accepted:
-                raise ValueError(f"method {method!r} has no {name}; use method='block_krylov'")
-            options[name] = value
-    unknown = [name for name in options if name not in accepted]
-    if unknown:
-        known = [n for n in accepted if n not in inspect.signature(eigsh).parameters]
-        raise TypeError(f"method {method!r} has no option {unknown}; its options are {known}")
+    if initial is not None:  # gathered before the checks, which are each rank's own
+        initial = whole(initial.eigenvectors if isinstance(initial, Eigenpairs) else initial)
+    with operator.communicator.together("reading the arguments of eigsh"):
+        _check_numbers(operator, k, tol, max_matvecs)
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(
+                f"expected a torch.Generator, got {type(generator).__name__}; for a seed use "
+                "torch.Generator().manual_seed(seed)"
+            )
+        accepted = inspect.signature(solver).parameters
+        if initial is not None:
+            if "initial" not in accepted:
+                raise ValueError(
+                    f"method {method!r} cannot start from `initial`; use 'block_krylov'"
+                )
+            options["initial"] = _check_initial(operator, initial)
+        for name, value in (("storage", storage), ("checkpoint", checkpoint)):
+            if value is not None:
+                if name not in accepted:
+                    raise ValueError(f"method {method!r} has no {name}; use method='block_krylov'")
+                options[name] = value
+        unknown = [name for name in options if name not in accepted]
+        if unknown:
+            known = [n for n in accepted if n not in inspect.signature(eigsh).parameters]
+            raise TypeError(f"method {method!r} has no option {unknown}; its options are {known}")
     return solver(
         operator,
         k,
@@ -133,12 +138,11 @@ def _check_numbers(operator: LinearOperator, k: int, tol: float, max_matvecs: in
         )
 
 
-def _check_initial(operator: LinearOperator, initial: Tensor | Eigenpairs) -> Tensor:
-    vectors = whole(initial.eigenvectors if isinstance(initial, Eigenpairs) else initial)
+def _check_initial(operator: LinearOperator, vectors: Any) -> Tensor:
     if not isinstance(vectors, Tensor) or not vectors.is_floating_point():
         raise TypeError(
             f"expected initial to be Eigenpairs or a floating tensor (D, k0), got "
-            f"{type(initial).__name__}"
+            f"{type(vectors).__name__}"
         )
     dim = operator.shape[0]
     if vectors.ndim != 2 or vectors.shape[0] != dim or not 1 <= vectors.shape[1] <= dim:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -76,7 +78,7 @@ def plan(
     dim = H.shape[0]
     communicator = H.communicator
     first, last = communicator.rows(dim)
-    local = max(1, last - first)
+    local = last - first
     capacity = None
     if state is not None:
         block, capacity = int(state["block"]), int(state["capacity"])
@@ -103,6 +105,9 @@ def plan(
     objective = getattr(H, "objective", None)
     reserved = 4 * block * dim * H.dtype.itemsize + (objective.budget if objective else 0)
 
+    if state is not None and storage is None and state["storage"] != "disk":
+        storage = state["storage"]  # another place has other roundings
+
     def choose(capacity: int | None, storage_dtype: torch.dtype | None) -> Placement:
         with communicator.together("planning the basis"):
             return choose_placement(
@@ -121,9 +126,11 @@ def plan(
 
     placement = choose(capacity, storage_dtype)
     if communicator.size > 1:  # all ranks have as many vectors, in one dtype
+        chosen = placement.chosen
         own = [-placement.capacity, int(placement.dtype == torch.float16)]
-        fewest, rounded = communicator.max_(torch.tensor(own)).tolist()
+        fewest, rounded = communicator.max_(torch.tensor(own, device="cpu")).tolist()
         placement = choose(-fewest, torch.float16 if rounded else placement.dtype)
+        placement = replace(placement, chosen=chosen)
     return block, placement
 
 
@@ -156,8 +163,11 @@ def newest_state(checkpoint: Checkpoint, H: LinearOperator) -> dict[str, Any] | 
     available = checkpoint.available
     newest = available[-1] if available else 0
     if H.communicator.size > 1:
-        newest = -int(H.communicator.max_(torch.tensor([-newest])))
+        newest = -int(H.communicator.max_(torch.tensor([-newest], device="cpu")))
     if newest == 0:
+        # Of a first save that not all came to.
+        with H.communicator.together("beginning"):
+            checkpoint.forget()
         return None
     with H.communicator.together("resuming"):
         if newest not in available:
@@ -165,17 +175,42 @@ def newest_state(checkpoint: Checkpoint, H: LinearOperator) -> dict[str, Any] | 
                 f"expected state {newest} of rank {checkpoint.rank} in {checkpoint.folder}, got "
                 f"{available}; the ranks' parts do not fit each other: begin anew in another folder"
             )
-    return checkpoint.resume(newest)
+        return checkpoint.resume(newest)
 
 
-def check_disk(folder: str | os.PathLike[str], placement: Placement, k: int, block: int) -> None:
+def check_disk(
+    folder: str | os.PathLike[str], placement: Placement, k: int, block: int, processes: int
+) -> None:
     """Refuse a checkpoint for which the disk has no room: every vector is written once.
 
     Raises:
-        DiskFullError: If there is less than the products usually needed would take.
+        DiskFullError: If there is less than the products usually needed would take, with the basis
+            itself where it goes to the same disk, for all processes of this machine.
     """
-    count = min(2 * placement.capacity, expected_matvecs(k, block))
-    check_room(folder, count * placement.dim * placement.dtype.itemsize)
+    count, most = expected_matvecs(k, block), 2 * placement.capacity
+    if count > most:  # the journal will be written anew, beside the old one
+        count = 3 * placement.capacity
+    nbytes = count * placement.dim * placement.dtype.itemsize
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    if placement.folder is not None and os.stat(placement.folder).st_dev == os.stat(folder).st_dev:
+        nbytes += placement.nbytes
+    check_room(folder, nbytes * _processes_here(processes))
+
+
+def check_sizes(block_size: Any, max_basis: Any) -> None:
+    """Refuse sizes that are none.
+
+    Raises:
+        TypeError: If one is no int.
+        ValueError: If one is below 1.
+    """
+    for name, value in (("block_size", block_size), ("max_basis", max_basis)):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"expected {name} to be an int or None, got {value!r}")
+        if value < 1:
+            raise ValueError(f"expected {name} >= 1, got {value}")
 
 
 def _processes_here(size: int) -> int:

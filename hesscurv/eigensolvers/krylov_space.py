@@ -12,6 +12,7 @@ orthonormal vectors may join P at any time: their rows in R are zero.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
@@ -69,7 +70,7 @@ class KrylovSpace:
         self.num_initial = 0
         with H.communicator.together("taking memory"):
             self.basis = Basis(placement, k, max(block, k // 2), H.dtype)
-        self.A = torch.zeros(0, 0, dtype=torch.float64)
+        self.A = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         self._ritz: dict[torch.dtype, tuple[Tensor, ...]] = {}  # of the last T
         self._asymmetries: list[float] = []
         self._scale = 0.0  # the largest ||H q|| seen: rounding is relative to it
@@ -78,14 +79,14 @@ class KrylovSpace:
     def start(self, initial: Tensor | None) -> None:
         """Let the first vectors wait: those given, (D, k0), and random ones where they are few."""
         if initial is not None:
-            start_KD = initial.mT.to(self.H.device, self.H.dtype, copy=True)
+            start_KD = initial.mT
             if self.capacity < min(self.dim, 2 * len(start_KD) + 3 * self.block):
                 # No room for all of them and their products: start from a block of their span.
-                mix = torch.randn(
-                    self.block, len(start_KD), generator=self._generator, dtype=start_KD.dtype
-                )
-                start_KD = mix.to(start_KD.device) @ start_KD
-            self.num_initial = self.add_pending(start_KD)
+                mix = self._random(self.block, len(start_KD)).to(start_KD)
+                start_KD = mix @ start_KD
+            for part_BD in start_KD.split(max(self.block, 32)):  # all of them may not fit a device
+                part_BD = part_BD.to(self.H.device, self.H.dtype, copy=True)
+                self.num_initial += self.add_pending(part_BD)
         if self.num_initial < self.k:
             self.add_random(self.block)
 
@@ -167,7 +168,10 @@ class KrylovSpace:
         """
         values, _, residuals = self.ritz(dtype)
         thresholds = self.thresholds(values[: self.k])
-        noise = torch.hypot(torch.tensor(self.noise), self.rounding * values[: self.k].abs())
+        noise = torch.hypot(
+            torch.tensor(self.noise, dtype=torch.float64, device="cpu"),
+            self.rounding * values[: self.k].abs(),
+        )
         noise = torch.minimum(noise, 0.9 * thresholds)
         return residuals <= (thresholds**2 - noise**2).sqrt()
 
@@ -186,7 +190,10 @@ class KrylovSpace:
             )
         self._scale = max(self._scale, scale)
         if rows == self.dim:
-            C, R = project_out_(W_BD, self.basis.slabs(), across=self.across), torch.zeros(0, size)
+            C, R = (
+                project_out_(W_BD, self.basis.slabs(), across=self.across),
+                torch.zeros(0, size, dtype=torch.float64, device="cpu"),
+            )
         else:
             floor = self.eps * self._scale
             # E^T H S is (S^T H E)^T, and S^T H E is a part of A.
@@ -198,7 +205,7 @@ class KrylovSpace:
             Q_rD, R = Q_rD[: self.dim - rows], R[: self.dim - rows]
             self._append(Q_rD)
         self._note_asymmetry(C[:m], self.A[m : m + size])
-        A = torch.zeros(self.basis.size, m + size, dtype=torch.float64)
+        A = torch.zeros(self.basis.size, m + size, dtype=torch.float64, device="cpu")
         A[:rows, :m] = self.A
         A[:rows, m:] = C
         A[rows:, m:] = R
@@ -216,19 +223,14 @@ class KrylovSpace:
             mine_BD = mine_BD[:, slice(*self.across.rows(self.dim))].clone()
         Q_rD, _, _ = orthonormalize_against_(mine_BD, self.basis.slabs(), across=self.across)
         self._append(Q_rD)
-        self.A = torch.cat([self.A, torch.zeros(len(Q_rD), self.A.shape[1], dtype=torch.float64)])
+        self.A = torch.cat(
+            [self.A, torch.zeros(len(Q_rD), self.A.shape[1], dtype=torch.float64, device="cpu")]
+        )
         return len(Q_rD)
 
     def add_random(self, count: int) -> int:
         """Let random vectors, orthogonal to the basis, wait; return how many there was room for."""
-        block_BD = torch.randn(
-            count,
-            self.dim,
-            generator=self._generator,
-            device=self._generator.device,
-            dtype=self.H.dtype,
-        )
-        return self.add_pending(block_BD.to(self.H.device))
+        return self.add_pending(self._random(count, self.dim).to(self.H.device))
 
     def select(self, size: int) -> None:
         """Turn the pending vectors so that the first `size` couple most to unconverged pairs."""
@@ -242,7 +244,9 @@ class KrylovSpace:
 
     def bring_last_forward(self, count: int) -> None:
         """Put the last `count` pending vectors before the other ones."""
-        self._turn_pending(torch.eye(self.num_pending, dtype=torch.float64).roll(count, dims=1))
+        self._turn_pending(
+            torch.eye(self.num_pending, dtype=torch.float64, device="cpu").roll(count, dims=1)
+        )
 
     def step_back(self, num_expanded: int) -> None:
         """Forget the products of the last expanded vectors, which wait again: nothing came of them.
@@ -266,13 +270,13 @@ class KrylovSpace:
             keep = min(m - 1, room, self.k + extra)
             self.A = torch.cat([torch.diag(values[:keep]), self.A[m:] @ Y[:, :keep]])
             self.num_expanded = keep
-            self.basis.rotate_(0, m, Y[:, :keep])
+            self._rotate(0, m, Y[:, :keep])
         else:
             # Too many pending vectors matter (a far warm start): start anew from the Ritz vectors.
             keep = self.num_initial = min(m, self.k)
-            self.A = torch.zeros(keep, 0, dtype=torch.float64)
+            self.A = torch.zeros(keep, 0, dtype=torch.float64, device="cpu")
             self.num_expanded = 0
-            self.basis.rotate_(0, m, Y[:, :keep])
+            self._rotate(0, m, Y[:, :keep])
             self.basis.truncate(keep)
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -282,7 +286,8 @@ class KrylovSpace:
             Ritz values (k,) and residuals (k,), float64 on the CPU, and the vectors (D, k).
         """
         values, Y, residuals = self.ritz()
-        self.basis.rotate_(0, self.num_expanded, Y)
+        self.basis.journal = None  # no state will refer to this
+        self._rotate(0, self.num_expanded, Y)
         return values[: self.k], residuals, self.basis.shrink().mT
 
     @property
@@ -292,12 +297,20 @@ class KrylovSpace:
         Both E^T (H S) and (S^T H E)^T are computed. With errors of norm s in random directions,
         their entries differ by sqrt(2 / D) s.
         """
-        return float(torch.tensor(self._asymmetries).median()) if self._asymmetries else 0.0
+        return statistics.median_low(self._asymmetries) if self._asymmetries else 0.0
 
     def _append(self, Q_rD: Tensor) -> None:
         # A disk may be full for one process alone.
         with self.H.communicator.together("storing vectors"):
             self.basis.append(Q_rD)
+
+    def _random(self, *shape: int) -> Tensor:
+        generator = self._generator
+        return torch.randn(shape, generator=generator, device=generator.device, dtype=self.H.dtype)
+
+    def _rotate(self, start: int, stop: int, Y: Tensor) -> None:
+        with self.H.communicator.together("turning vectors"):
+            self.basis.rotate_(start, stop, Y)
 
     def _from_first(self, factors: Iterable[Tensor]) -> list[Tensor]:
         """Return the first process' factors: another processor may find other eigenvectors."""
@@ -314,7 +327,7 @@ class KrylovSpace:
 
     def _turn_pending(self, U: Tensor) -> None:
         m = self.num_expanded
-        self.basis.rotate_(m, self.basis.size, U)
+        self._rotate(m, self.basis.size, U)
         self.A = torch.cat([self.A[:m], U.mT @ self.A[m:]])
 
     def _drop_pending(self) -> bool:

@@ -29,7 +29,7 @@ def measured_residuals(
         Shape (k,), float64, on the CPU.
     """
     across = H.communicator if H.communicator.size > 1 else None
-    out = torch.empty(V_Dk.shape[1], dtype=torch.float64)
+    out = torch.empty(V_Dk.shape[1], dtype=torch.float64, device="cpu")
     for start in range(0, len(out), block_size):
         part = slice(start, start + block_size)
         part_Db = V_Dk[:, part].to(H.device, H.dtype)

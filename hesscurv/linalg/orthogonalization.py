@@ -131,7 +131,7 @@ def orthonormalize_against_(
     # The rounding error of sums of m terms that cancel was measured as 0.2 sqrt(m) eps ||w||.
     noise = (4 + math.sqrt(C_mb.shape[0]) / 2) * eps * max(norms, default=0.0)
     threshold = max(floor / scale, noise)
-    start_bb = torch.eye(W_bD.shape[0], dtype=torch.float64)
+    start_bb = torch.eye(W_bD.shape[0], dtype=torch.float64, device="cpu")
     Q_rD, R_rb = _factor_(W_bD, start_bb, threshold, across)
     for _ in range(_MAX_PASSES):
         if C_mb.shape[0] == 0 or Q_rD.shape[0] == 0:
@@ -175,7 +175,7 @@ def project_out_(
     Cost: 2 m b D multiply-adds and two readings of the basis for each pass.
     """
     _check_slabs(W_bD, slabs)
-    C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64)
+    C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64, device="cpu")
     with full_precision(W_bD.device):
         for _ in range(passes if slabs else 0):
             C_mb += _subtract_projection_(W_bD, slabs, across)
@@ -277,7 +277,7 @@ def _subtract_known_(
     across: Reduction | None,
 ) -> Tensor:
     """Subtract the basis times coefficients, given for its first n vectors and else measured."""
-    C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64)
+    C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64, device="cpu")
     start, rest = 0, []
     with full_precision(W_bD.device):
         for slab_mD in slabs:
@@ -315,7 +315,7 @@ def _factor_(
         keep = norms * R_bn.norm(dim=1) > threshold
         if not keep.any():
             return P_bD[:0], R_bn[:0]
-        if keep.all() and (G_bb - torch.eye(len(G_bb))).abs().max() <= 8 * eps:
+        if keep.all() and (G_bb - torch.eye(len(G_bb), device="cpu")).abs().max() <= 8 * eps:
             break
         norms = norms[keep]
         scaled = G_bb[keep][:, keep] / torch.outer(norms, norms)
@@ -323,11 +323,11 @@ def _factor_(
         if across is not None:  # another processor may find other eigenvectors
             T_rr, F_rr = across.broadcast_(torch.stack([T_rr.contiguous(), F_rr.contiguous()]))
         R_bn = F_rr @ (norms[:, None] * R_bn[keep])
-        T_rb = torch.zeros(len(norms), len(keep), dtype=torch.float64)
+        T_rb = torch.zeros(len(norms), len(keep), dtype=torch.float64, device="cpu")
         T_rb[:, keep] = T_rr / norms
         P_bD = rotate_(P_bD, T_rb.mT)
         # Diagonally dominant means a condition below 3 (Gershgorin): this pass was the last.
-        if (scaled - torch.eye(len(scaled))).abs().sum(dim=1).max() < 0.5:
+        if (scaled - torch.eye(len(scaled), device="cpu")).abs().sum(dim=1).max() < 0.5:
             break
     else:
         raise ArithmeticError(
@@ -355,7 +355,9 @@ def _whitening(G: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     n = len(G)
     L, info = torch.linalg.cholesky_ex(G)
     if info == 0 and L.diagonal().min() > 0.1:
-        return torch.linalg.solve_triangular(L, torch.eye(n, dtype=G.dtype), upper=False), L.mT
+        return torch.linalg.solve_triangular(
+            L, torch.eye(n, dtype=G.dtype, device="cpu"), upper=False
+        ), L.mT
     values, Z = torch.linalg.eigh(G)
     roots = values.clamp(min=math.sqrt(n) * eps * values[-1].item()).sqrt()
     return (Z / roots).mT, (Z * roots).mT
@@ -369,7 +371,7 @@ def _normalize_scale_(W_bD: Tensor, across: Reduction | None) -> float:
         finite = math.isfinite(low) and math.isfinite(high)
         largest = max(-low, high) if finite else math.inf
     if across is not None:
-        largest = across.max_(torch.tensor([largest], dtype=torch.float64)).item()
+        largest = across.max_(torch.tensor([largest], dtype=torch.float64, device="cpu")).item()
     if not math.isfinite(largest):
         raise ValueError(
             "expected finite vectors, got NaN or inf entries; check the operator's products"

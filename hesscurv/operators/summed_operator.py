@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from abc import abstractmethod
 from typing import Any
 
@@ -155,11 +156,12 @@ class SummedOperator(LinearOperator):
         self._announcing(super()._check, other)
 
     def _announcing(self, check: Any, operand: Any) -> None:
+        handled = sys.exc_info()[1]
         try:
             check(operand)
         except Exception as error:
             # The others wait for this rank at the end of their first step, `refresh_together`'s.
-            self.communicator.announce(error)
+            self.communicator.announce(error, handled)
             raise
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.linalg.test_matrices import KINDS, draw_seed, make_test_matrix
@@ -315,7 +316,7 @@ def _known_part(pairs: Eigenpairs | None, dim: int) -> tuple[Tensor, list[Tensor
             f"expected fewer than D = {dim} eigenpairs, got {k}: their eigenvalues are the spectrum"
         )
     known = pairs.eigenvalues.detach().to("cpu", torch.float64)
-    return known, [pairs.eigenvectors.detach().mT]
+    return known, [whole(pairs.eigenvectors).detach().mT]
 
 
 def _padded(results: list[Tridiagonal]) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,10 @@ def read_checked(path: Path) -> dict[str, Any]:
     payload = memoryview(content)[start:]
     if hashlib.sha256(payload).digest() != content[len(_MAGIC) : start]:
         raise ValueError(f"{path} is damaged or cut short: its checksum does not fit its content")
-    data = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    try:
+        data = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path} cannot be read by this version: {error}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{path} holds a {type(data).__name__} where a dictionary was expected")
     return data

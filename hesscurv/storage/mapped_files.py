@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import mmap
 import os
 import tempfile
 from pathlib import Path
@@ -37,11 +38,11 @@ def mapped_tensor(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> T
         return torch.empty(shape, dtype=dtype)
     handle, name = tempfile.mkstemp(prefix=".hesscurv-", suffix=".block", dir=folder)
     try:
+        os.unlink(name)
         reserve(handle, size, folder)
-        return torch.from_file(name, shared=True, size=numel, dtype=dtype).view(shape)
+        return torch.frombuffer(mmap.mmap(handle, size), dtype=dtype, count=numel).view(shape)
     finally:
         os.close(handle)
-        os.unlink(name)
 
 
 def reserve(handle: int, size: int, folder: Path) -> None:
@@ -57,9 +58,15 @@ def reserve(handle: int, size: int, folder: Path) -> None:
     """
     try:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)
-        else:
-            os.ftruncate(handle, size)
+            try:
+                os.posix_fallocate(handle, 0, size)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
+        zeros = bytes(2**24)  # a file system without reservations: its blocks have to be written
+        for start in range(0, size, len(zeros)):
+            os.pwrite(handle, zeros[: size - start], start)
     except OSError as error:
         raise disk_full(error, folder, size) from error
 

@@ -142,7 +142,7 @@ def choose_placement(
             room = _free(kind, folder, device) // (sharing if shared else 1)
             if kind == "device" or (kind == "cpu" and device.type == "cpu"):
                 room = max(0, room - reserved)
-            fits = room // (dim * stored.itemsize)
+            fits = room // (max(dim, 1) * stored.itemsize)
             chosen = storage is None and storage_dtype is None
             option = Placement(kind, stored, device, min(fits, wanted), dim, folder, chosen)
             options.append((option, room))
@@ -242,6 +242,11 @@ def _is_memory(folder: Path) -> bool:
 def _check(
     storage: str | os.PathLike[str] | None, storage_dtype: torch.dtype | None, dtype: torch.dtype
 ) -> None:
+    if storage in ("cuda", "gpu", "host", "ram", "disk"):
+        raise ValueError(
+            f"expected storage 'device', 'cpu' or a folder, got {storage!r}; for a folder of that "
+            f"name say './{storage}'"
+        )
     if storage is not None and not isinstance(storage, (str, os.PathLike)):
         raise TypeError(
             f"expected storage 'device', 'cpu' or a folder, got a {type(storage).__name__}"

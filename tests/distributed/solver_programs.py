@@ -11,11 +11,13 @@ from distributed.rank_programs import TASK, batches, net, share
 from distributed.worlds import die, refused
 
 import hesscurv
+from hesscurv.eigensolvers.checkpoint import Checkpoint
 from hesscurv.operators.linear_operator import DenseOperator
 from hesscurv.storage.mapped_files import DiskFullError
 from hesscurv.storage.placement import Placement
 
 K = 12
+ALLOCATE = Placement.allocate
 OPTIONS = {
     "plain": {},
     "restarts": {"max_basis": K + 12, "block_size": 3},
@@ -117,6 +119,15 @@ def go_on():
                 Failing(matrix(), allowed, power_cut), K, checkpoint="work", **options
             )
         )
+    solve_on = lambda: hesscurv.eigsh(  # noqa: E731
+        Failing(matrix(), 10**9, power_cut), K, checkpoint="work", **options
+    )
+    if not first:
+        damage("work")
+    dist.barrier()
+    out["damaged"] = refused(solve_on)
+    if not first:
+        damage("work")
     H = Failing(matrix(), 10**9, power_cut)
     out["resumed"] = told(hesscurv.eigsh(H, K, checkpoint="work", **options))
     out["new products"] = H.num_matvecs
@@ -124,7 +135,22 @@ def go_on():
     out["foreign"] = refused(
         lambda: hesscurv.eigsh(Failing(other, 10**9, power_cut), K, checkpoint="work", **options)
     )
+    out["again"] = refused(solve_on)
+    out["unlike"] = refused(
+        lambda: hesscurv.eigsh(
+            Failing(matrix(), 10**9, power_cut), K, max_matvecs=60 if first else 90, **options
+        )
+    )
+    out["bad k"] = refused(lambda: hesscurv.eigsh(H, K if first else -1, **options))
     return out
+
+
+def damage(folder):
+    """Flip a byte of this rank's journal; twice is not at all."""
+    (path,) = Path(folder).glob(f"journal-{dist.get_rank()}-*.bin")
+    content = bytearray(path.read_bytes())
+    content[100] ^= 0xFF
+    path.write_bytes(content)
 
 
 def fill_one_disk():
@@ -136,7 +162,25 @@ def fill_one_disk():
 
         Placement.allocate = allocate
     H = Failing(matrix(), 10**9, power_cut)
-    return refused(lambda: hesscurv.eigsh(H, K, storage="blocks"))
+    out = [refused(lambda: hesscurv.eigsh(H, K, storage="blocks"))]
+    if dist.get_rank() == 1:
+
+        def rotate(self, start, stop, Y):
+            raise DiskFullError(28, "the disk is full")
+
+        Checkpoint.rotate = rotate
+        del Placement.allocate
+        Placement.allocate = ALLOCATE
+    options = {"block_size": 3, "max_basis": K + 12, "tol": 1e-9, "checkpoint": "full"}
+    out.append(refused(lambda: hesscurv.eigsh(H, K, **options)))
+    return out
+
+
+def solve_few_rows():
+    """Solve where some ranks have no row at all."""
+    A = torch.diag(torch.tensor([3.0, -2.0, 1.0], dtype=torch.float64))
+    H = Failing(A, 10**9, power_cut)
+    return told(hesscurv.eigsh(H, 2, block_size=1))
 
 
 def lose_one():

@@ -109,14 +109,35 @@ def test_a_solve_that_failed_on_one_rank_or_all_goes_on(tmp_path):
         assert rank["new products"] < rank["whole"]["num_matvecs"] - 30
         assert rank["foreign"][0] in ("ValueError", "DistributedError")
         assert "another problem" in rank["foreign"][1]
+        assert rank["again"][0] == ""
+        kind = "DistributedError" if number == 0 else "ValueError"
+        assert rank["damaged"][0] == kind
+        assert "is damaged" in rank["damaged"][1]
+        assert rank["unlike"][0] == "ValueError"
+        assert "arguments of the solve" in rank["unlike"][1]
+        assert rank["bad k"][0] == kind
+        assert "1 <= k <= D" in rank["bad k"][1]
+        assert all(rank[name][2] < 8 for name in ("one", "damaged", "foreign", "unlike", "bad k"))
 
 
 def test_a_full_disk_of_one_rank_ends_all(tmp_path):
-    first, second = run_world(programs.fill_one_disk, 2, tmp_path)
-    assert second[0] == "DiskFullError"
-    assert first[0] == "DistributedError"
-    assert "rank 1 failed" in first[1]
-    assert first[2] < 8
+    ranks = run_world(programs.fill_one_disk, 2, tmp_path)
+    for first, second in zip(*ranks, strict=True):  # of the basis, and of the checkpoint
+        assert second[0] == "DiskFullError"
+        assert first[0] == "DistributedError"
+        assert "rank 1 failed" in first[1]
+        assert first[2] < 8
+
+
+def test_ranks_without_a_row_take_part(tmp_path):
+    for rank in run_world(programs.solve_few_rows, 2, tmp_path):
+        assert rank["eigenvalues"].tolist() == pytest.approx([3.0, -2.0])
+
+
+@pytest.mark.slow
+def test_more_ranks_than_rows_are_fine(tmp_path):
+    for rank in run_world(programs.solve_few_rows, 4, tmp_path):
+        assert rank["eigenvalues"].tolist() == pytest.approx([3.0, -2.0])
 
 
 def test_a_rank_that_dies_ends_the_solve_of_the_others(tmp_path):

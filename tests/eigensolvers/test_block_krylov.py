@@ -310,3 +310,32 @@ def test_no_progress_by_default(capfd):
     eigsh(planted(decaying(), 0)[0], 5)
     captured = capfd.readouterr()
     assert captured.out == captured.err == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"block_size": 0}, ValueError),
+        ({"block_size": -1}, ValueError),
+        ({"block_size": 2.5}, TypeError),
+        ({"max_basis": 200.5}, TypeError),
+        ({"max_basis": True}, TypeError),
+    ],
+)
+def test_sizes_that_are_none_are_refused(options, error):
+    H = DenseOperator(torch.eye(300))
+    with pytest.raises(error, match=f"expected {next(iter(options))}"):
+        eigsh(H, 3, **options)
+    assert H.num_matvecs == 0
+
+
+@pytest.mark.parametrize("max_basis", [None, 30])
+def test_another_default_device_changes_nothing(max_basis):
+    A = torch.diag(torch.arange(1.0, 101.0, dtype=torch.float64))
+    expected = eigsh(A, 10, block_size=3, max_basis=max_basis)
+    with torch.device("meta"):
+        pairs = eigsh(A, 10, block_size=3, max_basis=max_basis)
+        warm = eigsh(A, 10, block_size=3, max_basis=max_basis, initial=pairs)
+    assert torch.equal(pairs.eigenvalues, expected.eigenvalues)
+    # Both have residuals up to 1e-3, of which Ritz values err by the square.
+    torch.testing.assert_close(warm.eigenvalues, expected.eigenvalues, rtol=1e-5, atol=0)

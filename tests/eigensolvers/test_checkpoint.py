@@ -68,18 +68,19 @@ def only(folder, pattern):
     return path
 
 
-def test_killed_twenty_times_it_ends_with_the_same_bits(tmp_path):
+@pytest.mark.parametrize("how", ["kill", "crash"])
+def test_killed_twenty_times_it_ends_with_the_same_bits(how, tmp_path):
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
         "HESSCURV_CACHE": str(tmp_path / "cache"),  # one calibration for all processes
     }
     results = []
-    for name, kills in (("whole", 0), ("killed", 20)):
+    for name, kills in (("whole", 0), ("killed", 20 if how == "kill" else 40)):
         folder = tmp_path / name
         folder.mkdir()
         done = subprocess.run(
-            [sys.executable, WORKER, folder, "0", str(kills)],
+            [sys.executable, WORKER, folder, "0", str(kills), how],
             env=environment,
             capture_output=True,
             text=True,
@@ -88,14 +89,14 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         results.append(json.loads(done.stdout))
     whole, killed = results
-    assert killed["killed"] == 20
+    assert killed["killed"] == kills
     assert killed["values"] == whole["values"]
     assert killed["norms"] == whole["norms"]
     assert killed["num_matvecs"] == whole["num_matvecs"]
     assert whole["restarts"] > 2
     # Lost is the block in work, and what a slow disk left unsaved: blocks here take 20 ms.
     lost = killed["all_products"] - whole["all_products"]
-    assert 0 < lost <= 20 * 4 * BLOCK
+    assert 0 < lost <= kills * 4 * BLOCK
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -209,8 +210,10 @@ def test_a_flipped_byte_is_found(pattern, position, tmp_path):
     A = matrix()
     interrupted(A, tmp_path)
     damage(sorted(tmp_path.glob(pattern))[-1], position)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="damaged"):
         solve(A, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 @pytest.mark.parametrize("pattern", ["state-0-*.pt", "journal-0-*.bin"])
@@ -282,6 +285,33 @@ def test_a_checkpoint_that_the_disk_has_no_room_for_is_refused_at_once(tmp_path,
     with pytest.raises(DiskFullError, match=r"will take .* GB, and the disk .* has"):
         hesscurv.eigsh(H, K, checkpoint=tmp_path)
     assert H.num_matvecs == 0
+
+
+def test_more_products_bring_the_search_for_missed_pairs_too(tmp_path):
+    # Four copies of the largest eigenvalue: one starting vector sees one of them.
+    A = torch.diag(torch.tensor([5.0] * 4 + torch.linspace(1, 4, 200).tolist()).double())
+    options = {"k": 6, "block_size": 1, "max_basis": None, "tol": 1e-4}
+    with pytest.warns(hesscurv.ConvergenceWarning):
+        solve(A, tmp_path, max_matvecs=12, **options)
+    pairs = solve(A, tmp_path, **options)
+    assert pairs.eigenvalues[:4].tolist() == pytest.approx([5.0] * 4)
+
+
+def test_a_failed_solve_gives_the_generator_back(tmp_path):
+    A, generator = matrix(), torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    interrupted(A, tmp_path, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+    expected = solve(A, None, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(solve(A, tmp_path, generator=generator).eigenvalues, expected.eigenvalues)
+
+
+def test_a_refused_checkpoint_is_not_locked_any_more(tmp_path):
+    A = matrix()
+    interrupted(A, tmp_path)
+    with pytest.raises(ValueError, match="another problem"):
+        solve(matrix(1), tmp_path)
+    solve(A, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["single_pass", "rayleigh_ritz"])
