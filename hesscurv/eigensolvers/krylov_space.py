@@ -43,7 +43,8 @@ class KrylovSpace:
         generator: Source of random vectors.
 
     Where H's products are spread over processes, each holds some rows of all vectors; small
-    matrices, and with them all decisions, are the same on each.
+    matrices, and with them all decisions, are the same on each: sums are, and eigenvectors are the
+    first one's. What else is computed from them is as alike as the processors are.
     """
 
     def __init__(

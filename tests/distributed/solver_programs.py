@@ -146,11 +146,11 @@ def go_on():
 
 
 def damage(folder):
-    """Flip a byte of this rank's journal; twice is not at all."""
-    (path,) = Path(folder).glob(f"journal-{dist.get_rank()}-*.bin")
-    content = bytearray(path.read_bytes())
-    content[100] ^= 0xFF
-    path.write_bytes(content)
+    """Flip a byte of this rank's journals; twice is not at all."""
+    for path in Path(folder).glob(f"journal-{dist.get_rank()}-*.bin"):
+        content = bytearray(path.read_bytes())
+        content[100] ^= 0xFF
+        path.write_bytes(content)
 
 
 def fill_one_disk():

@@ -76,7 +76,7 @@ def test_killed_twenty_times_it_ends_with_the_same_bits(how, tmp_path):
         "HESSCURV_CACHE": str(tmp_path / "cache"),  # one calibration for all processes
     }
     results = []
-    for name, kills in (("whole", 0), ("killed", 20 if how == "kill" else 40)):
+    for name, kills in (("whole", 0), ("killed", 20 if how == "kill" else 25)):
         folder = tmp_path / name
         folder.mkdir()
         done = subprocess.run(
