@@ -52,7 +52,7 @@ def shared_options(description: str | None) -> argparse.ArgumentParser:
     out.add_argument("--batch", type=positive, help="samples in one batch of the Hessian")
     out.add_argument("--tol", type=float, default=1e-2, help="of the residuals; default 1e-2")
     out.add_argument("--storage", choices=["device", "cpu", "disk"], help="eigsh's; disk: --folder")
-    out.add_argument("--storage-dtype", choices=["float32", "bfloat16"], help="eigsh's")
+    out.add_argument("--storage-dtype", choices=["float32", "float16", "bfloat16"], help="eigsh's")
     out.add_argument("--block-size", type=positive, help="eigsh's")
     out.add_argument("--max-basis", type=positive, help="eigsh's")
     out.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -148,7 +148,7 @@ def in_own_process(options: argparse.Namespace, step: int) -> dict[str, Any]:
 def print_plan(options: argparse.Namespace, model: nn.Module, source: str) -> None:
     """Print sizes before the work: D, k, what is stored where."""
     size = sum(p.numel() for p in model.parameters())
-    entry = 2 if options.storage_dtype == "bfloat16" else 4
+    entry = 4 if options.storage_dtype in (None, "float32") else 2
     block = options.block_size or max(4, min(16, options.k // 4))
     basis = min(size, options.max_basis or 2 * options.k + 10 * block + 30)
     where = {None: "where eigsh chooses", "device": f"on {options.device}", "cpu": "in memory"}

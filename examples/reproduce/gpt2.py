@@ -13,7 +13,7 @@ training does not see. `test loss` and `accuracy` are of the next byte in these.
 `--data` is the folder that holds `tinyshakespeare.txt` (or its folder `text`); without it, a text
 drawn from a random Markov chain. In `--folder` lie weights, checkpoints and what is done: after a
 kill, the same command goes on. One vector takes 0.5 GB in float32: on 24 GB use `--storage disk`,
-or `--storage-dtype bfloat16`, and `--max-basis`.
+or `--storage-dtype float16`, and `--max-basis`.
 """
 
 from __future__ import annotations
