@@ -144,6 +144,7 @@ def block_krylov(
             if state is None:
                 space.start(initial)
             else:
+                bar.go_on_from(space.num_matvecs)
                 bar.say(f"going on from {checkpoint} after {space.num_matvecs} products")
             run.solve()
             return run.result()
