@@ -2,8 +2,8 @@
 
     python examples/benchmarks/storage.py [--quick] [--data DIR] [--folder DIR]
 
-One problem, 3c3d (895,210 parameters, 64 images, trained for 200 steps), k = 100 pairs to tol 1e-2
-with a basis of at most 160 vectors, so that it is full and is restarted. Each storage runs in a
+One problem, 3c3d (895,210 parameters, 64 images, trained for 200 steps), k = 64 pairs to tol 1e-2
+with a basis of at most 140 vectors, so that it is full and is restarted. Each storage runs in a
 process of its own, all of them in turns, `--rounds` times. Columns:
 
     storage, dtype  of the basis; disk is a folder in DIR or the system's temporary one
@@ -43,7 +43,7 @@ STORAGES = [
     ("disk", "float32"),
     ("disk", "float16"),
 ]
-SIZES = {False: ("3c3d", 100, 160, 16), True: ("small convnet", 20, 60, 8)}
+SIZES = {False: ("3c3d", 64, 140, 16), True: ("small convnet", 20, 60, 8)}
 
 
 # -- in a process of its own --------------------------------------------------------------------
