@@ -100,7 +100,8 @@ class MeasurementFolder:
         if not (path / _MANIFEST).exists():
             # Before the manifest, which would bind the next try to these sizes.
             new = cls(path, wanted)
-            new.require_space(new.missing())
+            # By names alone: another job may be writing its own measurements by now.
+            new.require_space(new.absent())
             path.mkdir(exist_ok=True)
             create_atomically(path / _MANIFEST, wanted.to_json().encode())
         folder = cls.open(path)
