@@ -67,9 +67,10 @@ def block_krylov(
             folder on a disk, for files that are mapped into memory and go with the result. By
             default chosen from what is free: see `hesscurv.storage.placement.choose_placement`.
         storage_dtype: H's dtype, or torch.float16 or torch.bfloat16: half the memory, at the price
-            of residuals of some 1e-3 |lambda_i|, for bfloat16 up to 5e-2 |lambda_i|; sums are in
-            H's dtype all the same. By default H's, or float16 where memory is short and tol is
-            at least 5e-3. The eigenvectors are returned as they are stored.
+            of vectors rounded by 2^-12 or 2^-9 of their norm, more of which shows in residuals the
+            further down the spectrum; sums are in H's dtype all the same. By default H's, or
+            float16 where memory is short and tol is at least 5e-3. The eigenvectors are returned
+            as they are stored.
         checkpoint: A folder to save the work in, as it goes; where there is work in it already,
             the same call goes on from there, and ends with the same bits on a CPU. See below.
         progress: Whether to show a progress bar: pairs converged, products, rate.
@@ -134,8 +135,8 @@ def block_krylov(
         space = KrylovSpace(H, k, tol, block, placement, generator)
         with Progress(k, progress) as bar:
             bar.say(str(placement), unusual=placement.is_unusual(H.dtype))
-            run = KrylovRun(space, 20 * k + 1000 if max_matvecs is None else max_matvecs, verify)
-            run.progress, run.checkpoint = bar, journal
+            most = 20 * k + 1000 if max_matvecs is None else max_matvecs
+            run = KrylovRun(space, most, verify, bar, journal)
             with ranks.together("restoring the basis"):
                 if journal is not None:
                     journal.replay(space.basis)

@@ -47,7 +47,6 @@ class Checkpoint:
         folder: Made if it does not exist. One solve has one folder.
         identity: Plain values that must be equal when the work is resumed.
         rank: Of the process, where several work together.
-        remedy: What to do about a checkpoint of something else.
 
     Raises:
         ValueError: If the folder holds the checkpoint of something else, or a damaged one.
@@ -60,7 +59,7 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.folder / f"lock-{rank}")
         self._ops: list[dict[str, Any]] = []
-        self._generation = self._length = self._count = self._rows = 0
+        self._generation = self._length = self._count = 0
         self._file: BinaryIO | None = None
         self._saved, self._took = time.perf_counter(), 0.0
         try:
@@ -85,7 +84,6 @@ class Checkpoint:
         self._states.clear()
         self._count, self._ops = number, list(chosen["journal"])
         self._generation, self._length = chosen["generation"], chosen["length"]
-        self._rows = sum(op["shape"][0] for op in self._ops if op["kind"] == "append")
         self._took = float(chosen["took"])
         return dict(chosen["state"])
 
@@ -147,7 +145,6 @@ class Checkpoint:
         for part in rows:
             for piece in part.split(max(1, _PIECE_NUMEL // max(1, part.shape[1]))):
                 self._record(piece, kind="append")
-                self._rows += len(piece)
 
     def rotate(self, start: int, stop: int, Y_nk: Tensor) -> None:
         """Take note of `Basis.rotate_`."""
@@ -190,7 +187,8 @@ class Checkpoint:
         """
         begun = time.perf_counter()
         assert self._file is not None
-        if self._rows > 2 * basis.capacity:
+        rows = sum(op["shape"][0] for op in self._ops if op["kind"] == "append")
+        if rows > 2 * basis.capacity:
             self._begin_anew(basis)
         try:
             self._file.flush()
@@ -227,7 +225,7 @@ class Checkpoint:
         self._generation += 1
         path = self._journal_path(self._generation)
         self._file = open(path, "w+b")  # noqa: SIM115, closed by `close`
-        self._ops, self._length, self._rows = [], 0, 0
+        self._ops, self._length = [], 0
         try:
             self.append(basis.slabs())
         except OSError:
@@ -303,18 +301,16 @@ def check_room(folder: str | os.PathLike[str], nbytes: int) -> None:
     """Refuse a checkpoint for which the disk has no room.
 
     Args:
-        folder: The checkpoint's; made if it does not exist.
+        folder: The checkpoint's.
         nbytes: Bytes that it will take.
 
     Raises:
         DiskFullError: If there are fewer.
     """
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path).free
+    free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise DiskFullError(
-            f"the checkpoint will take {nbytes / 1e9:.3g} GB, and the disk of {path} has "
+            f"the checkpoint will take {nbytes / 1e9:.3g} GB, and the disk of {folder} has "
             f"{free / 1e9:.3g} GB left; free some room, name a folder on another disk, or take "
             "fewer vectors (k, max_basis) or storage_dtype=torch.float16"
         )

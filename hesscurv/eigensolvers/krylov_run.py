@@ -41,16 +41,20 @@ class KrylovRun:
         space: The space, with its first vectors waiting.
         max_matvecs: The most products.
         verify: Whether to look for missed eigenvectors at the end.
-
-    Attributes:
-        progress: The progress bar; none by default.
-        checkpoint: Where the state is saved; nowhere by default.
+        progress: The progress bar.
+        checkpoint: Where the state is saved; None for nowhere.
     """
 
-    def __init__(self, space: KrylovSpace, max_matvecs: int, verify: bool) -> None:
+    def __init__(
+        self,
+        space: KrylovSpace,
+        max_matvecs: int,
+        verify: bool,
+        progress: Progress,
+        checkpoint: Checkpoint | None,
+    ) -> None:
         self.space, self.max_matvecs, self.verify = space, max_matvecs, verify
-        self.progress = Progress(space.k, enabled=False)
-        self.checkpoint: Checkpoint | None = None
+        self.progress, self.checkpoint = progress, checkpoint
         self.start = time.perf_counter()
         self.next_check = 0  # the Ritz pairs are looked at from so many expanded vectors on
         # Random vectors a step of the search, how often it was without result, and whether it is

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ import torch
 
 from hesscurv.operators.measurement import WIDTHS, Measurement, agree, probes
 from hesscurv.operators.tasks import tensors_of
+from hesscurv.storage.atomic_files import write_atomically
 
 if TYPE_CHECKING:
     from hesscurv.operators.curvature_operator import CurvatureOperator
@@ -176,11 +176,5 @@ def _write(key: str, calibration: Calibration) -> None:
     data = asdict(calibration)
     with contextlib.suppress(OSError):  # a read-only home is no reason to fail
         folder.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=folder)
-        try:
-            with os.fdopen(handle, "w") as file:
-                json.dump(data, file)
-            os.replace(temporary, folder / f"calibration-{key}.json")
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        content = json.dumps(data).encode()
+        write_atomically(folder / f"calibration-{key}.json", lambda file: file.write(content))

@@ -52,6 +52,39 @@ def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"expected {name} among {list(choices)}, got {value!r}")
 
 
+def check_estimate(
+    H: Any,
+    num_matvecs: Any,
+    method: Any,
+    fewest: dict[str, int],
+    block_size: Any,
+    generator: torch.Generator | None,
+) -> tuple[LinearOperator, torch.Generator]:
+    """Check the arguments that `trace` and `diagonal` have in common.
+
+    Args:
+        H: The operator.
+        num_matvecs: The most products.
+        method: One of the keys of `fewest`.
+        fewest: The fewest products of each method; D are always enough.
+        block_size: Products at a time.
+        generator: The caller's, or None.
+
+    Returns:
+        The operator, and the generator to draw from.
+
+    Raises:
+        TypeError: If H is no operator, or not float32 or float64, or a number is not an int.
+        ValueError: If an argument is out of range.
+    """
+    H = check_operator(H)
+    check_choice("method", method, tuple(fewest))
+    check_count("block_size", block_size, 1)
+    least = min(fewest[method], H.shape[0])
+    check_count("num_matvecs", num_matvecs, least, f"{method!r} needs two samples for an error bar")
+    return H, default_generator(generator)
+
+
 def default_generator(generator: torch.Generator | None) -> torch.Generator:
     """Return the generator, or a new one with seed 0: torch's global one is never used."""
     return torch.Generator().manual_seed(0) if generator is None else generator

@@ -12,12 +12,7 @@ from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator
-from hesscurv.spectra.arguments import (
-    check_choice,
-    check_count,
-    check_operator,
-    default_generator,
-)
+from hesscurv.spectra.arguments import check_estimate
 from hesscurv.spectra.leave_one_out import deflate, project, sketch_range
 
 # The fewest products that give an error bar: two samples.
@@ -58,8 +53,8 @@ def diagonal(
 
     - "xdiag" (default): the mean over i of ``diag(H - E_i) + omega_i o (E_i omega_i)`` with
       ``E_i = (I - P_i) H (I - P_i)``. The paper, for matrices that need not be symmetric, has
-      ``E_i = (I - P_i) H``; what symmetry allows has an error 1.3 to 3 times smaller on
-      decaying spectra, for the same products.
+      ``E_i = (I - P_i) H``; what symmetry allows has a smaller error on decaying spectra, for the
+      same products.
     - "hutchinson": the mean of ``omega_i o (H omega_i)`` over n test vectors.
 
     An entry's error is ``sqrt(sum_{j != i} H_ij^2 / n)`` with Hutchinson. XDiag removes the large
@@ -96,13 +91,8 @@ def diagonal(
         Bekas, Kokiopoulou, Saad, "An estimator for the diagonal of a matrix", Appl. Numer. Math. 57
         (2007).
     """
-    H = check_operator(H)
-    check_choice("method", method, tuple(_FEWEST))
-    check_count("block_size", block_size, 1)
+    H, generator = check_estimate(H, num_matvecs, method, _FEWEST, block_size, generator)
     dim = H.shape[0]
-    least = min(_FEWEST[method], dim)
-    check_count("num_matvecs", num_matvecs, least, f"{method!r} needs two samples for an error bar")
-    generator = default_generator(generator)
     total = min(num_matvecs, dim)
     H.expect(total)
     with CountedOperator(H, total, "diagonal", progress) as counted:

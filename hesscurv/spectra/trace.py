@@ -14,12 +14,7 @@ from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.linalg.orthogonalization import orthonormalize_, project_out_
 from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator
-from hesscurv.spectra.arguments import (
-    check_choice,
-    check_count,
-    check_operator,
-    default_generator,
-)
+from hesscurv.spectra.arguments import check_estimate
 from hesscurv.spectra.diagonal import exact_diagonal
 from hesscurv.spectra.leave_one_out import project, sketch_range
 
@@ -84,9 +79,8 @@ def trace(
     Returns:
         The estimate with its standard error, which comes from the m samples' scatter,
         ``sqrt(sum_i (t_i - t)^2 / (m (m - 1)))``. Few samples give a coarse one. XTrace's samples
-        share most of their test vectors; the paper counts them as independent, and on planted
-        spectra the result was 0.65 to 1 of the true deviation (0.55 where m falls just short of
-        the number of large eigenvalues).
+        share most of their test vectors; the paper counts them as independent, so that the result
+        tends to be too small, most where m falls just short of the number of large eigenvalues.
 
     Raises:
         TypeError: If H is no operator, or not float32 or float64, or a number is not an int.
@@ -103,13 +97,8 @@ def trace(
         Hutchinson, "A stochastic estimator of the trace of the influence matrix for Laplacian
         smoothing splines" (1990).
     """
-    H = check_operator(H)
-    check_choice("method", method, tuple(_FEWEST))
-    check_count("block_size", block_size, 1)
+    H, generator = check_estimate(H, num_matvecs, method, _FEWEST, block_size, generator)
     dim = H.shape[0]
-    least = min(_FEWEST[method], dim)
-    check_count("num_matvecs", num_matvecs, least, f"{method!r} needs two samples for an error bar")
-    generator = default_generator(generator)
     total = min(num_matvecs, dim)
     H.expect(total)
     with CountedOperator(H, total, "trace", progress) as counted:

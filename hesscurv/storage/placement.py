@@ -98,7 +98,6 @@ def choose_placement(
     least: int,
     wanted: int,
     rounding_allowed: bool,
-    capacity: int | None = None,
     sharing: int = 1,
     reserved: int = 0,
 ) -> Placement:
@@ -117,7 +116,6 @@ def choose_placement(
         least: Vectors without which it cannot be done.
         wanted: Vectors beyond which more are of no use.
         rounding_allowed: Whether float16 may be chosen.
-        capacity: Exactly so many vectors, if not None.
         sharing: How many processes of the job share the host's memory and disk.
         reserved: Bytes on the operator's device that products will take.
 
@@ -133,8 +131,6 @@ def choose_placement(
     dtypes = [storage_dtype] if storage_dtype is not None else [dtype]
     if storage_dtype is None and rounding_allowed and storage is None and dtype == torch.float32:
         dtypes.append(torch.float16)
-    if capacity is not None:
-        least = wanted = capacity
     options = []
     for kind, folder in kinds:
         for stored in dtypes:

@@ -105,7 +105,7 @@ def test_what_was_asked_for_is_not_replaced(machine, tmp_path):
     assert choose(tmp_path / "new").folder == tmp_path / "new"
     assert choose(tmp_path, torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="at least 200 vectors"):
-        choose("cpu", capacity=200)
+        choose("cpu", least=200, wanted=200)
 
 
 def test_what_products_take_is_left_free(machine):
