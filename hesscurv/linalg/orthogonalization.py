@@ -221,7 +221,9 @@ def column_norms(W_bD: Tensor, across: Reduction | None = None) -> Tensor:
         W_bD: Shape (b, D).
         across: As in `orthonormalize_against_`.
     """
-    norms = torch.linalg.vector_norm(W_bD, dim=1, dtype=torch.float64).cpu()
+    # One at a time: in another dtype than the vectors', a norm takes a copy of what it is given.
+    rows = [torch.linalg.vector_norm(w_D, dtype=torch.float64) for w_D in W_bD]
+    norms = torch.stack(rows).cpu() if rows else torch.zeros(0, dtype=torch.float64, device="cpu")
     return norms if across is None else across.sum_(norms.square_()).sqrt_()
 
 

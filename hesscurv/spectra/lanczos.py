@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscurv.linalg.orthogonalization import project_out_
+from hesscurv.linalg.orthogonalization import column_norms, project_out_
 from hesscurv.operators.linear_operator import LinearOperator
 
 
@@ -81,9 +81,9 @@ def lanczos(
     """
     eps = torch.finfo(start_bD.dtype).eps
     current_bD = start_bD
-    before = _norms(current_bD)
+    before = column_norms(current_bD)
     project_out_(current_bD, deflated)
-    lengths = _norms(current_bD)
+    lengths = column_norms(current_bD)
     if not (lengths > 100 * eps * before).all():
         raise ValueError(
             "expected starting vectors outside of the span of the deflated ones, got one inside; "
@@ -100,7 +100,7 @@ def lanczos(
             basis_bnD[active, step] = current_bD
         # A copy, as it is changed: an operator may return its own storage.
         W_bD = (H @ current_bD.mT).mT.clone(memory_format=torch.contiguous_format)
-        norms = _norms(W_bD).tolist()
+        norms = column_norms(W_bD).tolist()
         project_out_(W_bD, deflated, passes=1)
         if step > 0:
             last = torch.tensor([betas[i][-1] for i in active], dtype=torch.float64)
@@ -119,7 +119,7 @@ def lanczos(
         project_out_(W_bD, deflated, passes=1)
         if step + 1 == num_steps:
             break
-        found = _norms(W_bD).tolist()
+        found = column_norms(W_bD).tolist()
         going = [row for row, i in enumerate(active) if found[row] > 4 * eps * scales[i]]
         for row in going:
             betas[active[row]].append(found[row])
@@ -143,7 +143,3 @@ def _project_out_rows_(W_bD: Tensor, Q_bD: Tensor) -> list[float]:
     coefficients = (W_bD * Q_bD).sum(dim=1, dtype=torch.float64)
     W_bD.addcmul_(Q_bD, coefficients.to(W_bD)[:, None], value=-1)
     return coefficients.tolist()
-
-
-def _norms(block_bD: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(block_bD, dim=1, dtype=torch.float64).cpu()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscurv.linalg.orthogonalization import inner_products, orthonormalize_
+from hesscurv.linalg.orthogonalization import column_norms, inner_products, orthonormalize_
 from hesscurv.linalg.test_matrices import TestMatrix
 from hesscurv.operators.linear_operator import LinearOperator
 
@@ -64,7 +64,7 @@ def sketch_range(H: LinearOperator, omega: TestMatrix, block_size: int) -> Sketc
     for start in range(0, m, block_size):
         stop = min(start + block_size, m)
         X_Db = omega.columns(start, stop)
-        norms.append(torch.linalg.vector_norm(X_Db, dim=0, dtype=torch.float64).cpu())
+        norms.append(column_norms(X_Db.mT))
         Y_mD[start:stop] = (H @ X_Db).mT
     Q_rD, R_rm = orthonormalize_(Y_mD)
     S_rm = left_out_directions(R_rm)
