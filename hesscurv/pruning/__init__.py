@@ -1,0 +1,1 @@
+"""Prune with curvature: weights, scores, masks, and what is left on disk."""

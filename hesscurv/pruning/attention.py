@@ -1,0 +1,48 @@
+"""Prune the output projection of `nn.MultiheadAttention`, whose own hook torch never runs.
+
+A pruned module computes ``weight = weight_orig * weight_mask`` in a hook before its forward. An
+attention reads ``out_proj.weight`` without calling `out_proj`: after an optimiser's step it would
+go on with the old weight, and a second backward pass would fail.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.prune import BasePruningMethod
+
+from hesscurv.operators.parameters import unwrap
+
+_MARK = "refreshed_by_attention"
+
+
+class _OutProjectionHook:
+    """Before the forward of an attention, run the pruning hooks of its output projection."""
+
+    def __call__(self, attention: nn.MultiheadAttention, inputs: Any) -> None:
+        for hook in attention.out_proj._forward_pre_hooks.values():
+            if isinstance(hook, BasePruningMethod):
+                hook(attention.out_proj, inputs)
+
+
+def prepare_attention_(model: nn.Module) -> None:
+    """Let each `nn.MultiheadAttention` refresh its output projection, so that it can be pruned.
+
+    Registers a forward pre-hook on each attention, once. It does nothing while ``out_proj.weight``
+    is not pruned; like any hook it keeps `nn.TransformerEncoderLayer` from torch's fused inference
+    path. A copy of the model has it too.
+
+    Args:
+        model: The module; torch.compile and DDP wrappers are looked through.
+    """
+    for module in unwrap(model).modules():
+        if isinstance(module, nn.MultiheadAttention) and is_unprepared(module.out_proj):
+            module.register_forward_pre_hook(_OutProjectionHook())
+            module.out_proj.__dict__[_MARK] = True
+
+
+def is_unprepared(module: nn.Module) -> bool:
+    """Whether a module is an attention's output projection whose pruning hook would never run."""
+    return isinstance(module, NonDynamicallyQuantizableLinear) and not module.__dict__.get(_MARK)
