@@ -1,5 +1,6 @@
 """The top eigenspace of a network's loss Hessian: compute it, compare it, use it."""
 
+from hesscurv import pruning
 from hesscurv.distributed import DistributedError
 from hesscurv.eigensolvers import (
     ConvergenceWarning,
@@ -34,6 +35,8 @@ from hesscurv.spectra import (
 __version__ = "0.1.0"
 
 __all__ = [
+    # Uses
+    "pruning",
     # Operators
     "HessianOperator",
     "GGNOperator",

@@ -1,5 +1,10 @@
 """Adapters between hesscurv and other libraries, imported as ``hesscurv.integrations``.
 
-Each module adapts one library and imports it only when it is used, so that importing this package
-needs none of them.
+Each module adapts one library. Only torch-pruning, which hesscurv depends on, is imported here; the
+others import theirs when they are used, so that importing this package needs none of them.
 """
+
+from hesscurv.integrations.channel_costs import macs_per_entry
+from hesscurv.integrations.pruning_importance import EigenspaceImportance, FisherImportance
+
+__all__ = ["EigenspaceImportance", "FisherImportance", "macs_per_entry"]

@@ -32,8 +32,8 @@ def digits(folder: Path | None, side: int, channels: int) -> Data:
     name = "digits"
     raw = None if folder is None else folder / "MNIST" / "raw"
     if raw is not None and raw.is_dir():
-        pixels = np.frombuffer(_unzipped(raw / "t10k-images-idx3-ubyte"), np.uint8, offset=16)
-        labels = np.frombuffer(_unzipped(raw / "t10k-labels-idx1-ubyte"), np.uint8, offset=8)
+        pixels = read_idx(raw / "t10k-images-idx3-ubyte", 16)
+        labels = read_idx(raw / "t10k-labels-idx1-ubyte", 8)
         images = torch.tensor(pixels.reshape(-1, 1, 28, 28) / 255, dtype=torch.float32)
         name = "MNIST"
     else:
@@ -100,6 +100,8 @@ def balanced(labels: Tensor, count: int) -> Tensor:
     return chosen
 
 
-def _unzipped(path: Path) -> bytes:
+def read_idx(path: Path, header: int) -> np.ndarray:
+    """Return the bytes of one of MNIST's files, gzipped or not, after its header."""
     zipped = path.with_name(path.name + ".gz")
-    return gzip.decompress(zipped.read_bytes()) if zipped.exists() else path.read_bytes()
+    content = gzip.decompress(zipped.read_bytes()) if zipped.exists() else path.read_bytes()
+    return np.frombuffer(content, np.uint8, offset=header)

@@ -1,0 +1,400 @@
+"""One-shot pruning of CHITA's two checkpoints, beside the figures that its paper prints.
+
+    python examples/benchmarks/pruning.py --data DIR --checkpoints DIR     # about 40 minutes
+    python examples/benchmarks/pruning.py --data DIR --checkpoints DIR --nets mlp
+    python examples/benchmarks/pruning.py --quick                          # no data: digits
+
+ResNet-20 on CIFAR-10 (268,336 weights; shortcuts stay dense) and an MLP on MNIST (32,360), global
+and unstructured. "one stage" measures curvature once, on 1000 samples, one gradient each; "stages"
+does so 20 times at most. All of a row's columns come from one path of growing sparsity, so that a
+column has used no more gradients than its row says, and most of them fewer. Training images are
+split: gradients from the first part, the true loss that chooses mu from 2000 others, and settings
+from accuracy on 5000 more (`--settings`). Test images choose nothing. Batch norms are in eval mode;
+the row "stages + BN" measures their statistics anew on 5000 training images, which is another
+method. Rows of CHITA (ICML 2023, table 2) are quoted, not run: they rest on the same checkpoints.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, pstdev
+from typing import Any
+
+import numpy as np
+import torch
+from results import Report, parser, print_table
+from samples import balanced, cifar10_part, digits, read_idx
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import hesscurv
+from hesscurv.operators.objective import Objective
+from hesscurv.pruning import Measuring, prune_model
+from hesscurv.pruning.batch_statistics import recalibrate_
+
+GRADIENTS, BATCH = 1000, 250
+PUBLISHED = {
+    "resnet20": {
+        "columns": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
+        "magnitude": (90.77, 89.98, 88.44, 85.24, 78.79, 54.01, 11.79),
+        "WoodFisher": (91.37, 91.15, 90.23, 87.96, 81.05, 62.63, 11.49),
+        "CBS": (91.35, 91.21, 90.58, 88.88, 81.84, 51.28, 13.68),
+        "CHITA": (91.37, 91.19, 90.60, 89.22, 84.12, 57.90, 15.60),
+        "CHITA++": (91.25, 91.20, 91.04, 90.78, 90.38, 88.72, 79.32),
+    },
+    "mlp": {
+        "columns": (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98),
+        "magnitude": (93.93, 93.78, 93.62, 92.89, 90.30, 83.64, 32.25),
+        "WoodFisher": (94.02, 93.82, 93.77, 93.57, 91.69, 85.54, 38.26),
+        "CBS": (93.96, 93.96, 93.98, 93.90, 93.14, 88.92, 55.45),
+        "CHITA": (93.97, 93.94, 93.80, 93.59, 92.46, 88.09, 46.25),
+        "CHITA++": (95.97, 95.93, 95.89, 95.80, 95.55, 94.70, 90.73),
+    },
+}
+# Where each step ends; the columns are among them.
+ONE_STAGE = {
+    "resnet20": (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.74, 0.77, 0.8, 0.83, 0.86, 0.88, 0.9),
+    "mlp": (0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92, 0.94, 0.95, 0.96, 0.97, 0.98),
+}
+STAGES = {
+    "resnet20": (0.3, 0.4, 0.5, 0.6, 0.65, 0.7, 0.7, 0.74, 0.77, *3 * (0.8,))
+    + (0.83, 0.86, 0.88, *5 * (0.9,)),
+    "mlp": (*7 * (0.5,), 0.6, 0.7, 0.8, 0.85, 0.9, 0.9, 0.93, 0.95, 0.95, 0.965, *3 * (0.98,)),
+}
+SETTINGS = {
+    ("resnet20", "one stage"): Measuring(),
+    ("resnet20", "stages"): Measuring(),
+    ("mlp", "one stage"): Measuring(),
+    ("mlp", "stages"): Measuring(target="loss"),
+}
+# What `--settings` tries.
+CANDIDATES = {
+    "default": Measuring(),
+    "root_floor .3": Measuring(root_floor=0.3),
+    "root_floor 50": Measuring(root_floor=50.0),
+    "target loss": Measuring(target="loss"),
+    "target loss, root_floor .3": Measuring(target="loss", root_floor=0.3),
+    "fisher": Measuring(rows="fisher"),
+    "diagonal rest": Measuring(rest="diagonal"),
+}
+
+
+class Block(nn.Module):
+    """A residual block with a convolution in the shortcut where the width changes."""
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(fan_out)
+        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(fan_out)
+        self.downsample = None
+        if stride != 1 or fan_in != fan_out:
+            conv = nn.Conv2d(fan_in, fan_out, 1, stride, bias=False)
+            self.downsample = nn.Sequential(conv, nn.BatchNorm2d(fan_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class ResNet20(nn.Module):
+    """WoodFisher's ResNet-20 for CIFAR-10."""
+
+    def __init__(self, blocks: int = 3, widths: tuple[int, ...] = (16, 32, 64)) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        fan_in = widths[0]
+        for i, width in enumerate(widths, start=1):
+            strides = [2 if i > 1 and j == 0 else 1 for j in range(blocks)]
+            layers = []
+            for stride in strides:
+                layers.append(Block(fan_in, width, stride))
+                fan_in = width
+            self.add_module(f"layer{i}", nn.Sequential(*layers))
+        self.fc = nn.Linear(fan_in, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        return self.fc(self.layer3(self.layer2(self.layer1(x))).mean((2, 3)))
+
+
+class MLP(nn.Module):
+    """WoodFisher's MLP for MNIST, without biases."""
+
+    def __init__(self, inputs: int = 784) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(inputs, 40, bias=False)
+        self.fc2 = nn.Linear(40, 20, bias=False)
+        self.fc3 = nn.Linear(20, 10, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(F.relu(self.fc2(F.relu(self.fc1(x.flatten(1))))))
+
+
+@dataclass
+class Case:
+    """A dense network, its data, and the training images split by use."""
+
+    name: str
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+    calibration: int = 2000
+    held_out: int = 5000
+
+    def cut(self, index: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(self.x[index].split(BATCH), self.y[index].split(BATCH), strict=True))
+
+    def split(self, seed: int) -> dict[str, list[tuple[Tensor, Tensor]]]:
+        """Return training images by use: held_out, calibration, gradients."""
+        fixed = torch.randperm(len(self.x), generator=torch.Generator().manual_seed(1234))
+        held, rest = fixed[: self.held_out], fixed[self.held_out :]
+        order = rest[torch.randperm(len(rest), generator=torch.Generator().manual_seed(seed))]
+        return {
+            "held_out": self.cut(held),
+            "calibration": self.cut(order[: self.calibration]),
+            "gradients": self.cut(order[self.calibration :]),
+        }
+
+    def selected(self, name: str, _: Tensor) -> bool:
+        return "downsample" not in name
+
+    def accuracy(self, model: nn.Module, batches: Any = None) -> float:
+        """Return accuracy in per cent, on the test set by default."""
+        if batches is None:
+            batches = zip(self.x_test.split(500), self.y_test.split(500), strict=True)
+        right = count = 0
+        with torch.no_grad():
+            for x, y in batches:
+                right += int((model(x).argmax(1) == y).sum())
+                count += len(y)
+        return 100 * right / count
+
+
+def load(name: str, options: argparse.Namespace) -> Case:
+    if options.quick:
+        return small(name)
+    files = {
+        "resnet20": "resnet20_cifar10_woodfisher.pt",
+        "mlp": "mlp_784_40_20_10_mnist_woodfisher.pt",
+    }
+    path = options.checkpoints / files[name]
+    if not path.is_file():
+        raise SystemExit(f"--checkpoints: found no {path.name} there")
+    model = ResNet20() if name == "resnet20" else MLP()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    if name == "mlp":
+        parts = []
+        for kind in ("train", "t10k"):
+            pixels = read_idx(options.data / "MNIST" / "raw" / f"{kind}-images-idx3-ubyte", 16)
+            labels = read_idx(options.data / "MNIST" / "raw" / f"{kind}-labels-idx1-ubyte", 8)
+            x = torch.tensor(pixels.reshape(-1, 1, 28, 28) / np.float32(255))
+            parts += [(x - 0.1307) / 0.3081, torch.tensor(labels.astype(np.int64))]
+        return Case(name, model.eval(), *parts)
+    folder = options.data / "cifar-10-batches-py"
+    if not folder.is_dir():
+        raise SystemExit("--data: found no cifar-10-batches-py there; unpack CIFAR-10 there")
+    train = [cifar10_part(folder / f"data_batch_{i}") for i in range(1, 6)]
+    x, y = torch.cat([x for x, _ in train]), torch.cat([y for _, y in train])
+    x_test, y_test = cifar10_part(folder / "test_batch")
+    return Case(name, model.eval(), (x - 0.5) / 0.5, y, (x_test - 0.5) / 0.5, y_test)
+
+
+def small(name: str) -> Case:
+    """Return a small network trained on scikit-learn's digits."""
+    torch.manual_seed(0)
+    _, x, y = digits(None, 16 if name == "resnet20" else 8, 3 if name == "resnet20" else 1)
+    x = (x - x.mean()) / x.std()
+    test = balanced(y, 500)
+    model = ResNet20(1, (8, 16, 32)) if name == "resnet20" else MLP(64)
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(12):
+        for index in torch.randperm(int((~test).sum())).split(64):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[~test][index]), y[~test][index]).backward()
+            optimizer.step()
+    parts = (x[~test], y[~test], x[test], y[test])
+    return Case(name, model.eval(), *parts, calibration=200, held_out=300)
+
+
+def prune_along(
+    case: Case, path: tuple[float, ...], stages: int, how: Measuring, seed: int, quick: bool
+) -> dict[float, dict[str, float]]:
+    """Prune along a path of sparsities; return what each column of the table has, at its last."""
+    data = case.split(seed)
+    columns = PUBLISHED[case.name]["columns"]
+    found: dict[float, dict[str, float]] = {}
+    view = copy.deepcopy(case.model)
+    objective = Objective(
+        view, task(), data["gradients"], None, training=False, compute_dtype=None, budget=None
+    )
+    last = {round(s, 6): j for j, s in enumerate(path)}
+    count, judging = 0, 0.0
+
+    def on_step(step: Any, values: dict[str, Tensor]) -> None:
+        nonlocal count, judging
+        index, count = count, count + 1
+        column = next((c for c in columns if last.get(round(c, 6)) == index), None)
+        if column is None:
+            return
+        begun = time.perf_counter()
+        view.load_state_dict(case.model.state_dict() | values)
+        row = {
+            "test": case.accuracy(view),
+            "held_out": case.accuracy(view, data["held_out"]),
+            "gradients": step.gradients,
+            "sparsity": step.sparsity,
+            "loss": step.loss,
+        }
+        if stages > 1 and recalibrate_(view, objective, data["gradients"][:20]):
+            row["test_bn"] = case.accuracy(view)
+        row["seconds"] = step.seconds - judging
+        judging += time.perf_counter() - begun
+        found[column] = row
+
+    prune_model(
+        copy.deepcopy(case.model),
+        task(),
+        data["gradients"],
+        path[-1],
+        stages=stages,
+        steps_per_stage=len(path) // stages,
+        schedule=path,
+        gradients_per_stage=200 if quick else GRADIENTS,
+        measuring=how,
+        weights=case.selected,
+        calibration=data["calibration"],
+        layer_losses=False,
+        on_step=on_step,
+        generator=torch.Generator().manual_seed(seed),
+        progress=sys.stderr.isatty(),
+    )
+    return found
+
+
+def task() -> hesscurv.Task:
+    return hesscurv.supervised(nn.CrossEntropyLoss())
+
+
+def magnitude(case: Case) -> dict[float, float]:
+    out = {}
+    for sparsity in PUBLISHED[case.name]["columns"]:
+        model = copy.deepcopy(case.model)
+        prune_model(
+            model,
+            task(),
+            case.split(0)["calibration"],
+            sparsity,
+            method="magnitude",
+            stages=1,
+            weights=case.selected,
+            layer_losses=False,
+        )
+        out[sparsity] = case.accuracy(model)
+    return out
+
+
+def choose(case: Case, options: argparse.Namespace) -> None:
+    """Print the accuracy on held-out training images of all candidates, for one seed."""
+    columns = PUBLISHED[case.name]["columns"]
+    rows = []
+    for stages in (1, 0):
+        path = (ONE_STAGE if stages else STAGES)[case.name]
+        for label, how in CANDIDATES.items():
+            found = prune_along(case, path, stages or len(path), how, 0, options.quick)
+            kind = "one stage" if stages else "stages"
+            cells = [found[c]["held_out"] for c in columns]
+            rows.append([kind, label, *map(_percent, [*cells, mean(cells)])])
+            print(*rows[-1], flush=True)
+    print_table(["", "held-out training images", *map(str, columns), "mean"], rows)
+
+
+def compare(case: Case, options: argparse.Namespace, report: Report) -> None:
+    published = PUBLISHED[case.name]
+    columns = published["columns"]
+    print(f"\n{case.name}, dense {case.accuracy(case.model):.2f}, seeds {options.seeds}")
+    names = ("magnitude", "WoodFisher", "CBS", "CHITA", "CHITA++")
+    table = [[f"{n} (published)", *map(_percent, published[n])] for n in names]
+    own = magnitude(case)
+    table.append(["magnitude", *(_percent(own[c]) for c in columns)])
+    report.rows.append({"net": case.name, "row": "magnitude", "test": own})
+    for kind, peer in (("one stage", "CHITA"), ("stages", "CHITA++")):
+        path = (ONE_STAGE if kind == "one stage" else STAGES)[case.name]
+        stages = 1 if kind == "one stage" else len(path)
+        how = SETTINGS[case.name, kind]
+        runs = []
+        for seed in options.seeds:
+            runs.append(prune_along(case, path, stages, how, seed, options.quick))
+            for c in columns:
+                row = {"net": case.name, "row": kind, "seed": seed, "column": c, **runs[-1][c]}
+                report.rows.append(row)
+            print(f"  {kind}, seed {seed}: {runs[-1][columns[-1]]['seconds']:.0f} s", flush=True)
+        for label, key in ((kind, "test"), (f"{kind} + BN", "test_bn")):
+            if key in runs[0][columns[0]]:
+                cells = [[run[c][key] for run in runs] for c in columns]
+                table.append([label, *(f"{mean(c):.2f} ± {pstdev(c):.2f}" for c in cells)])
+        table.append(["  gradients", *(runs[0][c]["gradients"] for c in columns)])
+        seconds = [max(run[c]["seconds"] for run in runs) for c in columns]
+        table.append(["  seconds, at most", *(f"{s:.0f}" for s in seconds)])
+        for c, theirs in zip(columns, published[peer], strict=True):
+            ours = mean(run[c]["test"] for run in runs)
+            report.judge(
+                f"{case.name} {kind} at {c}: at or above {peer}",
+                None if options.quick else ours >= theirs - 1e-9,
+                f"{ours:.2f} against {theirs}",
+            )
+        report.judge(
+            f"{case.name} {kind}: under 15 minutes a cell",
+            None if options.quick else max(seconds) < 900,
+            f"{max(seconds):.0f} s",
+        )
+    print_table(["", *map(str, columns)], table)
+
+
+def _percent(value: float) -> str:
+    return f"{value:.2f}"
+
+
+def main() -> None:
+    options = parse()
+    report = Report("pruning", options)
+    for name in options.nets:
+        case = load(name, options)
+        if options.settings:
+            choose(case, options)
+        else:
+            compare(case, options, report)
+    if not options.settings:
+        report.write()
+
+
+def parse() -> argparse.Namespace:
+    out = parser(__doc__)
+    out.add_argument("--data", type=Path, metavar="DIR", help="has cifar-10-batches-py, MNIST/raw")
+    out.add_argument("--checkpoints", type=Path, metavar="DIR", help="has CHITA's checkpoints")
+    out.add_argument("--nets", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED))
+    out.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    out.add_argument(
+        "--settings", action="store_true", help="compare settings on held-out training images"
+    )
+    options = out.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    if options.quick:
+        options.seeds = options.seeds[:1]
+    elif options.data is None or options.checkpoints is None:
+        out.error("expected --data and --checkpoints, or --quick")
+    return options
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Measure the running statistics of batch norms anew, as after a change of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hesscurv.operators.batches import Batches
+from hesscurv.operators.objective import Objective
+from hesscurv.operators.parameters import unwrap
+
+
+def recalibrate_(model: nn.Module, objective: Objective, batches: Iterable[Any]) -> int:
+    """Set the running means and variances of batch norms to the averages over some batches.
+
+    Only the batch norms are in training mode meanwhile; modes and random state are put back.
+
+    Args:
+        model: The module, changed in its batch norms' buffers.
+        objective: Its task, for how the model is run on a batch.
+        batches: Re-iterable batches; larger ones measure better.
+
+    Returns:
+        The number of batch norms.
+    """
+    inner = unwrap(model)
+    norms = [
+        m
+        for m in inner.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    if not norms:
+        return 0
+    modes = {m: m.training for m in inner.modules()}
+    momenta = [m.momentum for m in norms]
+    devices = [objective.device] if objective.device.type == "cuda" else []
+    source = Batches(batches, objective.device, None, 0)
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            inner.eval()
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average
+                norm.train()
+            for batch in source.first_pass():
+                objective.task_parts.outputs(inner, batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            for module, mode in modes.items():
+                module.training = mode
+    return len(norms)

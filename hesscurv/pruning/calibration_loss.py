@@ -1,0 +1,119 @@
+"""The true loss on a fixed set of samples, and a stream of samples for curvature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscurv.operators.batches import Batches, split
+from hesscurv.operators.objective import Objective
+from hesscurv.operators.tasks import map_tensors, num_samples
+
+_END = object()
+
+
+class CalibrationLoss:
+    """A task's mean loss over a fixed set of samples, at any weights.
+
+    Args:
+        objective: The model and the task, refreshed.
+        batches: Re-iterable batches; the samples are their first ones.
+        most: The most samples to take.
+
+    Attributes:
+        num_samples: How many there are.
+        batches: They, on the device.
+    """
+
+    def __init__(self, objective: Objective, batches: Iterable[Any], most: int) -> None:
+        self._objective = objective
+        source = Batches(batches, objective.device, objective.dtype, 0)
+        self.batches: list[Any] = []
+        self.num_samples = 0
+        for batch in source.first_pass():
+            part = split(batch, most - self.num_samples)[0]
+            self.batches.append(part)
+            self.num_samples += num_samples(part)
+            if self.num_samples >= most:
+                break
+
+    def __call__(self, params: tuple[Tensor, ...]) -> float:
+        """Return the mean loss at some parameters; inf where it is not finite."""
+        objective = self._objective
+        total = weight = 0.0
+        with objective.environment(), torch.no_grad():
+            for batch in self.batches:
+                w = objective.weight(batch)
+                total += w * float(objective.loss(params, batch))
+                weight += w
+        loss = total / weight
+        return loss if math.isfinite(loss) else math.inf
+
+
+class SampleStream:
+    """Samples of some batches, n at a time, from the start again when they run out.
+
+    Passes may differ: a loader that shuffles or augments gives new samples each time.
+
+    Args:
+        objective: Says where the tensors go, and in which dtype.
+        batches: Re-iterable batches.
+        count: n.
+    """
+
+    def __init__(self, objective: Objective, batches: Iterable[Any], count: int) -> None:
+        self.count = count
+        self._source, self._objective = batches, objective
+        self._rest: Any = None
+        self._iterator: Iterator[Any] = iter(())
+
+    def take(self) -> list[Any]:
+        """Return the next n samples as batches, or one whole pass where it has fewer.
+
+        Raises:
+            ValueError: If there are none.
+        """
+        out: list[Any] = []
+        missing, passes = self.count, 0
+        while missing:
+            batch, self._rest = self._rest, None
+            if batch is None:
+                raw = next(self._iterator, _END)
+                if raw is _END:
+                    # One pass begun and ended in here holds all that there is.
+                    if passes == 2 or (passes == 1 and not out):
+                        break
+                    self._iterator, passes = iter(self._source), passes + 1
+                    if passes == 2:
+                        out, missing = [], self.count
+                    continue
+                batch = map_tensors(raw, self._convert)
+            size = num_samples(batch)
+            if size > missing:
+                batch, self._rest = _cut(batch, missing)
+                size = missing
+            out.append(batch)
+            missing -= size
+        if not out:
+            raise ValueError("expected at least one batch, got none; pass a list of batches")
+        return out
+
+    def _convert(self, tensor: Tensor) -> Tensor:
+        dtype = self._objective.dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.detach().to(device=self._objective.device, dtype=dtype)
+
+
+def _cut(batch: Any, size: int) -> tuple[Any, Any]:
+    n = num_samples(batch)
+
+    def has_rows(t: Tensor) -> bool:
+        return t.ndim > 0 and t.shape[0] == n
+
+    return (
+        map_tensors(batch, lambda t: t[:size] if has_rows(t) else t),
+        map_tensors(batch, lambda t: t[size:] if has_rows(t) else t),
+    )

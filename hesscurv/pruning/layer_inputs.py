@@ -1,0 +1,113 @@
+"""What the layers' weights multiply: the covariance of the inputs of linear and conv layers.
+
+For a weight matrix W (o, i), a convolution's unfolded, this is ``A = mean over samples of
+sum over places a a^T``, the input side of the Kronecker-factored Gauss-Newton matrix. It takes
+forward passes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hesscurv.operators.batches import split
+from hesscurv.operators.objective import Objective
+from hesscurv.operators.tasks import num_samples
+from hesscurv.pruning.weights import Weight
+
+# Images unfold to nine times their size and more.
+_SAMPLES_AT_ONCE = 64
+
+
+def has_covariance(weight: Weight) -> bool:
+    """Whether a weight's layer is one whose inputs `input_covariances` knows how to read."""
+    module, name = weight
+    if name != "weight":
+        return False
+    if isinstance(module, nn.Conv2d):
+        return module.groups == 1 and isinstance(module.padding, tuple)
+    return isinstance(module, nn.Linear)
+
+
+def input_covariances(
+    objective: Objective,
+    params: tuple[Tensor, ...],
+    batches: list[Any],
+    weights: Mapping[str, Weight],
+    largest: int,
+) -> dict[str, Tensor]:
+    """Return the covariances of layers' inputs at some parameters, in blocks of limited size.
+
+    Args:
+        objective: The model and the task, refreshed.
+        params: Values of its parameters.
+        batches: Samples, on the device.
+        weights: The weights by name, each with `has_covariance`.
+        largest: The most coordinates of one block.
+
+    Returns:
+        By name shape (c, i/c, i/c), not centred: c blocks of neighbouring inputs, of equal size.
+        Layers that do not run are left out.
+
+    Cost:
+        A forward pass and ``i^2 / c`` operations a sample and place.
+    """
+    found: dict[str, Tensor] = {}
+    samples = 0
+
+    def read(name: str, module: nn.Module) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = args[0] if args else kwargs["input"]
+            rows = _unfolded(module, given.detach())
+            c = num_blocks(rows.shape[1], largest)
+            rows_cri = rows.view(len(rows), c, -1).transpose(0, 1)
+            product = rows_cri.mT @ rows_cri
+            found[name] = product if name not in found else found[name].add_(product)
+
+        return hook
+
+    with torch.no_grad(), objective.environment(), _pre_hooks(weights, read):
+        torch.set_grad_enabled(False)  # the environment allows gradients
+        for batch in batches:
+            samples += num_samples(batch)
+            for part in split(batch, _SAMPLES_AT_ONCE):
+                objective.loss(params, part)
+    return {name: product / samples for name, product in found.items()}
+
+
+def num_blocks(inputs: int, largest: int) -> int:
+    """Return the least divisor of the number of inputs that leaves blocks of at most `largest`."""
+    return next(c for c in range(1, inputs + 1) if inputs % c == 0 and inputs // c <= largest)
+
+
+def _unfolded(module: nn.Module, x: Tensor) -> Tensor:
+    """Return a layer's inputs as rows (r, i), such that its outputs are rows times W^T."""
+    if isinstance(module, nn.Conv2d):
+        x = x if x.ndim == 4 else x[None]  # without a batch
+        padding: Any = module.padding
+        if module.padding_mode != "zeros":
+            x = F.pad(x, module._reversed_padding_repeated_twice, mode=module.padding_mode)
+            padding = 0
+        columns = F.unfold(x, module.kernel_size, module.dilation, padding, module.stride)
+        return columns.transpose(1, 2).flatten(0, 1)
+    return x.reshape(-1, x.shape[-1])
+
+
+@contextmanager
+def _pre_hooks(
+    weights: Mapping[str, Weight], make: Callable[[str, nn.Module], Callable[..., None]]
+) -> Iterator[None]:
+    handles = [
+        weight.module.register_forward_pre_hook(make(name, weight.module), with_kwargs=True)
+        for name, weight in weights.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

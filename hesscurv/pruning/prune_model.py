@@ -1,0 +1,221 @@
+"""Prune a model in one call: stages of fresh curvature, joint compensation, a trust region."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscurv.operators.objective import Objective
+from hesscurv.operators.parameters import unwrap
+from hesscurv.pruning.attention import prepare_attention_
+from hesscurv.pruning.batch_statistics import recalibrate_
+from hesscurv.pruning.calibration_loss import CalibrationLoss, SampleStream
+from hesscurv.pruning.pruning_run import METHODS, PruningRun
+from hesscurv.pruning.quadratic_model import Measuring
+from hesscurv.pruning.report import PruningReport
+from hesscurv.pruning.rollback import unchanged_on_error
+from hesscurv.pruning.schedules import Schedule, sparsities
+from hesscurv.pruning.state_dicts import apply_masks_
+from hesscurv.pruning.targets import Pattern, Scope, make_budgets
+from hesscurv.pruning.weights import (
+    WeightSelection,
+    current_mask,
+    current_parameter,
+    find_weights,
+    refresh_,
+)
+
+
+def prune_model(
+    model: nn.Module,
+    task: Any,
+    batches: Iterable[Any],
+    sparsity: float = 0.8,
+    *,
+    method: str = "obs",
+    scope: Scope = "global",
+    structure: str | None = None,
+    stages: int = 10,
+    schedule: Schedule = "cubic",
+    steps_per_stage: int = 1,
+    gradients_per_stage: int = 1000,
+    compensate: bool | None = None,
+    measuring: Measuring | None = None,
+    weights: WeightSelection = None,
+    calibration: Iterable[Any] | None = None,
+    max_calibration: int = 2000,
+    layer_losses: bool = True,
+    recalibrate_batch_norm: bool = False,
+    on_step: Callable[[Any, dict[str, Tensor]], None] | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> PruningReport:
+    """Prune a model to an exact sparsity and move the weights that stay, by second-order models.
+
+    At each stage a quadratic model of the loss is measured at the present weights, the entries of
+    least saliency are dropped, and those that stay take the minimiser of
+
+    ``1/2 |R d + r|^2 + mu/2 d^T K d``  with  ``d_i = -w_i`` for all that are dropped,
+
+    by one Woodbury solve; see `Measuring` for R, r and K. mu is chosen among three values around
+    the last one, beside no change at all, by the true loss on the calibration set. Where plain
+    magnitude pruning ends with less calibration loss than all this, its result is taken.
+
+    The model is written to at the very end: an error or an interrupt leaves it as it was. Its
+    masks are those of `torch.nn.utils.prune`, and stay through training; `prune.remove` makes them
+    permanent. A model that is partly pruned already is pruned further.
+
+    Args:
+        model: The module; evaluated as in inference.
+        task: A task with outputs and loss, such as ``hesscurv.supervised(CrossEntropyLoss())``.
+        batches: Re-iterable batches that curvature is measured on; read again from the start when
+            they run out.
+        sparsity: Fraction of all selected weights to prune, in (0, 1); pruned ones count.
+        method: The saliency. "obs": ``w_i^2 / (2 [H^-1]_ii)``; "obd": ``w_i^2 H_ii / 2``;
+            "magnitude": ``|w_i|``.
+        scope: "global": all weights compete; "layer": each has the sparsity itself; or a dict
+            from the name of a weight or module to its sparsity, others stay as they are.
+        structure: None, or "N:M", such as "2:4": at most N of M neighbours along the inputs are
+            kept; `sparsity` and `scope` are then not used, and weights whose inputs M does not
+            divide are left out.
+        stages: How often curvature is measured anew.
+        schedule: "cubic", "linear", "geometric", a function, or the sparsities at the end of all
+            ``stages * steps_per_stage`` steps; see `schedules.sparsities`.
+        steps_per_stage: Steps of pruning with the same curvature.
+        gradients_per_stage: n, the samples of one stage, one gradient each.
+        compensate: Whether the weights that stay move; default for "obs" alone.
+        measuring: How curvature is measured; default `Measuring()`.
+        weights: Which weights, see `find_weights`; all conv, linear and the like by default.
+        calibration: Batches that the true loss is measured on; `batches` by default.
+        max_calibration: The most samples of these.
+        layer_losses: Whether to report each layer's own true change of the loss, for a pass over
+            the calibration set each.
+        recalibrate_batch_norm: Whether to measure the batch norms' statistics anew at the end, on
+            `batches`; the loss with it is reported apart.
+        on_step: Called after each step with its `StageReport` and the weights by dense name.
+        generator: A CPU generator for the random signs; default one seeded with 0.
+        progress: Whether to show a bar.
+
+    Returns:
+        A `PruningReport`.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If one is out of range, the sparsity is below the model's own, or the loss is
+            not finite.
+        MemoryError: If rows and factors cannot fit, before anything is computed.
+
+    Cost:
+        `gradients_per_stage` gradients and a few forward passes over the calibration set a stage;
+        two factorisations a step, about ``2 n s (n + i)`` operations for s weights left with i
+        inputs; memory ``2 n D`` numbers for D weights.
+
+    References:
+        Hassibi and Stork, NIPS 1992, equation (5), for a single weight; Benbaki et al., ICML 2023
+        (CHITA), for the joint problem; Martens and Grosse, ICML 2015, for K.
+    """
+    if method not in METHODS:
+        raise ValueError(f"expected method to be one of {METHODS}, got {method!r}")
+    if not 0 < sparsity < 1:
+        raise ValueError(f"expected a sparsity in (0, 1), got {sparsity!r}")
+    counts = {
+        "stages": stages,
+        "steps_per_stage": steps_per_stage,
+        "gradients_per_stage": gradients_per_stage,
+        "max_calibration": max_calibration,
+    }
+    for what, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"expected {what} to be a positive int, got {value!r}")
+    measuring = measuring or Measuring()
+    measuring.check()
+    pattern = Pattern.parse(structure)
+    samples = batches if calibration is None else calibration
+    inner = unwrap(model)
+    with unchanged_on_error(inner.modules()):
+        prepare_attention_(inner)
+        selected = find_weights(inner, weights)
+        if pattern is not None:
+            selected = {
+                n: w
+                for n, w in selected.items()
+                if pattern.fits(w, tuple(current_parameter(*w).shape))
+            }
+            if not selected:
+                raise ValueError(f"{structure} fits no weight: M divides no input dimension")
+        stored = {n: _stored_name(inner, w) for n, w in selected.items()}
+        objective = Objective(
+            model,
+            task,
+            batches,
+            list(stored.values()),
+            training=False,
+            compute_dtype=None,
+            budget=None,
+        )
+        _ = objective.task_parts
+        objective.refresh()
+        order = {s: n for n, s in stored.items()}
+        selected = {order[s]: selected[order[s]] for s in objective.layout.names}
+        start = {
+            n: (p if (mask := current_mask(*selected[n])) is None else p * mask)
+            for n, p in zip(selected, objective.parameters(), strict=True)
+        }
+        mask = torch.cat(
+            [
+                (torch.ones_like(p, dtype=torch.bool) if m is None else m).flatten()
+                for p, m in ((p, current_mask(*selected[n])) for n, p in start.items())
+            ]
+        )
+        run = PruningRun(
+            objective=objective,
+            weights=selected,
+            start=start,
+            mask=mask,
+            method=method,
+            compensate=method == "obs" if compensate is None else compensate,
+            pattern=pattern,
+            measuring=measuring,
+            stream=SampleStream(objective, batches, gradients_per_stage),
+            calibration=CalibrationLoss(objective, samples, max_calibration),
+            generator=generator or torch.Generator().manual_seed(0),
+        )
+        if pattern is not None:
+            run.budgets, goal = [], 1 - pattern.n / pattern.m
+        else:
+            run.budgets = make_budgets(run.layout, scope, sparsity, objective.device)
+            goal = sparsity if isinstance(scope, str) else 1.0
+        run.check()
+        # For several budgets the schedule is of the way to each one's own sparsity.
+        begun = 0.0 if not isinstance(scope, str) else min(1 - float(mask.double().mean()), goal)
+        path = [s / goal for s in sparsities(schedule, stages * steps_per_stage, begun, goal)]
+        report = run.prune(path, steps_per_stage, on_step, progress, layer_losses)
+        with unchanged_on_error(inner.modules(), values=True):
+            _write(selected, run)
+            apply_masks_(inner, run.layout.split(run.mask))
+            for weight in selected.values():
+                refresh_(*weight)
+            if recalibrate_batch_norm:
+                recalibrate_(model, objective, batches)
+                objective = Objective(
+                    model, task, batches, None, training=False, compute_dtype=None, budget=None
+                )
+                objective.refresh()
+                again = CalibrationLoss(objective, samples, max_calibration)
+                report = report.with_recalibrated(again(objective.parameters()))
+    return report
+
+
+def _write(selected: dict[str, Any], run: PruningRun) -> None:
+    with torch.no_grad():
+        for name, value in run.layout.split(run.values).items():
+            parameter = current_parameter(*selected[name])
+            parameter.copy_(value.to(parameter.dtype))
+
+
+def _stored_name(model: nn.Module, weight: Any) -> str:
+    parameter = current_parameter(*weight)
+    return next(name for name, p in model.named_parameters() if p is parameter)

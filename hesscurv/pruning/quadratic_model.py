@@ -1,0 +1,254 @@
+"""The loss around some weights as a quadratic function: few rows, plus a structured rest.
+
+``loss(w + d) - loss(w) ~ 1/2 |R d + r|^2 - 1/2 |r|^2 + mu/2 d^T K d``
+
+R (n, D) are rows of the Gauss-Newton or the Fisher matrix of n samples, or the top eigenspace; r is
+what gives the first-order term R^T r; K stands for the curvature that so few rows do not see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hesscurv.linalg.woodbury import Block, DiagonalBlock, KroneckerBlock, LowRankPlusBlocks
+from hesscurv.operators.batches import split
+from hesscurv.operators.objective import Objective
+from hesscurv.operators.parameters import ParameterLayout
+from hesscurv.operators.tasks import num_samples
+from hesscurv.pruning.layer_inputs import has_covariance, input_covariances
+from hesscurv.pruning.sample_gradients import SampleGradients, output_roots, random_signs
+from hesscurv.pruning.weights import Weight
+
+Rows = Literal["ggn", "fisher"]
+Rest = Literal["kronecker", "diagonal", "isotropic"]
+Target = Literal["outputs", "loss"]
+
+_MOST_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class QuadraticModel:
+    """A quadratic model of the loss in some weights.
+
+    Args:
+        layout: The weights' dense names and shapes, in the vector's order.
+        matrix: ``R^T R + mu K``.
+        mu: The weight of K; positive.
+        residual: r, shape (n,); None for zeros.
+        gradient: A first-order term beside R^T r, shape (D,); None for zeros.
+    """
+
+    layout: ParameterLayout
+    matrix: LowRankPlusBlocks
+    mu: float = 1.0
+    residual: Tensor | None = None
+    gradient: Tensor | None = None
+
+    @property
+    def num_rows(self) -> int:
+        """The number of rows of R."""
+        return len(self.matrix.rows[0])
+
+    def change(self, delta_D: Tensor) -> float:
+        """Return the change of the loss that the model predicts for a change of the weights."""
+        y_n = self.matrix.rows_times(delta_D)
+        parts = delta_D.split([block.numel for block in self.matrix.blocks])
+        rest = sum(
+            float(part @ block.multiply(part))
+            for block, part in zip(self.matrix.blocks, parts, strict=True)
+        )
+        out = 0.5 * float(y_n @ y_n) + 0.5 * self.mu * rest
+        if self.residual is not None:
+            out += float(self.residual @ y_n)
+        return out if self.gradient is None else out + float(self.gradient @ delta_D)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How a `QuadraticModel` is measured.
+
+    Args:
+        rows: "ggn", one random combination a sample of the rows of the Gauss-Newton matrix's
+            square root, or "fisher", the gradients of the samples' losses.
+        rest: K: "kronecker", the inputs' covariance of linear and conv layers, scaled by output to
+            the rows' own trace; "diagonal", the rows' mean square by weight; "isotropic".
+        damping: What is added to K, relative to its mean diagonal by layer.
+        largest_block: The most coordinates of one block of K.
+        root_floor: For "ggn": what is added to the samples' Hessian in the outputs, relative to its
+            mean eigenvalue over the samples; positive. A network that has learnt its data is sure
+            of its outputs, and its loss nearly flat there; with this they count all the same.
+        target: For "ggn", what r leads back to: "outputs", those of the dense network, "loss",
+            outputs of less loss. Fisher rows know the loss alone.
+    """
+
+    rows: Rows = "ggn"
+    rest: Rest = "kronecker"
+    damping: float = 1e-2
+    largest_block: int = 1024
+    root_floor: float = 5.0
+    target: Target = "outputs"
+
+    def check(self) -> None:
+        """Refuse what does not exist.
+
+        Raises:
+            ValueError: If an option is unknown or out of range.
+        """
+        for name, known in (
+            ("rows", ("ggn", "fisher")),
+            ("rest", ("kronecker", "diagonal", "isotropic")),
+            ("target", ("outputs", "loss")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"expected {name} one of {known}, got {getattr(self, name)!r}")
+        for name in ("damping", "root_floor"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"expected a positive {name}, got {getattr(self, name)!r}")
+        if self.largest_block < 1:
+            raise ValueError(f"expected a positive largest_block, got {self.largest_block!r}")
+
+
+def measure_quadratic_model(
+    objective: Objective,
+    weights: Mapping[str, Weight],
+    params: dict[str, Tensor],
+    batches: list[Any],
+    how: Measuring,
+    generator: torch.Generator,
+    dense: dict[str, Tensor],
+) -> QuadraticModel:
+    """Measure the model of a loss around some weights, on some samples.
+
+    Args:
+        objective: The model and the task, refreshed; its parameters are those of `weights`.
+        weights: The weights by dense name, in the order of the objective's parameters.
+        params: Values of these.
+        batches: n samples, on the device.
+        how: See `Measuring`.
+        generator: Source of the random signs.
+        dense: The dense weights, whose outputs are to be kept.
+
+    Cost:
+        n gradients, a forward pass or two more, and the memory of n D numbers.
+    """
+    n = sum(map(num_samples, batches))
+    values = tuple(params.values())
+    first = values[0]
+    rows = {name: first.new_empty(n, p.numel()) for name, p in params.items()}
+    residual = first.new_ones(n) / n**0.5 if how.rows == "fisher" else first.new_zeros(n)
+    gradients = SampleGradients(objective)
+    stored = dict(zip(objective.layout.names, params, strict=True))
+    at_once = _samples_at_once(objective)
+    with objective.environment():
+        directions = None
+        floor = _floor(objective, batches, dense, how) if how.rows == "ggn" else 0.0
+        start = 0
+        for batch in (part for b in batches for part in split(b, at_once)):
+            stop = start + num_samples(batch)
+            if how.rows == "ggn":
+                directions, residual[start:stop] = _directions(
+                    objective, batch, values, dense, floor, how.target, generator
+                )
+            found = gradients({s: params[name] for s, name in stored.items()}, batch, directions)
+            for s, name in stored.items():
+                rows[name][start:stop] = found[s].detach().flatten(1)
+            start = stop
+    for part in rows.values():
+        part /= n**0.5
+    if how.rows == "ggn":
+        residual /= n**0.5
+    layout = ParameterLayout(tuple(params), tuple(tuple(p.shape) for p in values))
+    blocks = _blocks(objective, weights, params, batches, rows, how)
+    matrix = LowRankPlusBlocks(list(rows.values()), blocks)
+    return QuadraticModel(layout, matrix, residual=residual)
+
+
+def _directions(
+    objective: Objective,
+    batch: Any,
+    values: tuple[Tensor, ...],
+    dense: dict[str, Tensor],
+    floor: float,
+    target: Target,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Return one combination of outputs a sample, a = S e (n, c), and its residual r (n,).
+
+    ``E[a a^T] = S S^T``, and ``E[a r]`` is the slope in the outputs: of the distance from the dense
+    ones in the metric S S^T, or of the loss.
+    """
+    with torch.no_grad():
+        there = objective.outputs(tuple(dense.values()), batch)
+        same = all(a is b for a, b in zip(dense.values(), values, strict=True))
+        here = there if same else objective.outputs(values, batch)
+    at = there if target == "outputs" else here
+    root = output_roots(objective.task_parts, at, batch, floor)
+    n, c, _ = root.shape
+    signs = random_signs((n, c, 1), root, generator)
+    directions = (root @ signs)[:, :, 0]
+    if target == "outputs":
+        return directions, ((here - there).reshape(n, c) * directions).sum(1)
+    leaf = here.detach().requires_grad_()
+    losses = objective.task_parts.sample_losses(leaf, batch)
+    slope = torch.autograd.grad(losses.sum(), leaf)[0].reshape(n, c, 1)
+    return directions, (torch.linalg.solve(root, slope) * signs).sum((1, 2))
+
+
+def _floor(
+    objective: Objective, batches: list[Any], params: dict[str, Tensor], how: Measuring
+) -> float:
+    total, count = 0.0, 0
+    for batch in (part for b in batches[:4] for part in split(b, _MOST_AT_ONCE)):
+        with torch.no_grad():
+            out = objective.outputs(tuple(params.values()), batch)
+        root = output_roots(objective.task_parts, out, batch)
+        total += float(root.square().sum())
+        count += root.shape[0] * root.shape[1]
+    return how.root_floor * total / count
+
+
+def _blocks(
+    objective: Objective,
+    weights: Mapping[str, Weight],
+    params: dict[str, Tensor],
+    batches: list[Any],
+    rows: dict[str, Tensor],
+    how: Measuring,
+) -> list[Block]:
+    """Return K in blocks, one for each weight."""
+    squares = {name: torch.linalg.vector_norm(r, dim=0).square() for name, r in rows.items()}
+    mean = float(torch.cat(list(squares.values())).mean())
+    if mean == 0:
+        raise ValueError("all gradients are zero: the loss does not depend on the weights")
+    if how.rest == "isotropic":
+        return [DiagonalBlock(torch.full_like(s, mean)) for s in squares.values()]
+    covariances = {}
+    if how.rest == "kronecker":
+        known = {name: w for name, w in weights.items() if has_covariance(w)}
+        covariances = input_covariances(
+            objective, tuple(params.values()), batches, known, how.largest_block
+        )
+    blocks: list[Block] = []
+    for name, p in params.items():
+        # Layers that saw no gradient have the damping of the whole.
+        damping = how.damping * max(float(squares[name].mean()), 1e-3 * mean)
+        if name not in covariances:
+            blocks.append(DiagonalBlock(squares[name] + damping))
+            continue
+        a_cii = covariances[name]
+        trace = float(a_cii.diagonal(dim1=1, dim2=2).sum())
+        scale_o = squares[name].view(p.shape[0], -1).sum(1) / max(trace, 1e-30)
+        # A few samples may leave an output without gradient by chance.
+        scale_o = scale_o.clamp(min=1e-2 * float(scale_o.mean()))
+        blocks.append(KroneckerBlock(a_cii, scale_o, damping))
+    return blocks
+
+
+def _samples_at_once(objective: Objective) -> int:
+    size = 3 * objective.layout.numel * objective.dtype.itemsize
+    return max(1, min(_MOST_AT_ONCE, objective.budget // (4 * size)))

@@ -1,0 +1,168 @@
+"""Each sample's own gradient: of its loss, or of a combination of its outputs.
+
+The gradients of the losses are the rows of the empirical Fisher; those of combinations of outputs,
+with weights from the square root of the loss's Hessian in the outputs, are rows of the Gauss-Newton
+matrix: for random signs e, ``E[(J^T S e)(J^T S e)^T] = J^T S S^T J``.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad, jacrev, vmap
+
+from hesscurv.operators.batches import split
+from hesscurv.operators.objective import Objective
+from hesscurv.operators.tasks import map_tensors, num_samples, tensors_of
+
+Values = dict[str, Tensor]
+
+MOST_OUTPUTS = 1024
+_logger = logging.getLogger(__name__)
+
+
+class SampleGradients:
+    """The samples' own gradients in some of an objective's parameters.
+
+    To be used inside ``objective.environment()``, after ``objective.refresh()``.
+
+    Args:
+        objective: The model, the task and the selected parameters.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._by_sample = vmapped
+
+    def __call__(self, params: Values, batch: Any, directions: Tensor | None) -> Values:
+        """Return each sample's gradient at some parameters, by name, shape (n, *shape).
+
+        Args:
+            params: Values by name, of those to take gradients in; the others have the model's own.
+            batch: n samples.
+            directions: None for the gradients of the samples' losses; otherwise shape (n, c), and
+                the gradients are those of ``directions . outputs``.
+        """
+        objective, task = self._objective, self._objective.task_parts
+        everything = dict(zip(objective.layout.names, objective.parameters(), strict=True))
+
+        def scalar(values: Values, sample: Any, direction: Tensor | None) -> Tensor:
+            out = objective.outputs(tuple((everything | values).values()), sample)
+            if direction is not None:
+                return (out.flatten() * direction).sum()
+            return one_loss(task.sample_losses(out, sample))
+
+        with _quiet():
+            try:
+                return self._by_sample(scalar, params, batch, directions)
+            except Exception as error:
+                if self._by_sample is one_by_one or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                # Some operations have no rule for vmap; taken singly, all have a gradient.
+                _logger.info("samples are taken one by one, since vmap failed: %s", error)
+                self._by_sample = one_by_one
+                return one_by_one(scalar, params, batch, directions)
+
+
+def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> Tensor:
+    """Return the square root S of each sample's loss Hessian in its outputs, shape (n, c, c).
+
+    ``S S^T`` is the Hessian's positive part plus `floor` times the identity.
+
+    Raises:
+        ValueError: If there are more than 1024 outputs a sample.
+    """
+    c = prod(outputs.shape[1:])
+    if c > MOST_OUTPUTS:
+        raise ValueError(
+            f"expected at most {MOST_OUTPUTS} outputs a sample for rows='ggn', got {c}; use "
+            "rows='fisher'"
+        )
+    rows, rebuild = rows_of(batch)
+
+    def loss(z: Tensor, *parts: Tensor) -> Tensor:
+        return one_loss(task.sample_losses(z.unsqueeze(0), rebuild(parts)))
+
+    with _quiet():
+        # Backward over backward: forward mode would compile decompositions that torch deprecates.
+        curvature = vmap(jacrev(jacrev(loss)), randomness="different")(outputs.detach(), *rows)
+    eigenvalues, vectors = torch.linalg.eigh(curvature.detach().reshape(-1, c, c))
+    return vectors * (eigenvalues.clamp(min=0) + floor).sqrt()[:, None, :]
+
+
+def random_signs(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
+    """Return +1 and -1 at random, drawn on the generator's device, the same for any dtype."""
+    drawn = torch.randint(2, tuple(shape), generator=generator, device=generator.device)
+    return (2 * drawn - 1).to(like)
+
+
+def vmapped(
+    scalar: Callable[..., Tensor], chosen: Values, batch: Any, directions: Tensor | None
+) -> Values:
+    """Return each sample's gradient of a scalar function, shape (n, *shape), all at once."""
+    rows, rebuild = rows_of(batch)
+
+    def one(values: Values, direction: Tensor | None, *parts: Tensor) -> Tensor:
+        return scalar(values, rebuild(parts), direction)
+
+    in_dims = (None, None if directions is None else 0, *(0 for _ in rows))
+    return vmap(grad(one), in_dims, randomness="different")(chosen, directions, *rows)
+
+
+def one_by_one(
+    scalar: Callable[..., Tensor], chosen: Values, batch: Any, directions: Tensor | None
+) -> Values:
+    """Return the same as `vmapped`, from a backward pass for each sample."""
+    found = []
+    for i, sample in enumerate(split(batch, 1)):
+        leaves = {name: t.detach().requires_grad_() for name, t in chosen.items()}
+        value = scalar(leaves, sample, None if directions is None else directions[i])
+        slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+        found.append(slopes)
+    return {
+        name: torch.stack([torch.zeros_like(t) if s[i] is None else s[i] for s in found])
+        for i, (name, t) in enumerate(chosen.items())
+    }
+
+
+def rows_of(batch: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
+    """Return a batch's tensors that have one row a sample, and how a sample is made of rows."""
+    n = num_samples(batch)
+
+    def has_rows(t: Tensor) -> bool:
+        return t.ndim > 0 and t.shape[0] == n
+
+    def rebuild(rows: Sequence[Tensor]) -> Any:
+        left = iter(rows)
+        return map_tensors(batch, lambda t: next(left).unsqueeze(0) if has_rows(t) else t)
+
+    return [t for t in tensors_of(batch) if has_rows(t)], rebuild
+
+
+def one_loss(losses: Tensor) -> Tensor:
+    """Return the loss of a single sample.
+
+    Raises:
+        ValueError: If it is not one number.
+    """
+    if losses.shape != (1,):
+        raise ValueError(
+            f"expected sample_losses of shape (1,) for one sample, got {tuple(losses.shape)}; give "
+            "one loss a sample in a subclass of hesscurv.Task"
+        )
+    return losses[0]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        # An operation without a batching rule is taken sample by sample, and torch says so.
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        yield

@@ -1,0 +1,50 @@
+"""How sparsity grows over the stages of pruning."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+Schedule = str | Sequence[float] | Callable[[float], float]
+
+
+def sparsities(schedule: Schedule, stages: int, start: float, end: float) -> list[float]:
+    """Return the sparsity at the end of each stage, rising from `start` to `end`.
+
+    "cubic": ``end + (start - end) (1 - t)^3``, fast at first, where little is lost; "linear" in t;
+    "geometric": each stage prunes the same part of what is left. t = 1/stages, 2/stages, ..., 1.
+
+    Args:
+        schedule: One of these names; the sparsities themselves, not falling, the last one `end`;
+            or a function from t in (0, 1] to the part of the way from `start` to `end`.
+        stages: Their number, at least 1; not used where the sparsities are given.
+        start: Sparsity so far, in [0, 1).
+        end: Sparsity to reach, in [start, 1).
+
+    Raises:
+        ValueError: If the schedule is unknown, falls, or does not end at `end`.
+
+    References:
+        Zhu and Gupta, arXiv 1710.01878, equation (1), for the cubic one.
+    """
+    if isinstance(schedule, str):
+        known: dict[str, Callable[[float], float]] = {
+            "cubic": lambda t: end + (start - end) * (1 - t) ** 3,
+            "linear": lambda t: start + (end - start) * t,
+            "geometric": lambda t: 1 - (1 - start) * ((1 - end) / (1 - start)) ** t,
+        }
+        if schedule not in known:
+            raise ValueError(
+                f"expected a schedule of {sorted(known)}, sparsities or a function, got "
+                f"{schedule!r}"
+            )
+        out = [known[schedule](j / stages) for j in range(1, stages)] + [end]
+    elif callable(schedule):
+        out = [start + (end - start) * schedule(j / stages) for j in range(1, stages + 1)]
+    else:
+        out = [float(s) for s in schedule]
+    path = [start, *out]
+    if not out or any(b < a - 1e-12 for a, b in zip(path, out, strict=False)):
+        raise ValueError(f"expected sparsities that do not fall, from {start:g} on, got {out}")
+    if abs(out[-1] - end) > 1e-9:
+        raise ValueError(f"expected a schedule that ends at sparsity {end:g}, got {out[-1]:g}")
+    return out
