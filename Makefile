@@ -18,10 +18,11 @@ help:
 	@echo 'make test       the tests that take seconds'
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make lint       ruff and mypy'
-	@echo 'make bench      products, eigensolves, spectra beside other libraries; memory, storage, scaling'
+	@echo 'make bench      products, eigensolves, spectra beside other libraries; memory, storage, scaling, pruning'
 	@echo 'make clean      remove the virtual environment, caches and build outputs'
 	@echo
 	@echo 'ARGS="..." is handed on to the command:  make demo ARGS="--quick"'
+	@echo 'PRUNING="--data DIR --checkpoints DIR": for the benchmarks of pruning, which need both.'
 	@echo 'PYTHON=...  picks the interpreter, VENV=... the folder of the virtual environment.'
 
 demo: $(VENV)/.has-examples
@@ -46,6 +47,8 @@ bench: $(VENV)/.has-bench
 	@$(IN_VENV) examples/benchmarks/memory.py $(filter --quick,$(ARGS))
 	@$(IN_VENV) examples/benchmarks/storage.py $(filter --quick,$(ARGS))
 	@$(IN_VENV) examples/benchmarks/scaling.py $(filter --quick,$(ARGS))
+	@$(IN_VENV) examples/benchmarks/pruning.py $(or $(PRUNING),--quick)
+	@$(IN_VENV) examples/benchmarks/structured.py $(or $(PRUNING),--quick)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

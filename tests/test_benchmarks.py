@@ -29,7 +29,11 @@ def load(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["products", "eigensolvers", "memory", "spectra", "storage", "scaling"]
+    "name",
+    [
+        *("products", "eigensolvers", "memory", "spectra", "storage", "scaling"),
+        *("pruning", "structured"),
+    ],
 )
 def test_benchmark_runs(name, tmp_path):
     if name in ("products", "eigensolvers", "spectra") and any(

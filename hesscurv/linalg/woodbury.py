@@ -1,7 +1,7 @@
 """Solves with a low-rank matrix plus a block-diagonal one, on any subset of the coordinates.
 
-``H = R^T R + mu K`` with few rows R (n, D) and K positive definite in small blocks. Its inverse on a
-subset S of the coordinates follows from Woodbury's identity: with ``B = R_S K_SS^-1`` and
+``H = R^T R + mu K`` with few rows R (n, D) and K positive definite in small blocks. Its inverse on
+a subset S of the coordinates follows from Woodbury's identity: with ``B = R_S K_SS^-1`` and
 ``G = B R_S^T``,
 
     (R_S^T R_S + mu K_SS)^-1 = (K_SS^-1 - B^T (mu I + G)^-1 B) / mu.
@@ -194,8 +194,8 @@ class LowRankPlusBlocks:
 
         Args:
             mask_D: S, shape (D,), bool.
-            fixed_D: Shape (D,), values that the coordinates outside S have in `SupportSystem.solve`;
-                its entries in S are not used. Zeros by default.
+            fixed_D: Shape (D,), the values outside S in what `SupportSystem.solve` returns; its
+                entries in S are not used. Zeros by default.
 
         Cost:
             About 2 n s (n + i) operations for s coordinates in S, and the memory of n (s + n)

@@ -61,7 +61,7 @@ class Batches:
         self._cast = cast
         self._keep_bytes = keep_bytes
         self._may_be_empty = may_be_empty
-        self._random_state = _random_state(device)
+        self._random_state = random_state(device)
         self._sums = (0.0, 0.0)
         self._versions: tuple[Any, ...] = ()
         self.ordered = False
@@ -133,10 +133,10 @@ class Batches:
 
     def _read(self) -> Iterator[tuple[Any, Any]]:
         state = list(self._random_state)
-        with _drawing_from(state, self._device):
+        with drawing_from(state, self._device):
             iterator = iter(self._source)
         while True:
-            with _drawing_from(state, self._device):
+            with drawing_from(state, self._device):
                 raw = next(iterator, _END)
             if raw is _END:
                 return
@@ -167,7 +167,8 @@ def split(batch: Any, size: int) -> list[Any]:
     return [map_tensors(batch, partial(cut, start=start)) for start in range(0, n, size)]
 
 
-def _random_state(device: torch.device) -> list[Tensor]:
+def random_state(device: torch.device) -> list[Tensor]:
+    """Return the states of torch's generators that a loader for a device may draw from."""
     state = [torch.get_rng_state()]
     return [*state, torch.cuda.get_rng_state(device)] if device.type == "cuda" else state
 
@@ -179,14 +180,14 @@ def _set_random_state(state: list[Tensor], device: torch.device) -> None:
 
 
 @contextmanager
-def _drawing_from(state: list[Tensor], device: torch.device) -> Iterator[None]:
+def drawing_from(state: list[Tensor], device: torch.device) -> Iterator[None]:
     """Draw random numbers from a state, and leave there how far that got."""
-    outside = _random_state(device)
+    outside = random_state(device)
     _set_random_state(state, device)
     try:
         yield
     finally:
-        state[:] = _random_state(device)
+        state[:] = random_state(device)
         _set_random_state(outside, device)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscurv.operators.batches import Batches, split
+from hesscurv.operators.batches import Batches, drawing_from, random_state, split
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.tasks import map_tensors, num_samples
 
@@ -57,7 +57,8 @@ class CalibrationLoss:
 class SampleStream:
     """Samples of some batches, n at a time, from the start again when they run out.
 
-    Passes may differ: a loader that shuffles or augments gives new samples each time.
+    Passes may differ: a loader that shuffles or augments gives new samples each time. It draws
+    from a copy of torch's random state, which itself stays as it is.
 
     Args:
         objective: Says where the tensors go, and in which dtype.
@@ -70,6 +71,7 @@ class SampleStream:
         self._source, self._objective = batches, objective
         self._rest: Any = None
         self._iterator: Iterator[Any] = iter(())
+        self._random_state = random_state(objective.device)
 
     def take(self) -> list[Any]:
         """Return the next n samples as batches, or one whole pass where it has fewer.
@@ -82,12 +84,13 @@ class SampleStream:
         while missing:
             batch, self._rest = self._rest, None
             if batch is None:
-                raw = next(self._iterator, _END)
+                raw = self._next()
                 if raw is _END:
                     # One pass begun and ended in here holds all that there is.
                     if passes == 2 or (passes == 1 and not out):
                         break
-                    self._iterator, passes = iter(self._source), passes + 1
+                    self._begin()
+                    passes += 1
                     if passes == 2:
                         out, missing = [], self.count
                     continue
@@ -101,6 +104,14 @@ class SampleStream:
         if not out:
             raise ValueError("expected at least one batch, got none; pass a list of batches")
         return out
+
+    def _begin(self) -> None:
+        with drawing_from(self._random_state, self._objective.device):
+            self._iterator = iter(self._source)
+
+    def _next(self) -> Any:
+        with drawing_from(self._random_state, self._objective.device):
+            return next(self._iterator, _END)
 
     def _convert(self, tensor: Tensor) -> Tensor:
         dtype = self._objective.dtype if tensor.is_floating_point() else tensor.dtype

@@ -83,7 +83,8 @@ def prune_model(
             divide are left out.
         stages: How often curvature is measured anew.
         schedule: "cubic", "linear", "geometric", a function, or the sparsities at the end of all
-            ``stages * steps_per_stage`` steps; see `schedules.sparsities`.
+            ``stages * steps_per_stage`` steps; see `schedules.sparsities`. Of several sparsities
+            it is that of the highest, and the others are in step.
         steps_per_stage: Steps of pruning with the same curvature.
         gradients_per_stage: n, the samples of one stage, one gradient each.
         compensate: Whether the weights that stay move; default for "obs" alone.
@@ -117,6 +118,8 @@ def prune_model(
         Hassibi and Stork, NIPS 1992, equation (5), for a single weight; Benbaki et al., ICML 2023
         (CHITA), for the joint problem; Martens and Grosse, ICML 2015, for K.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {METHODS}, got {method!r}")
     if not 0 < sparsity < 1:
@@ -187,11 +190,19 @@ def prune_model(
             run.budgets, goal = [], 1 - pattern.n / pattern.m
         else:
             run.budgets = make_budgets(run.layout, scope, sparsity, objective.device)
-            goal = sparsity if isinstance(scope, str) else 1.0
+            goal = max((b.sparsity for b in run.budgets), default=0.0)
+            if goal == 0:
+                raise ValueError(f"expected a scope with some sparsity above 0, got {scope!r}")
         run.check()
-        # For several budgets the schedule is of the way to each one's own sparsity.
+        # Of several sparsities the schedule is that of the highest, and the others are in step.
         begun = 0.0 if not isinstance(scope, str) else min(1 - float(mask.double().mean()), goal)
-        path = [s / goal for s in sparsities(schedule, stages * steps_per_stage, begun, goal)]
+        steps = stages * steps_per_stage
+        path = [s / goal for s in sparsities(schedule, steps, begun, goal)]
+        if len(path) != steps:
+            raise ValueError(
+                f"expected a schedule of stages * steps_per_stage = {steps} sparsities, got "
+                f"{len(path)}"
+            )
         report = run.prune(path, steps_per_stage, on_step, progress, layer_losses)
         with unchanged_on_error(inner.modules(), values=True):
             _write(selected, run)
@@ -200,11 +211,12 @@ def prune_model(
                 refresh_(*weight)
             if recalibrate_batch_norm:
                 recalibrate_(model, objective, batches)
+                names = [_stored_name(inner, weight) for weight in selected.values()]
                 objective = Objective(
-                    model, task, batches, None, training=False, compute_dtype=None, budget=None
+                    model, task, batches, names, training=False, compute_dtype=None, budget=None
                 )
                 objective.refresh()
-                again = CalibrationLoss(objective, samples, max_calibration)
+                again = CalibrationLoss(objective, run.calibration.batches, max_calibration)
                 report = report.with_recalibrated(again(objective.parameters()))
     return report
 

@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -103,7 +104,9 @@ class PruningRun:
 
     def planned_bytes(self) -> int:
         """Return the bytes of a stage's rows and factors, and of what one weight takes besides."""
-        n, d = self.stream.count, self.layout.numel
+        how, d = self.measuring, self.layout.numel
+        n = 0 if how.rows == "eigenspace" else self.stream.count
+        n += how.rank if how.rows in ("eigenspace", "both") else 0
         largest = max(p.numel() for p in self.start.values())
         return (2 * n * d + 2 * n * largest + 4 * n * n + 8 * d) * self.dense.element_size()
 
@@ -197,36 +200,42 @@ class PruningRun:
             self.generator,
             self.start,
         )
-        self._gradients += self._model.num_rows
+        self._gradients += self._model.cost
 
     def _step(
         self, end: float, system: SupportSystem | None
     ) -> tuple[SupportSystem | None, float, float, float | None]:
         """Drop entries and move the others; return the factors, the loss, and what was chosen."""
-        model = self._model
+        model, before = self._model, self.values
         if model is not None and system is None and self.method == "obs":
             system = model.matrix.restrict(self.mask, -self._origin)
         self.mask = self._next_mask(self._saliency(system), self.mask, end)
         dropped = torch.where(self.mask, self.values, 0)
         if model is None or not self.compensate:
             self.values = dropped
-            predicted = math.nan if model is None else model.change(dropped - self._origin)
+            predicted = self._predicted(before, dropped)
             return None, self._loss(dropped), predicted, None
         system = model.matrix.restrict(self.mask, -self._origin)
         best, best_loss, best_mu = dropped, self._loss(dropped), None
         for factor in _FACTORS:
             mu = self._mu * factor
-            trial = self._origin + system.solve(mu, model.residual)
+            trial = self._origin + system.solve(mu, model.residual, model.gradient)
             # Rounding must not bring dropped entries back.
             trial = torch.where(self.mask, trial, 0)
             loss = self._loss(trial)
             if loss < best_loss:
                 best, best_loss, best_mu = trial, loss, mu
-        if best_mu is not None:
-            self._mu = best_mu
-        predicted = model.change(best - self._origin)
+        # Where no step helps, the next ones are shorter.
+        self._mu = self._mu * _FACTORS[-1] if best_mu is None else best_mu
+        predicted = self._predicted(before, best)
         self.values = best
         return system, best_loss, predicted, best_mu
+
+    def _predicted(self, before: Tensor, after: Tensor) -> float:
+        if self._model is None:
+            return math.nan
+        model = replace(self._model, mu=self._mu)
+        return model.change(after - self._origin) - model.change(before - self._origin)
 
     def _saliency(self, system: SupportSystem | None) -> Tensor:
         if self.method == "magnitude":

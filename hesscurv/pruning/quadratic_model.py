@@ -20,11 +20,12 @@ from hesscurv.operators.batches import split
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParameterLayout
 from hesscurv.operators.tasks import num_samples
+from hesscurv.pruning.eigenspace_rows import eigenspace_rows
 from hesscurv.pruning.layer_inputs import has_covariance, input_covariances
 from hesscurv.pruning.sample_gradients import SampleGradients, output_roots, random_signs
 from hesscurv.pruning.weights import Weight
 
-Rows = Literal["ggn", "fisher"]
+Rows = Literal["ggn", "fisher", "eigenspace", "both"]
 Rest = Literal["kronecker", "diagonal", "isotropic"]
 Target = Literal["outputs", "loss"]
 
@@ -41,6 +42,7 @@ class QuadraticModel:
         mu: The weight of K; positive.
         residual: r, shape (n,); None for zeros.
         gradient: A first-order term beside R^T r, shape (D,); None for zeros.
+        cost: The per-sample gradients that it took; a product with the Hessian counts as two.
     """
 
     layout: ParameterLayout
@@ -48,6 +50,7 @@ class QuadraticModel:
     mu: float = 1.0
     residual: Tensor | None = None
     gradient: Tensor | None = None
+    cost: int = 0
 
     @property
     def num_rows(self) -> int:
@@ -74,7 +77,9 @@ class Measuring:
 
     Args:
         rows: "ggn", one random combination a sample of the rows of the Gauss-Newton matrix's
-            square root, or "fisher", the gradients of the samples' losses.
+            square root; "fisher", the gradients of the samples' losses; "eigenspace", the Hessian's
+            top eigenpairs on the samples, ``sqrt|lambda_j| v_j^T``, which know no first-order term;
+            or "both", half "ggn" and half "eigenspace".
         rest: K: "kronecker", the inputs' covariance of linear and conv layers, scaled by output to
             the rows' own trace; "diagonal", the rows' mean square by weight; "isotropic".
         damping: What is added to K, relative to its mean diagonal by layer.
@@ -84,6 +89,7 @@ class Measuring:
             of its outputs, and its loss nearly flat there; with this they count all the same.
         target: For "ggn", what r leads back to: "outputs", those of the dense network, "loss",
             outputs of less loss. Fisher rows know the loss alone.
+        rank: For "eigenspace" and "both": the number of eigenpairs.
     """
 
     rows: Rows = "ggn"
@@ -92,6 +98,7 @@ class Measuring:
     largest_block: int = 1024
     root_floor: float = 5.0
     target: Target = "outputs"
+    rank: int = 100
 
     def check(self) -> None:
         """Refuse what does not exist.
@@ -100,7 +107,7 @@ class Measuring:
             ValueError: If an option is unknown or out of range.
         """
         for name, known in (
-            ("rows", ("ggn", "fisher")),
+            ("rows", ("ggn", "fisher", "eigenspace", "both")),
             ("rest", ("kronecker", "diagonal", "isotropic")),
             ("target", ("outputs", "loss")),
         ):
@@ -109,8 +116,9 @@ class Measuring:
         for name in ("damping", "root_floor"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"expected a positive {name}, got {getattr(self, name)!r}")
-        if self.largest_block < 1:
-            raise ValueError(f"expected a positive largest_block, got {self.largest_block!r}")
+        for name in ("largest_block", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected a positive {name}, got {getattr(self, name)!r}")
 
 
 def measure_quadratic_model(
@@ -138,34 +146,59 @@ def measure_quadratic_model(
     """
     n = sum(map(num_samples, batches))
     values = tuple(params.values())
-    first = values[0]
-    rows = {name: first.new_empty(n, p.numel()) for name, p in params.items()}
-    residual = first.new_ones(n) / n**0.5 if how.rows == "fisher" else first.new_zeros(n)
+    rows: list[Tensor] = []
+    residual, cost = values[0].new_zeros(0), 0
+    if how.rows != "eigenspace":
+        rows, residual = _sample_rows(objective, params, batches, how, generator, dense)
+        cost += n
+    if how.rows in ("eigenspace", "both"):
+        top, products = eigenspace_rows(objective, values, batches, how.rank, generator)
+        # A half of each, so that what both see is not counted twice.
+        share = 0.5**0.5 if rows else 1.0
+        if rows:
+            top = [torch.cat([r, t]) for r, t in zip(rows, top, strict=True)]
+        rows = [part * share for part in top]
+        missing = len(rows[0]) - len(residual)
+        residual = torch.cat([residual, residual.new_zeros(missing)]) * share
+        cost += 2 * products * n
+    layout = ParameterLayout(tuple(params), tuple(tuple(p.shape) for p in values))
+    by_name = dict(zip(params, rows, strict=True))
+    blocks = _blocks(objective, weights, params, batches, by_name, how)
+    return QuadraticModel(layout, LowRankPlusBlocks(rows, blocks), residual=residual, cost=cost)
+
+
+def _sample_rows(
+    objective: Objective,
+    params: dict[str, Tensor],
+    batches: list[Any],
+    how: Measuring,
+    generator: torch.Generator,
+    dense: dict[str, Tensor],
+) -> tuple[list[Tensor], Tensor]:
+    """Return one row a sample, (n, p) for each weight, and the residuals (n,)."""
+    n = sum(map(num_samples, batches))
+    values = tuple(params.values())
+    rows = [p.new_empty(n, p.numel()) for p in values]
+    residual = values[0].new_ones(n)
     gradients = SampleGradients(objective)
-    stored = dict(zip(objective.layout.names, params, strict=True))
-    at_once = _samples_at_once(objective)
+    stored = dict(zip(objective.layout.names, values, strict=True))
     with objective.environment():
         directions = None
-        floor = _floor(objective, batches, dense, how) if how.rows == "ggn" else 0.0
+        floor = 0.0 if how.rows == "fisher" else _floor(objective, batches, dense, how)
         start = 0
-        for batch in (part for b in batches for part in split(b, at_once)):
+        for batch in (part for b in batches for part in split(b, _samples_at_once(objective))):
             stop = start + num_samples(batch)
-            if how.rows == "ggn":
+            if how.rows != "fisher":
                 directions, residual[start:stop] = _directions(
                     objective, batch, values, dense, floor, how.target, generator
                 )
-            found = gradients({s: params[name] for s, name in stored.items()}, batch, directions)
-            for s, name in stored.items():
-                rows[name][start:stop] = found[s].detach().flatten(1)
+            found = gradients(stored, batch, directions)
+            for part, name in zip(rows, stored, strict=True):
+                part[start:stop] = found[name].detach().flatten(1)
             start = stop
-    for part in rows.values():
+    for part in (*rows, residual):
         part /= n**0.5
-    if how.rows == "ggn":
-        residual /= n**0.5
-    layout = ParameterLayout(tuple(params), tuple(tuple(p.shape) for p in values))
-    blocks = _blocks(objective, weights, params, batches, rows, how)
-    matrix = LowRankPlusBlocks(list(rows.values()), blocks)
-    return QuadraticModel(layout, matrix, residual=residual)
+    return rows, residual
 
 
 def _directions(

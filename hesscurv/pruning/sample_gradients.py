@@ -77,7 +77,7 @@ def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> 
     ``S S^T`` is the Hessian's positive part plus `floor` times the identity.
 
     Raises:
-        ValueError: If there are more than 1024 outputs a sample.
+        ValueError: If there are more than 1024 outputs a sample, or a Hessian is not finite.
     """
     c = prod(outputs.shape[1:])
     if c > MOST_OUTPUTS:
@@ -93,6 +93,11 @@ def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> 
     with _quiet():
         # Backward over backward: forward mode would compile decompositions that torch deprecates.
         curvature = vmap(jacrev(jacrev(loss)), randomness="different")(outputs.detach(), *rows)
+    if not bool(curvature.isfinite().all()):
+        raise ValueError(
+            "expected a finite Hessian of the loss in the outputs, got NaN or inf; look at the "
+            "data and the model's outputs"
+        )
     eigenvalues, vectors = torch.linalg.eigh(curvature.detach().reshape(-1, c, c))
     return vectors * (eigenvalues.clamp(min=0) + floor).sqrt()[:, None, :]
 

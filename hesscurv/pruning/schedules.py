@@ -21,7 +21,7 @@ def sparsities(schedule: Schedule, stages: int, start: float, end: float) -> lis
         end: Sparsity to reach, in [start, 1).
 
     Raises:
-        ValueError: If the schedule is unknown, falls, or does not end at `end`.
+        ValueError: If the schedule is unknown, falls, has NaN, or does not end at `end`.
 
     References:
         Zhu and Gupta, arXiv 1710.01878, equation (1), for the cubic one.
@@ -43,8 +43,8 @@ def sparsities(schedule: Schedule, stages: int, start: float, end: float) -> lis
     else:
         out = [float(s) for s in schedule]
     path = [start, *out]
-    if not out or any(b < a - 1e-12 for a, b in zip(path, out, strict=False)):
+    if not out or not all(b >= a - 1e-12 for a, b in zip(path, out, strict=False)):
         raise ValueError(f"expected sparsities that do not fall, from {start:g} on, got {out}")
     if abs(out[-1] - end) > 1e-9:
         raise ValueError(f"expected a schedule that ends at sparsity {end:g}, got {out[-1]:g}")
-    return out
+    return [*out[:-1], end]  # exactly, for the counts that are rounded from it

@@ -118,7 +118,7 @@ class Pattern:
 
     def fits(self, weight: Weight, shape: tuple[int, ...]) -> bool:
         """Whether m divides the weight's input dimension."""
-        return shape[input_dimension(weight.module)] % self.m == 0
+        return len(shape) > 1 and shape[input_dimension(weight.module)] % self.m == 0
 
     def next_mask(
         self,

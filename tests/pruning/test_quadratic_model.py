@@ -1,0 +1,261 @@
+"""The quadratic model against dense matrices: what it computes, and what its rows average to."""
+
+import itertools
+
+import cases
+import oracles
+import pytest
+import torch
+
+from hesscurv import ParameterLayout
+from hesscurv.linalg.woodbury import DiagonalBlock, KroneckerBlock, LowRankPlusBlocks
+from hesscurv.operators.objective import Objective
+from hesscurv.pruning import quadratic_model
+from hesscurv.pruning.layer_inputs import input_covariances
+from hesscurv.pruning.quadratic_model import Measuring, QuadraticModel, measure_quadratic_model
+from hesscurv.pruning.weights import find_weights
+
+SEEDS = (0, 1, 2)
+NAMES = ("0.weight", "2.weight")
+# float64, sums of some dozen terms.
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+
+
+def setting(name="mlp"):
+    """A small problem, its objective and its weights."""
+    p = cases.build(name)
+    weights = find_weights(p.model)
+    p.names = list(weights)
+    objective = Objective(
+        p.model, p.task, p.batches, list(weights), training=False, compute_dtype=None, budget=None
+    )
+    objective.refresh()
+    return p, objective, weights
+
+
+def measure(objective, weights, batches, how, params=None, dense=None, seed=0):
+    dense = dense or dict(zip(weights, objective.parameters(), strict=True))
+    generator = torch.Generator().manual_seed(seed)
+    return measure_quadratic_model(
+        objective, weights, params or dense, batches, how, generator, dense
+    )
+
+
+def flat(values):
+    return torch.cat([t.flatten() for t in values])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_change_is_the_dense_quadratic_form(seed):
+    torch.manual_seed(seed)
+    rows = [torch.randn(6, 20).double(), torch.randn(6, 15).double()]
+    a = torch.randn(4, 4).double()
+    a, scale, d = a @ a.T, torch.rand(5).double(), torch.rand(15).double() + 0.1
+    K = torch.block_diag(
+        torch.kron(torch.diag(scale), a) + 0.2 * torch.eye(20).double(), torch.diag(d)
+    )
+    matrix = LowRankPlusBlocks(rows, [KroneckerBlock(a, scale, 0.2), DiagonalBlock(d)])
+    layout, R = ParameterLayout(NAMES, ((5, 4), (3, 5))), torch.cat(rows, 1)
+    delta, r, g = (torch.randn(n).double() for n in (35, 6, 35))
+    half = float(delta @ (R.T @ R + 0.3 * K) @ delta) / 2
+    assert QuadraticModel(layout, matrix, 0.3).change(delta) == pytest.approx(half, rel=1e-10)
+    model = QuadraticModel(layout, matrix, 0.3, r, g)
+    expected = half + float(r @ R @ delta) + float(g @ delta)
+    assert model.change(delta) == pytest.approx(expected, rel=1e-10)
+    assert model.num_rows == 6
+
+
+# -- rows -------------------------------------------------------------------------------------
+
+
+def dense_rows(p, objective, weights, batch):
+    """For one sample J (c, D), and its loss's Hessian in the outputs, by plain autograd."""
+    named = dict(p.model.named_parameters())
+    z = p.outputs(p.model, batch)
+    jacobian = torch.stack(
+        [
+            flat(torch.autograd.grad(e, [named[n] for n in weights], retain_graph=True))
+            for e in z.flatten()
+        ]
+    )
+    C = torch.autograd.functional.hessian(lambda o: p.output_loss(o, batch), z.detach())
+    return jacobian, C.reshape(z.numel(), z.numel())
+
+
+def one_sample(p):
+    x, y = p.batches[0]
+    return (x[:1], y[:1])
+
+
+@pytest.mark.parametrize("floor", [1e-6, 5.0])
+def test_over_all_signs_the_rows_average_to_the_gauss_newton_matrix_with_its_floor(
+    monkeypatch, floor
+):
+    p, objective, weights = setting()
+    batch = one_sample(p)
+    total = count = 0
+    for signs in itertools.product([-1.0, 1.0], repeat=3):
+        e = torch.tensor(signs).double().view(1, 3, 1)
+        monkeypatch.setattr(quadratic_model, "random_signs", lambda *_, e=e: e)
+        model = measure(objective, weights, [batch], Measuring(root_floor=floor))
+        assert model.num_rows == 1
+        assert not bool(model.residual.any())  # at the dense weights
+        row = torch.cat(model.matrix.rows, 1)
+        total, count = total + row.T @ row, count + 1
+    J, C = dense_rows(p, objective, weights, batch)
+    C = C + floor * C.trace() / 3 * torch.eye(3).double()  # relative to the mean eigenvalue
+    torch.testing.assert_close(total / count, J.T @ C @ J, **CLOSE)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_over_many_draws_the_rows_of_all_samples_average_to_the_gauss_newton_matrix(seed):
+    p, objective, weights = setting()
+    G, draws = oracles.dense_ggn(p), 100
+    how = Measuring(rest="isotropic", root_floor=1e-9)
+    generator = torch.Generator().manual_seed(seed)
+    dense = dict(zip(weights, objective.parameters(), strict=True))
+    total = torch.zeros_like(G)
+    for _ in range(draws):
+        model = measure_quadratic_model(objective, weights, dense, p.batches, how, generator, dense)
+        R = torch.cat(model.matrix.rows, 1)
+        total += R.T @ R
+    # 100 draws of 7 samples: a relative error of about 1/sqrt(100) = 10 %, and three times it.
+    assert float((total / draws - G).norm() / G.norm()) < 0.3
+
+
+def test_fisher_rows_are_the_gradients_of_the_losses_and_lead_to_less_loss():
+    p, objective, weights = setting()
+    model = measure(objective, weights, p.batches, Measuring(rows="fisher"))
+    R = torch.cat(model.matrix.rows, 1)
+    torch.testing.assert_close(R.T @ R, oracles.dense_fisher(p), **CLOSE)
+    torch.testing.assert_close(R.T @ model.residual, loss_gradient(p, weights), **CLOSE)
+
+
+def loss_gradient(p, weights):
+    n = sum(len(b[0]) for b in p.batches)
+    loss = sum(len(b[0]) / n * p.loss(p.model, b) for b in p.batches)
+    named = dict(p.model.named_parameters())
+    return flat(torch.autograd.grad(loss, [named[name] for name in weights]))
+
+
+def test_over_all_signs_the_first_order_term_is_the_losss_own(monkeypatch):
+    p, objective, weights = setting()
+    batch = one_sample(p)
+    p.batches, total = [batch], 0
+    for signs in itertools.product([-1.0, 1.0], repeat=3):
+        e = torch.tensor(signs).double().view(1, 3, 1)
+        monkeypatch.setattr(quadratic_model, "random_signs", lambda *_, e=e: e)
+        model = measure(objective, weights, [batch], Measuring(target="loss"))
+        total = total + torch.cat(model.matrix.rows, 1).T @ model.residual / 8
+    torch.testing.assert_close(total, loss_gradient(p, weights), **CLOSE)
+
+
+def test_over_all_signs_the_first_order_term_leads_back_to_the_dense_outputs(monkeypatch):
+    p, objective, weights = setting()
+    batch = one_sample(p)
+    dense = dict(zip(weights, objective.parameters(), strict=True))
+    params = {n: 0.7 * t for n, t in dense.items()}
+    there = p.outputs(p.model, batch).detach()
+    with torch.no_grad():
+        for name, w in weights.items():
+            w.module.weight.copy_(params[name])
+    J, _ = dense_rows(p, objective, weights, batch)
+    here = p.outputs(p.model, batch).detach()
+    C = torch.autograd.functional.hessian(lambda o: p.output_loss(o, batch), there).view(3, 3)
+    C = C + 5 * C.trace() / 3 * torch.eye(3).double()
+    total = 0
+    for signs in itertools.product([-1.0, 1.0], repeat=3):
+        e = torch.tensor(signs).double().view(1, 3, 1)
+        monkeypatch.setattr(quadratic_model, "random_signs", lambda *_, e=e: e)
+        model = measure(objective, weights, [batch], Measuring(), params, dense)
+        total = total + torch.cat(model.matrix.rows, 1).T @ model.residual / 8
+    torch.testing.assert_close(total, J.T @ C @ (here - there)[0], **CLOSE)
+
+
+@pytest.mark.parametrize("rows", ["ggn", "fisher"])
+def test_how_samples_are_batched_does_not_matter(monkeypatch, rows):
+    p, objective, weights = setting()
+    how = Measuring(rows=rows)
+    whole = measure(objective, weights, p.batches, how)
+    monkeypatch.setattr(quadratic_model, "_samples_at_once", lambda _: 2)
+    parts = measure(objective, weights, p.batches, how)
+    for a, b in zip(whole.matrix.rows, parts.matrix.rows, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+# -- the rest ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_bn"])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_kronecker_rest_has_the_rows_trace_by_layer_and_output(name, seed):
+    p, objective, weights = setting(name)
+    how = Measuring(damping=1e-2)
+    model = measure(objective, weights, p.batches, how, seed=seed)
+    covariances = input_covariances(
+        objective, objective.parameters(), p.batches, weights, how.largest_block
+    )
+    for (w, block), rows in zip(
+        zip(weights, model.matrix.blocks, strict=True), model.matrix.rows, strict=True
+    ):
+        squares, outputs = rows.square().sum(0), len(weights[w].module.weight)
+        damping = how.damping * squares.mean()
+        by_output = squares.view(outputs, -1).sum(1)
+        expected = by_output.clamp(min=1e-2 * float(by_output.mean()))
+        found = (block.diagonal() - damping).view(outputs, -1).sum(1)
+        torch.testing.assert_close(found, expected, **CLOSE)
+        # Within an output it is the inputs' covariance.
+        unit = torch.randn(block.numel).double()
+        dense = (
+            torch.kron(
+                torch.diag(expected / covariances[w].diagonal(dim1=1, dim2=2).sum()),
+                covariances[w][0],
+            )
+            + damping * torch.eye(block.numel).double()
+        )
+        torch.testing.assert_close(block.multiply(unit), dense @ unit, **CLOSE)
+
+
+def test_the_diagonal_rest_is_the_rows_mean_square_and_damping():
+    p, objective, weights = setting()
+    model = measure(objective, weights, p.batches, Measuring(rest="diagonal", damping=0.1))
+    for block, rows in zip(model.matrix.blocks, model.matrix.rows, strict=True):
+        squares = rows.square().sum(0)
+        torch.testing.assert_close(block.diagonal(), squares + 0.1 * squares.mean(), **CLOSE)
+
+
+def test_the_isotropic_rest_is_one_number():
+    p, objective, weights = setting()
+    model = measure(objective, weights, p.batches, Measuring(rest="isotropic"))
+    mean = torch.cat(model.matrix.rows, 1).square().sum(0).mean()
+    for block in model.matrix.blocks:
+        torch.testing.assert_close(block.diagonal(), mean.expand(block.numel), **CLOSE)
+
+
+def test_a_loss_that_does_not_depend_on_the_weights_is_refused():
+    p, objective, weights = setting()
+    zeros = {n: torch.zeros_like(t) for n, t in zip(weights, objective.parameters(), strict=True)}
+    batches = [(torch.zeros_like(x), y) for x, y in p.batches]
+    with torch.no_grad():
+        p.model[0].bias.zero_()
+    objective.refresh()
+    with pytest.raises(ValueError, match="all gradients are zero"):
+        measure(objective, weights, batches, Measuring(), zeros, zeros)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rows": "hessian"}, "expected rows one of .*got 'hessian'"),
+        ({"rest": "full"}, "expected rest one of"),
+        ({"target": "labels"}, "expected target one of"),
+        ({"damping": 0.0}, "expected a positive damping, got 0.0"),
+        ({"damping": float("nan")}, "expected a positive damping, got nan"),
+        ({"root_floor": -1.0}, "expected a positive root_floor, got -1.0"),
+        ({"root_floor": float("inf")}, "expected a positive root_floor, got inf"),
+        ({"largest_block": 0}, "expected a positive largest_block, got 0"),
+    ],
+)
+def test_options_that_do_not_exist_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Measuring(**options).check()
