@@ -5,11 +5,11 @@ The masks are those of ``torch.nn.utils.prune`` throughout.
 
 from hesscurv.pruning.attention import prepare_attention_
 from hesscurv.pruning.eigenspace_model import quadratic_model_of
+from hesscurv.pruning.global_pruning import curvature_global
 from hesscurv.pruning.methods import (
     CurvatureNM,
     CurvatureStructured,
     CurvatureUnstructured,
-    curvature_global,
     curvature_nm,
     curvature_structured,
     curvature_unstructured,

@@ -7,7 +7,6 @@ NaN is refused; an error leaves the module as it was; and a pruned module can be
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +16,8 @@ from torch.nn.utils import prune
 from hesscurv.pruning.ranking import as_scores, check_amount, check_int, check_scores, lowest
 from hesscurv.pruning.rollback import unchanged_on_error
 from hesscurv.pruning.weights import (
-    Weight,
     check_prunable,
-    current_mask,
+    input_dimension,
     refresh_,
     restore_hook_,
 )
@@ -367,67 +365,6 @@ def curvature_nm(
     return module
 
 
-def curvature_global(
-    parameters: Iterable[tuple[nn.Module, str]],
-    amount: float,
-    importance_scores: Mapping[tuple[nn.Module, str], Tensor],
-) -> None:
-    """Prune the entries of lowest score over several tensors together, in place.
-
-    What ``prune.global_unstructured`` does, with all scores checked before anything is changed.
-
-    Args:
-        parameters: Pairs (module, name), such as ``find_weights(model).values()``.
-        amount: A float in [0, 1] is a fraction of all entries not yet pruned, an int a number.
-        importance_scores: For each pair a tensor of its shape, integer or floating, on any device,
-            without NaN; ranked as signed, over all tensors. Of equal scores the one that comes
-            first in `parameters` is kept. Scores of other pairs are not used.
-
-    Raises:
-        TypeError: If the scores are no mapping or no real tensors, or `amount` is no number.
-        ValueError: If scores are missing, or have another shape or NaN, a pair occurs twice,
-            two are one parameter, `amount` is out of range, or a tensor cannot be pruned. All
-            modules are left as they were.
-
-    Cost:
-        A selection in O(D), two copies of the scores, and masks in the weights' dtypes.
-    """
-    weights = [Weight(*pair) for pair in parameters]
-    if not weights:
-        raise ValueError("expected pairs (module, name) to prune, got none")
-    if not isinstance(importance_scores, Mapping):
-        raise TypeError(
-            "expected importance_scores as a dict from (module, name) to a tensor, got "
-            f"{type(importance_scores).__name__}"
-        )
-    amount = check_amount(amount)
-    originals = [check_prunable(*weight) for weight in weights]
-    if len({id(p) for p in originals}) < len(weights):
-        raise ValueError("expected distinct parameters, got one twice; prune each of them once")
-    scores, alive = [], []
-    for number, (weight, parameter) in enumerate(zip(weights, originals, strict=True)):
-        where = f"{weight.name!r} of {type(weight.module).__name__} (number {number})"
-        if weight not in importance_scores:
-            raise ValueError(f"expected importance scores for {where}, got none for it")
-        scores.append(as_scores(importance_scores[weight], parameter, where))
-        mask = current_mask(*weight)
-        alive.append(torch.ones_like(parameter, dtype=torch.bool) if mask is None else mask)
-    dtype = scores[0].dtype
-    for tensor in scores:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    surviving = torch.cat(
-        [s[a].to(scores[0].device, dtype) for s, a in zip(scores, alive, strict=True)]
-    )
-    dropped = lowest(surviving, amount, "entries")
-    with unchanged_on_error(weight.module for weight in weights):
-        start = 0
-        for weight, mask in zip(weights, alive, strict=True):
-            stop = start + int(mask.sum())
-            mask[mask.clone()] = ~dropped[start:stop].to(mask.device)
-            apply_mask_(*weight, mask)
-            start = stop
-
-
 def apply_mask_(module: nn.Module, name: str, mask: Tensor) -> None:
     """Prune a tensor by a mask, on top of the one that it has, leaving a module that can be copied.
 
@@ -439,12 +376,6 @@ def apply_mask_(module: nn.Module, name: str, mask: Tensor) -> None:
     restore_hook_(module, name)
     prune.custom_from_mask(module, name, mask)
     refresh_(module, name)
-
-
-def input_dimension(module: nn.Module) -> int:
-    """Return the dimension of a module's weight along which its inputs lie: 1, 0 if transposed."""
-    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    return 0 if isinstance(module, transposed) else 1
 
 
 def _dimension(t: Tensor, dim: int) -> int:

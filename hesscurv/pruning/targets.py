@@ -10,8 +10,7 @@ from torch import Tensor
 
 from hesscurv.metrics.masks import top_k_mask
 from hesscurv.operators.parameters import ParameterLayout
-from hesscurv.pruning.methods import input_dimension
-from hesscurv.pruning.weights import Weight
+from hesscurv.pruning.weights import Weight, input_dimension
 
 Scope = str | Mapping[str, float]
 

@@ -5,11 +5,11 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
+from hesscurv.pruning.global_pruning import curvature_global
 from hesscurv.pruning.methods import (
     CurvatureNM,
     CurvatureStructured,
     CurvatureUnstructured,
-    curvature_global,
     curvature_nm,
     curvature_structured,
     curvature_unstructured,
