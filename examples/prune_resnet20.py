@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import torch
 import torch.nn.functional as F
-from pruning import ResNet20
+from pruning_cases import ResNet20
 from samples import balanced, cifar10_part, digits
 from torch import nn
 from tqdm import tqdm

@@ -31,168 +31,37 @@ import argparse
 import copy
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
 
 import torch
 import torch_pruning as tp
+from resnet56 import (
+    BATCH,
+    CHECKPOINT,
+    FOLDER,
+    Batches,
+    Images,
+    ResNet,
+    accuracy,
+    cifar10,
+    synthetic,
+    tune,
+)
 from results import Report, parser, print_table
-from samples import balanced, cifar10_part, digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import hesscurv
 from hesscurv.integrations import EigenspaceImportance, FisherImportance, macs_per_entry
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # what the checkpoint was trained with
-CHECKPOINT = "resnet56_cifar10_akamaster.pt"
-FOLDER, TRAINING = "cifar-10-batches-py", [f"data_batch_{i}" for i in range(1, 6)]
 TARGETS = (1.5, 2.0)
-BATCH = 250
 OURS = ("eigenspace", "fisher", "ggn")
 THEIRS = ("magnitude", "taylor", "hessian")
 JOINTLY = "per MAC, jointly"
 UNITS = {"group_reduction": "sum", "normalizer": None}
-Batches = list[tuple[Tensor, Tensor]]
 Make = Callable[[nn.Module, Batches, int], Any]  # model, batches, seed -> an importance
-
-
-# -- network and data ---------------------------------------------------------------------------
-
-
-class Block(nn.Module):
-    """A residual block whose shortcut takes every second pixel and pads the width with zeros."""
-
-    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(fan_out)
-        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(fan_out)
-        self.stride, self.padding = stride, (fan_out - fan_in) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.padding:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *(self.padding,) * 2))
-        return F.relu(y + x)
-
-
-class ResNet(nn.Module):
-    """CIFAR ResNet of 6 n + 2 layers: n = 9 is ResNet-56."""
-
-    def __init__(self, blocks: int = 9, widths: tuple[int, ...] = (16, 32, 64)) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        fan_in = widths[0]
-        for i, width in enumerate(widths, start=1):
-            layers = []
-            for j in range(blocks):
-                layers.append(Block(fan_in, width, 2 if i > 1 and j == 0 else 1))
-                fan_in = width
-            self.add_module(f"layer{i}", nn.Sequential(*layers))
-        self.linear = nn.Linear(fan_in, 10)
-
-    def blocks(self) -> list[Block]:
-        return [m for m in self.modules() if isinstance(m, Block)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
-
-
-@dataclass
-class Images:
-    """Normalised images (n, 3, h, w) and labels, and the dense network."""
-
-    x: Tensor
-    y: Tensor
-    x_test: Tensor
-    y_test: Tensor
-    model: ResNet
-
-    def batches(self, count: int, seed: int) -> Batches:
-        """Return the scores' images, other ones for each seed, and never those held out."""
-        order = torch.randperm(len(self.x) // 2, generator=torch.Generator().manual_seed(seed))
-        return self.cut(order[:count])
-
-    def held_out(self, count: int) -> Batches:
-        """Return images of the other half, to choose settings by."""
-        return self.cut(torch.arange(len(self.x) // 2, len(self.x))[:count])
-
-    def cut(self, chosen: Tensor) -> Batches:
-        return list(zip(self.x[chosen].split(BATCH), self.y[chosen].split(BATCH), strict=True))
-
-
-def cifar10(data: Path, checkpoints: Path) -> Images:
-    for path in [*(data / FOLDER / name for name in [*TRAINING, "test_batch"])]:
-        if not path.is_file():
-            raise SystemExit(f"--data: found no {path.name} in {FOLDER}; unpack CIFAR-10 there")
-    if not (checkpoints / CHECKPOINT).is_file():
-        raise SystemExit(f"--checkpoints: found no {CHECKPOINT} there")
-    middle, scale = torch.tensor(MEAN).view(1, 3, 1, 1), torch.tensor(STD).view(1, 3, 1, 1)
-
-    def normalised(names: list[str]) -> tuple[Tensor, Tensor]:
-        parts = [cifar10_part(data / FOLDER / name) for name in names]
-        return (torch.cat([x for x, _ in parts]) - middle) / scale, torch.cat([y for _, y in parts])
-
-    model = ResNet()
-    model.load_state_dict(torch.load(checkpoints / CHECKPOINT, weights_only=True))
-    return Images(*normalised(TRAINING), *normalised(["test_batch"]), model.eval())
-
-
-def synthetic() -> Images:
-    """Return scikit-learn's digits in three channels, and a small network trained on them."""
-    torch.manual_seed(0)
-    _, x, y = digits(None, 16, 3)
-    x = (x - x.mean()) / x.std()
-    test = balanced(y, 500)
-    images = Images(x[~test], y[~test], x[test], y[test], ResNet(1, (8, 16, 32)))
-    tune(images.model, images, epochs=6, rate=0.1, shifted=False)
-    return images
-
-
-def accuracy(model: nn.Module, batches: Batches) -> float:
-    """Return the accuracy in per cent, in eval mode."""
-    model.eval()
-    with torch.no_grad():
-        right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
-    return 100 * right / sum(len(y) for _, y in batches)
-
-
-def augmented(x: Tensor, generator: torch.Generator, most: int = 4) -> Tensor:
-    """Shift every image by up to four pixels, with zeros at its border, and flip half of them."""
-    n, channels, height, width = x.shape
-    flip = torch.rand(n, generator=generator) < 0.5
-    x = F.pad(torch.where(flip[:, None, None, None], x.flip(3), x), (most,) * 4)
-    down, right = torch.randint(2 * most + 1, (2, n), generator=generator)
-    rows, columns = down[:, None] + torch.arange(height), right[:, None] + torch.arange(width)
-    return x[
-        torch.arange(n)[:, None, None, None],
-        torch.arange(channels)[:, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
-
-
-def tune(
-    model: nn.Module, images: Images, epochs: int, rate: float = 0.01, shifted: bool = True
-) -> None:
-    """Train a model in place: the same images, order and shifts for every model."""
-    generator = torch.Generator().manual_seed(0)
-    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
-    model.train()
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(images.x), generator=generator).split(128):
-            x = augmented(images.x[chosen], generator) if shifted else images.x[chosen]
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), images.y[chosen]).backward()
-            optimizer.step()
-    model.eval()
 
 
 # -- contenders ---------------------------------------------------------------------------------
