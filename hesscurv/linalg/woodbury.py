@@ -37,8 +37,8 @@ class Block(ABC):
         """Return the diagonal of K, shape (p,)."""
 
     @abstractmethod
-    def solve(self, mask_p: Tensor, x_np: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x K_SS^-1 (n, p), zero outside S, and the diagonal of K_SS^-1 (p,), zero there."""
+    def solve(self, mask_p: Tensor, *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return x K_SS^-1 for each x (n, p), and the diagonal of K_SS^-1 (p,), zero outside S."""
 
 
 class DiagonalBlock(Block):
@@ -64,10 +64,10 @@ class DiagonalBlock(Block):
         """Return the diagonal of K, shape (p,)."""
         return self._diagonal_p
 
-    def solve(self, mask_p: Tensor, x_np: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x K_SS^-1 and the diagonal of K_SS^-1, both zero outside S."""
+    def solve(self, mask_p: Tensor, *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return x K_SS^-1 for each x, and the diagonal of K_SS^-1, all zero outside S."""
         inverse_p = mask_p / self._diagonal_p
-        return x_np * inverse_p, inverse_p
+        return [x_np * inverse_p for x_np in inputs], inverse_p
 
 
 class KroneckerBlock(Block):
@@ -109,33 +109,35 @@ class KroneckerBlock(Block):
         inputs_ci = self._a_cii.diagonal(dim1=1, dim2=2)
         return (self._scale_o[:, None] * inputs_ci.reshape(1, -1) + self._damping).flatten()
 
-    def solve(self, mask_p: Tensor, x_np: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x K_SS^-1 and the diagonal of K_SS^-1, both zero outside S."""
+    def solve(self, mask_p: Tensor, *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return x K_SS^-1 for each x, and the diagonal of K_SS^-1, all zero outside S."""
         c, i, _ = self._a_cii.shape
-        mask_mi = mask_p.view(-1, i).to(x_np.dtype)  # m = o c, the small matrices in order
+        mask_mi = mask_p.view(-1, i).to(self._a_cii.dtype)  # m = o c, the small matrices in order
         scale_m = self._scale_o.repeat_interleave(c)
-        out_np, diagonal_p = torch.empty_like(x_np), torch.empty_like(mask_mi)
-        x_nmi, out_nmi = x_np.view(len(x_np), -1, i), out_np.view(len(x_np), -1, i)
-        at_once = max(1, _BYTES_AT_ONCE // (i * i * x_np.element_size()))
-        eye_ii = self._damping * torch.eye(i, dtype=x_np.dtype, device=x_np.device)
+        out = [torch.empty_like(x_np) for x_np in inputs]
+        diagonal_mi = torch.empty_like(mask_mi)
+        at_once = max(1, _BYTES_AT_ONCE // (i * i * mask_mi.element_size()))
+        eye_ii = self._damping * torch.eye(i, dtype=mask_mi.dtype, device=mask_mi.device)
         for start in range(0, len(mask_mi), at_once):
             part = slice(start, start + at_once)
             f_mi = mask_mi[part]
             if c == 1:
                 a_mii = self._a_cii * scale_m[part, None, None]
             else:
-                which = torch.arange(start, start + len(f_mi), device=x_np.device) % c
+                which = torch.arange(start, start + len(f_mi), device=f_mi.device) % c
                 a_mii = self._a_cii[which] * scale_m[part, None, None]
             # Outside S the identity, which neither mixes with S nor spoils the factorisation.
             a_mii = (a_mii + eye_ii) * f_mi[:, :, None] * f_mi[:, None, :]
             a_mii.diagonal(dim1=1, dim2=2).add_(1 - f_mi)
             inverse_mii = torch.cholesky_inverse(torch.linalg.cholesky(a_mii))
             inverse_mii *= f_mi[:, :, None] * f_mi[:, None, :]
-            diagonal_p[part] = inverse_mii.diagonal(dim1=1, dim2=2)
-            out_nmi[:, part] = torch.bmm(x_nmi[:, part].transpose(0, 1), inverse_mii).transpose(
-                0, 1
-            )
-        return out_np, diagonal_p.flatten()
+            diagonal_mi[part] = inverse_mii.diagonal(dim1=1, dim2=2)
+            for x_np, out_np in zip(inputs, out, strict=True):
+                x_mni = x_np.view(len(x_np), -1, i)[:, part].transpose(0, 1)
+                out_np.view(len(x_np), -1, i)[:, part] = torch.bmm(x_mni, inverse_mii).transpose(
+                    0, 1
+                )
+        return out, diagonal_mi.flatten()
 
 
 class LowRankPlusBlocks:
@@ -227,13 +229,18 @@ class SupportSystem:
         for r_np, block, mask_p, x_p in parts:
             # What K couples S with through the fixed values, solved along with the rows.
             coupled_p = torch.where(mask_p, block.multiply(x_p), 0)
-            b_np, diagonal_p = block.solve(mask_p, torch.cat([r_np, coupled_p[None]]))
+            (b_np, fixed_1p), diagonal_p = block.solve(mask_p, r_np, coupled_p[None])
             diagonals.append(diagonal_p)
-            fixed.append(b_np[n])
+            fixed.append(fixed_1p[0])
             columns = slice(None) if bool(mask_p.all()) else mask_p.nonzero()[:, 0]
-            b_ns = b_np[:n] if isinstance(columns, slice) else b_np[:n].index_select(1, columns)
-            r_ns = r_np if isinstance(columns, slice) else r_np.index_select(1, columns)
-            self._G_nn += b_ns @ r_ns.mT
+            if isinstance(columns, slice) or 2 * len(columns) > len(mask_p):
+                # B is zero outside S; a copy of R costs more memory than these zeros cost time.
+                self._G_nn += b_np @ r_np.mT
+                b_ns = b_np[:, columns]
+            else:
+                b_ns = b_np[:, columns]
+                self._G_nn += b_ns @ r_np[:, columns].mT
+            del b_np
             self._B.append(b_ns)
             self._columns.append(columns)
         self._G_nn = (self._G_nn + self._G_nn.mT) / 2
@@ -286,7 +293,7 @@ class SupportSystem:
         parts = zip(
             self._blocks, self._mask_D.split(self._sizes), x_D.split(self._sizes), strict=True
         )
-        return torch.cat([block.solve(mask_p, x_p[None])[0][0] for block, mask_p, x_p in parts])
+        return torch.cat([block.solve(mask_p, x_p[None])[0][0][0] for block, mask_p, x_p in parts])
 
     def _spread(self, parts: list[Tensor]) -> Tensor:
         out_D = self._diagonal_D.new_zeros(self._diagonal_D.shape)

@@ -77,6 +77,7 @@ class PruningRun:
         self._mu, self._gradients = 1.0, 0
         self._needs_curvature = compensate or method != "magnitude"
         self._model: QuadraticModel | None = None
+        self._system: SupportSystem | None = None
 
     def check(self) -> None:
         """Refuse what cannot be done, before anything is computed.
@@ -132,14 +133,12 @@ class PruningRun:
         if not math.isfinite(loss):
             raise ValueError("expected a finite loss on the calibration set, got NaN or inf")
         stages: list[StageReport] = []
-        system: SupportSystem | None = None
         with tqdm(total=len(path), disable=not progress, desc="pruning", unit="step") as bar:
             for number, end in enumerate(path):
                 if number % steps_per_stage == 0 and self._needs_curvature:
-                    system = None  # two sets of rows would not fit
                     self._measure()
-                before, predicted = loss, math.nan
-                system, loss, predicted, mu = self._step(end, system)
+                before = loss
+                loss, predicted, mu = self._step(end)
                 stages.append(
                     StageReport(
                         sparsity=1 - float(self.mask.double().mean()),
@@ -155,7 +154,7 @@ class PruningRun:
                     on_step(stages[-1], self.layout.split(self.values))
                 bar.set_postfix_str(f"sparsity {stages[-1].sparsity:.3f}, loss {loss:.4g}")
                 bar.update()
-        del system
+        self._system = None
         method, magnitude_loss = self.method, loss
         if self.method != "magnitude" or self.compensate:
             mask = self._first_mask
@@ -182,6 +181,7 @@ class PruningRun:
             magnitude_loss=magnitude_loss,
             recalibrated_loss=None,
             gradients=self._gradients,
+            planned_bytes=self.planned_bytes() if self._needs_curvature else 0,
             seconds=time.perf_counter() - begun,
             stages=stages,
             layers=layers,
@@ -189,7 +189,7 @@ class PruningRun:
 
     def _measure(self) -> None:
         samples = self.stream.take()
-        self._model = None
+        self._model = self._system = None  # two sets of rows would not fit
         self._origin = self.values
         self._model = measure_quadratic_model(
             self.objective,
@@ -202,20 +202,17 @@ class PruningRun:
         )
         self._gradients += self._model.cost
 
-    def _step(
-        self, end: float, system: SupportSystem | None
-    ) -> tuple[SupportSystem | None, float, float, float | None]:
-        """Drop entries and move the others; return the factors, the loss, and what was chosen."""
+    def _step(self, end: float) -> tuple[float, float, float | None]:
+        """Drop entries and move the others; return the loss, its predicted change, and mu."""
         model, before = self._model, self.values
-        if model is not None and system is None and self.method == "obs":
-            system = model.matrix.restrict(self.mask, -self._origin)
-        self.mask = self._next_mask(self._saliency(system), self.mask, end)
+        self.mask = self._next_mask(self._saliency(), self.mask, end)
         dropped = torch.where(self.mask, self.values, 0)
         if model is None or not self.compensate:
             self.values = dropped
             predicted = self._predicted(before, dropped)
-            return None, self._loss(dropped), predicted, None
-        system = model.matrix.restrict(self.mask, -self._origin)
+            return self._loss(dropped), predicted, None
+        self._system = None
+        system = self._system = model.matrix.restrict(self.mask, -self._origin)
         best, best_loss, best_mu = dropped, self._loss(dropped), None
         for factor in _FACTORS:
             mu = self._mu * factor
@@ -229,7 +226,7 @@ class PruningRun:
         self._mu = self._mu * _FACTORS[-1] if best_mu is None else best_mu
         predicted = self._predicted(before, best)
         self.values = best
-        return system, best_loss, predicted, best_mu
+        return best_loss, predicted, best_mu
 
     def _predicted(self, before: Tensor, after: Tensor) -> float:
         if self._model is None:
@@ -237,14 +234,15 @@ class PruningRun:
         model = replace(self._model, mu=self._mu)
         return model.change(after - self._origin) - model.change(before - self._origin)
 
-    def _saliency(self, system: SupportSystem | None) -> Tensor:
+    def _saliency(self) -> Tensor:
         if self.method == "magnitude":
             return self.values.abs()
         assert self._model is not None
         if self.method == "obd":
             return self.values.square() * self._model.matrix.diagonal(self._mu)
-        assert system is not None
-        inverse = system.inverse_diagonal(self._mu)
+        if self._system is None:
+            self._system = self._model.matrix.restrict(self.mask, -self._origin)
+        inverse = self._system.inverse_diagonal(self._mu)
         return torch.where(self.mask, self.values.square() / inverse, 0)
 
     def _next_mask(self, scores: Tensor, mask: Tensor, end: float) -> Tensor:

@@ -29,7 +29,7 @@ Rows = Literal["ggn", "fisher", "eigenspace", "both"]
 Rest = Literal["kronecker", "diagonal", "isotropic"]
 Target = Literal["outputs", "loss"]
 
-_MOST_AT_ONCE = 64
+_MOST_AT_ONCE = 32
 
 
 @dataclass(frozen=True)

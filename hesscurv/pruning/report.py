@@ -66,6 +66,7 @@ class PruningReport:
         magnitude_loss: Of plain magnitude pruning to the same sparsity, by the same rules.
         recalibrated_loss: After the batch statistics were measured anew; None where not asked for.
         gradients: Per-sample gradients taken.
+        planned_bytes: The memory that rows and factors were planned to take.
         seconds: In all.
         stages: By step.
         layers: By weight.
@@ -80,6 +81,7 @@ class PruningReport:
     magnitude_loss: float
     recalibrated_loss: float | None
     gradients: int
+    planned_bytes: int
     seconds: float
     stages: list[StageReport] = field(default_factory=list)
     layers: list[LayerReport] = field(default_factory=list)
