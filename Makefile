@@ -49,6 +49,8 @@ bench: $(VENV)/.has-bench
 	@$(IN_VENV) examples/benchmarks/scaling.py $(filter --quick,$(ARGS))
 	@$(IN_VENV) examples/benchmarks/pruning.py $(or $(PRUNING),--quick)
 	@$(IN_VENV) examples/benchmarks/structured.py $(or $(PRUNING),--quick)
+	@$(IN_VENV) examples/benchmarks/equal_time.py $(or $(PRUNING),--quick)
+	@$(IN_VENV) examples/benchmarks/pruning_memory.py $(filter --quick,$(ARGS))
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
