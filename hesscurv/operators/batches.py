@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -61,7 +60,7 @@ class Batches:
         self._cast = cast
         self._keep_bytes = keep_bytes
         self._may_be_empty = may_be_empty
-        self._random_state = random_state(device)
+        self._random_state = _random_state(device)
         self._sums = (0.0, 0.0)
         self._versions: tuple[Any, ...] = ()
         self.ordered = False
@@ -131,12 +130,21 @@ class Batches:
         tensors = [t for batch in self._source for t in tensors_of(batch)]
         return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
 
-    def _read(self) -> Iterator[tuple[Any, Any]]:
-        state = list(self._random_state)
-        with drawing_from(state, self._device):
+    def read(self) -> Iterator[Any]:
+        """Yield the batches of another pass, which may differ from the last.
+
+        Each goes on with random numbers where the one before ended; see `first_pass` for passes
+        that are to be the same.
+        """
+        for _, batch in self._read(self._random_state):
+            yield batch
+
+    def _read(self, state: list[Tensor] | None = None) -> Iterator[tuple[Any, Any]]:
+        state = list(self._random_state) if state is None else state
+        with _drawing_from(state, self._device):
             iterator = iter(self._source)
         while True:
-            with drawing_from(state, self._device):
+            with _drawing_from(state, self._device):
                 raw = next(iterator, _END)
             if raw is _END:
                 return
@@ -159,16 +167,22 @@ def split(batch: Any, size: int) -> list[Any]:
     if n <= size:
         return [batch]
 
-    def cut(t: Tensor, start: int) -> Tensor:
+    return [part_of(batch, start, start + size) for start in range(0, n, size)]
+
+
+def part_of(batch: Any, start: int, stop: int) -> Any:
+    """Return some neighbouring samples of a batch; see `split`."""
+    n = num_samples(batch)
+
+    def cut(t: Tensor) -> Tensor:
         if t.ndim == 0 or t.shape[0] != n or t.layout is not torch.strided:
             return t
-        return t[start : start + size].detach().requires_grad_(t.requires_grad)
+        return t[start:stop].detach().requires_grad_(t.requires_grad)
 
-    return [map_tensors(batch, partial(cut, start=start)) for start in range(0, n, size)]
+    return map_tensors(batch, cut)
 
 
-def random_state(device: torch.device) -> list[Tensor]:
-    """Return the states of torch's generators that a loader for a device may draw from."""
+def _random_state(device: torch.device) -> list[Tensor]:
     state = [torch.get_rng_state()]
     return [*state, torch.cuda.get_rng_state(device)] if device.type == "cuda" else state
 
@@ -180,14 +194,14 @@ def _set_random_state(state: list[Tensor], device: torch.device) -> None:
 
 
 @contextmanager
-def drawing_from(state: list[Tensor], device: torch.device) -> Iterator[None]:
+def _drawing_from(state: list[Tensor], device: torch.device) -> Iterator[None]:
     """Draw random numbers from a state, and leave there how far that got."""
-    outside = random_state(device)
+    outside = _random_state(device)
     _set_random_state(state, device)
     try:
         yield
     finally:
-        state[:] = random_state(device)
+        state[:] = _random_state(device)
         _set_random_state(outside, device)
 
 

@@ -9,18 +9,18 @@ import torch
 from torch import nn
 
 from hesscurv.operators.batches import Batches
-from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import unwrap
+from hesscurv.operators.tasks import Task
 
 
-def recalibrate_(model: nn.Module, objective: Objective, batches: Iterable[Any]) -> int:
+def recalibrate_(model: nn.Module, task: Task, batches: Iterable[Any]) -> int:
     """Set the running means and variances of batch norms to the averages over some batches.
 
     Only the batch norms are in training mode meanwhile; modes and random state are put back.
 
     Args:
         model: The module, changed in its batch norms' buffers.
-        objective: Its task, for how the model is run on a batch.
+        task: Says how the model is run on a batch, by `outputs`.
         batches: Re-iterable batches; larger ones measure better.
 
     Returns:
@@ -36,8 +36,9 @@ def recalibrate_(model: nn.Module, objective: Objective, batches: Iterable[Any])
         return 0
     modes = {m: m.training for m in inner.modules()}
     momenta = [m.momentum for m in norms]
-    devices = [objective.device] if objective.device.type == "cuda" else []
-    source = Batches(batches, objective.device, None, 0)
+    device = next(inner.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    source = Batches(batches, device, None, 0)
     with torch.random.fork_rng(devices), torch.no_grad():
         try:
             inner.eval()
@@ -46,7 +47,7 @@ def recalibrate_(model: nn.Module, objective: Objective, batches: Iterable[Any])
                 norm.momentum = None  # a plain average
                 norm.train()
             for batch in source.first_pass():
-                objective.task_parts.outputs(inner, batch)
+                task.outputs(inner, batch)
         finally:
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum

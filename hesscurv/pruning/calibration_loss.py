@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscurv.operators.batches import Batches, drawing_from, random_state, split
+from hesscurv.operators.batches import Batches, part_of, split
 from hesscurv.operators.objective import Objective
-from hesscurv.operators.tasks import map_tensors, num_samples
+from hesscurv.operators.tasks import num_samples
 
 _END = object()
 
@@ -68,10 +68,9 @@ class SampleStream:
 
     def __init__(self, objective: Objective, batches: Iterable[Any], count: int) -> None:
         self.count = count
-        self._source, self._objective = batches, objective
+        self._source = Batches(batches, objective.device, objective.dtype, 0)
         self._rest: Any = None
         self._iterator: Iterator[Any] = iter(())
-        self._random_state = random_state(objective.device)
 
     def take(self) -> list[Any]:
         """Return the next n samples as batches, or one whole pass where it has fewer.
@@ -84,47 +83,21 @@ class SampleStream:
         while missing:
             batch, self._rest = self._rest, None
             if batch is None:
-                raw = self._next()
-                if raw is _END:
+                batch = next(self._iterator, _END)
+                if batch is _END:
                     # One pass begun and ended in here holds all that there is.
                     if passes == 2 or (passes == 1 and not out):
                         break
-                    self._begin()
-                    passes += 1
+                    self._iterator, passes = self._source.read(), passes + 1
                     if passes == 2:
                         out, missing = [], self.count
                     continue
-                batch = map_tensors(raw, self._convert)
             size = num_samples(batch)
             if size > missing:
-                batch, self._rest = _cut(batch, missing)
-                size = missing
+                self._rest = part_of(batch, missing, size)
+                batch, size = part_of(batch, 0, missing), missing
             out.append(batch)
             missing -= size
         if not out:
             raise ValueError("expected at least one batch, got none; pass a list of batches")
         return out
-
-    def _begin(self) -> None:
-        with drawing_from(self._random_state, self._objective.device):
-            self._iterator = iter(self._source)
-
-    def _next(self) -> Any:
-        with drawing_from(self._random_state, self._objective.device):
-            return next(self._iterator, _END)
-
-    def _convert(self, tensor: Tensor) -> Tensor:
-        dtype = self._objective.dtype if tensor.is_floating_point() else tensor.dtype
-        return tensor.detach().to(device=self._objective.device, dtype=dtype)
-
-
-def _cut(batch: Any, size: int) -> tuple[Any, Any]:
-    n = num_samples(batch)
-
-    def has_rows(t: Tensor) -> bool:
-        return t.ndim > 0 and t.shape[0] == n
-
-    return (
-        map_tensors(batch, lambda t: t[:size] if has_rows(t) else t),
-        map_tensors(batch, lambda t: t[size:] if has_rows(t) else t),
-    )

@@ -71,8 +71,8 @@ def input_covariances(
 
         return hook
 
-    with torch.no_grad(), objective.environment(), _pre_hooks(weights, read):
-        torch.set_grad_enabled(False)  # the environment allows gradients
+    # In this order: the environment allows gradients.
+    with objective.environment(), torch.no_grad(), _pre_hooks(weights, read):
         for batch in batches:
             samples += num_samples(batch)
             for part in split(batch, _SAMPLES_AT_ONCE):

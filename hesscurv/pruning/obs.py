@@ -11,14 +11,12 @@ from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.operators.parameters import unwrap
 from hesscurv.pruning.eigenspace_model import quadratic_model_of
 from hesscurv.pruning.quadratic_model import QuadraticModel
-from hesscurv.pruning.rollback import unchanged_on_error
-from hesscurv.pruning.state_dicts import apply_masks_, masks_of
+from hesscurv.pruning.state_dicts import masks_of, write_pruned_
 from hesscurv.pruning.weights import (
     Weight,
     current_mask,
     current_parameter,
     find_weights,
-    refresh_,
 )
 
 
@@ -89,16 +87,7 @@ def compensate_(
             "expected finite weights after the update, got NaN or inf; look for them in the "
             "model's weights, or use a larger damping"
         )
-    own = [weight.module for weight in weights.values()]
-    with unchanged_on_error(model.modules()), unchanged_on_error(own, values=True):
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(stored[name])
-        apply_masks_(
-            model, {name: masks[name] for name in masks if _is_new(weights[name], kept[name])}
-        )
-        for weight in weights.values():
-            refresh_(*weight)
+    write_pruned_(model, weights, stored, masks)
     return change
 
 
@@ -137,9 +126,3 @@ def _check(
         mask = mask.to(parameter.device)
         kept[name] = mask if before is None else mask & before
     return weights, kept
-
-
-def _is_new(weight: Weight, kept: Tensor) -> bool:
-    """Whether a mask drops more than the weight's own does, or the weight has none."""
-    before = current_mask(*weight)
-    return before is None or not torch.equal(before, kept)

@@ -18,14 +18,14 @@ from hesscurv.pruning.quadratic_model import Measuring
 from hesscurv.pruning.report import PruningReport
 from hesscurv.pruning.rollback import unchanged_on_error
 from hesscurv.pruning.schedules import Schedule, sparsities
-from hesscurv.pruning.state_dicts import apply_masks_
+from hesscurv.pruning.state_dicts import write_pruned_
 from hesscurv.pruning.targets import Pattern, Scope, make_budgets
 from hesscurv.pruning.weights import (
+    Weight,
     WeightSelection,
     current_mask,
     current_parameter,
     find_weights,
-    refresh_,
 )
 
 
@@ -149,20 +149,9 @@ def prune_model(
             }
             if not selected:
                 raise ValueError(f"{structure} fits no weight: M divides no input dimension")
-        stored = {n: _stored_name(inner, w) for n, w in selected.items()}
-        objective = Objective(
-            model,
-            task,
-            batches,
-            list(stored.values()),
-            training=False,
-            compute_dtype=None,
-            budget=None,
-        )
-        _ = objective.task_parts
-        objective.refresh()
-        order = {s: n for n, s in stored.items()}
-        selected = {order[s]: selected[order[s]] for s in objective.layout.names}
+        objective = _objective_of(model, task, batches, selected)
+        dense = _stored_names(inner, selected)
+        selected = {dense[s]: selected[dense[s]] for s in objective.layout.names}
         start = {
             n: (p if (mask := current_mask(*selected[n])) is None else p * mask)
             for n, p in zip(selected, objective.parameters(), strict=True)
@@ -205,29 +194,30 @@ def prune_model(
             )
         report = run.prune(path, steps_per_stage, on_step, progress, layer_losses)
         with unchanged_on_error(inner.modules(), values=True):
-            _write(selected, run)
-            apply_masks_(inner, run.layout.split(run.mask))
-            for weight in selected.values():
-                refresh_(*weight)
+            values, masks = run.layout.split(run.values), run.layout.split(run.mask)
+            write_pruned_(inner, selected, values, masks)
             if recalibrate_batch_norm:
-                recalibrate_(model, objective, batches)
-                names = [_stored_name(inner, weight) for weight in selected.values()]
-                objective = Objective(
-                    model, task, batches, names, training=False, compute_dtype=None, budget=None
-                )
-                objective.refresh()
+                recalibrate_(model, task, batches)
+                objective = _objective_of(model, task, batches, selected)
                 again = CalibrationLoss(objective, run.calibration.batches, max_calibration)
                 report = report.with_recalibrated(again(objective.parameters()))
     return report
 
 
-def _write(selected: dict[str, Any], run: PruningRun) -> None:
-    with torch.no_grad():
-        for name, value in run.layout.split(run.values).items():
-            parameter = current_parameter(*selected[name])
-            parameter.copy_(value.to(parameter.dtype))
+def _objective_of(
+    model: nn.Module, task: Any, batches: Iterable[Any], weights: dict[str, Weight]
+) -> Objective:
+    """Return the loss in some weights, as they are stored now, at their present values."""
+    stored = list(_stored_names(unwrap(model), weights))
+    objective = Objective(
+        model, task, batches, stored, training=False, compute_dtype=None, budget=None
+    )
+    _ = objective.task_parts
+    objective.refresh()
+    return objective
 
 
-def _stored_name(model: nn.Module, weight: Any) -> str:
-    parameter = current_parameter(*weight)
-    return next(name for name, p in model.named_parameters() if p is parameter)
+def _stored_names(model: nn.Module, weights: dict[str, Weight]) -> dict[str, str]:
+    """Map the names that the weights have in the model now to their dense names."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(current_parameter(*weight))]: dense for dense, weight in weights.items()}

@@ -69,7 +69,8 @@ class PruningRun:
         self.objective, self.weights, self.start = objective, weights, start
         self.layout = layout_of(start)
         self.dense = torch.cat([p.flatten() for p in start.values()])
-        self.values, self.mask, self._first_mask = self.dense, mask, mask
+        self.values = self._origin = self.dense
+        self.mask = self._first_mask = mask
         self.method, self.compensate, self.pattern = method, compensate, pattern
         self.measuring, self.stream, self.calibration = measuring, stream, calibration
         self.generator = generator
@@ -205,14 +206,15 @@ class PruningRun:
     def _step(self, end: float) -> tuple[float, float, float | None]:
         """Drop entries and move the others; return the loss, its predicted change, and mu."""
         model, before = self._model, self.values
-        self.mask = self._next_mask(self._saliency(), self.mask, end)
+        mask = self._next_mask(self._saliency(), self.mask, end)
+        if not torch.equal(mask, self.mask):
+            self.mask, self._system = mask, None
         dropped = torch.where(self.mask, self.values, 0)
         if model is None or not self.compensate:
             self.values = dropped
             predicted = self._predicted(before, dropped)
             return self._loss(dropped), predicted, None
-        self._system = None
-        system = self._system = model.matrix.restrict(self.mask, -self._origin)
+        system = self._factored(model)
         best, best_loss, best_mu = dropped, self._loss(dropped), None
         for factor in _FACTORS:
             mu = self._mu * factor
@@ -228,6 +230,12 @@ class PruningRun:
         self.values = best
         return best_loss, predicted, best_mu
 
+    def _factored(self, model: QuadraticModel) -> SupportSystem:
+        """Return the curvature's factors on what is left; the same ones until that changes."""
+        if self._system is None:
+            self._system = model.matrix.restrict(self.mask, -self._origin)
+        return self._system
+
     def _predicted(self, before: Tensor, after: Tensor) -> float:
         if self._model is None:
             return math.nan
@@ -240,9 +248,7 @@ class PruningRun:
         assert self._model is not None
         if self.method == "obd":
             return self.values.square() * self._model.matrix.diagonal(self._mu)
-        if self._system is None:
-            self._system = self._model.matrix.restrict(self.mask, -self._origin)
-        inverse = self._system.inverse_diagonal(self._mu)
+        inverse = self._factored(self._model).inverse_diagonal(self._mu)
         return torch.where(self.mask, self.values.square() / inverse, 0)
 
     def _next_mask(self, scores: Tensor, mask: Tensor, end: float) -> Tensor:

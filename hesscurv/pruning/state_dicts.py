@@ -173,7 +173,34 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         for dotted, weight in weights.items():
             _check_shape(dotted, masks[dotted], current_parameter(*weight))
         for dotted, weight in weights.items():
-            apply_mask_(*weight, masks[dotted].to(current_parameter(*weight).device))
+            mask = masks[dotted].to(current_parameter(*weight).device)
+            before = current_mask(*weight)
+            if before is None or bool((before & ~mask).any()):  # else another hook for nothing
+                apply_mask_(*weight, mask)
+
+
+def write_pruned_(
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    values: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+) -> None:
+    """Write weights and prune them by masks; on an error the model is as it was, bit for bit.
+
+    Args:
+        model: The module.
+        weights: Those to write, by dotted dense name.
+        values: What to write, by the same names; rounded to each parameter's dtype.
+        masks: As in `apply_masks_`.
+    """
+    own = [weight.module for weight in weights.values()]
+    with unchanged_on_error(model.modules()), unchanged_on_error(own, values=True):
+        with torch.no_grad():
+            for name, weight in weights.items():
+                current_parameter(*weight).copy_(values[name])
+        apply_masks_(model, masks)
+        for weight in weights.values():
+            refresh_(*weight)
 
 
 def _weights_to_mask(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Weight]:

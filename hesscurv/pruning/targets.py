@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hesscurv.metrics.masks import top_k_mask
 from hesscurv.operators.parameters import ParameterLayout
+from hesscurv.pruning.methods import CurvatureNM
 from hesscurv.pruning.weights import Weight, input_dimension
 
 Scope = str | Mapping[str, float]
@@ -131,11 +132,16 @@ class Pattern:
 
         At ``progress`` 1 the pattern holds everywhere.
         """
-        ranked = layout.split(torch.where(mask, scores, -torch.inf))
+        ranked = layout.split(scores)
+        alive = layout.split(mask)
         final = torch.cat(
-            [self._best(s, input_dimension(weights[n].module)).flatten() for n, s in ranked.items()]
+            [
+                CurvatureNM(self.n, self.m, input_dimension(weights[name].module))
+                .compute_mask(s, alive[name])
+                .flatten()
+                for name, s in ranked.items()
+            ]
         )
-        final &= mask
         going = mask & ~final
         drop = round(progress * int((~final).sum())) - int((~mask).sum())
         if drop <= 0:
@@ -145,10 +151,3 @@ class Pattern:
         order = torch.argsort(scores[candidates], stable=True)
         out[candidates[order[:drop]]] = False
         return out
-
-    def _best(self, scores: Tensor, dim: int) -> Tensor:
-        moved = scores.movedim(dim, -1)
-        groups = moved.reshape(*moved.shape[:-1], -1, self.m)
-        kept = torch.zeros_like(groups, dtype=torch.bool)
-        kept.scatter_(-1, groups.topk(self.n, dim=-1).indices, True)
-        return kept.reshape(moved.shape).movedim(-1, dim).contiguous()

@@ -8,7 +8,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from hesscurv import supervised
-from hesscurv.operators.objective import Objective
 from hesscurv.pruning.batch_statistics import recalibrate_
 
 TASK = supervised(nn.CrossEntropyLoss())
@@ -38,8 +37,7 @@ def data(seed):
 
 
 def recalibrate(net, batches):
-    objective = Objective(net, TASK, batches, None, training=False, compute_dtype=None, budget=None)
-    return recalibrate_(net, objective, batches)
+    return recalibrate_(net, TASK, batches)
 
 
 @pytest.mark.parametrize("training", [False, True])

@@ -7,7 +7,7 @@ from torch.nn.utils import prune
 
 from hesscurv import Eigenpairs, ParameterLayout
 from hesscurv.linalg.woodbury import DiagonalBlock, KroneckerBlock, LowRankPlusBlocks
-from hesscurv.pruning import obs
+from hesscurv.pruning import state_dicts
 from hesscurv.pruning.eigenspace_model import quadratic_model_of
 from hesscurv.pruning.obs import compensate_
 from hesscurv.pruning.quadratic_model import QuadraticModel
@@ -228,14 +228,14 @@ def test_a_failure_halfway_restores_every_weight_bit_for_bit(monkeypatch, pruned
         apply_masks_(net, random_masks())
     before, parameters = state(net), [_parameter(net, name) for name in NAMES]
     weights = [net[0].weight.detach().clone(), net[2].weight.detach().clone()]
-    refresh = obs.refresh_
+    refresh = state_dicts.refresh_
 
     def fail(module, name):
         if module is net[2]:
             raise RuntimeError("no more memory")
         refresh(module, name)
 
-    monkeypatch.setattr(obs, "refresh_", fail)
+    monkeypatch.setattr(state_dicts, "refresh_", fail)
     with pytest.raises(RuntimeError, match="no more memory"):
         compensate_(net, masks, model)
     assert_same_state(net, before)
