@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "benchmarks"))
 
 import torch
 import torch.nn.functional as F
-from pruning_cases import ResNet20
-from samples import balanced, cifar10_part, digits
+from models import CIFARResNet
+from pruning_cases import cifar10, load_resnet20
+from samples import augmented, balanced, digits
 from torch import nn
 from tqdm import tqdm
 
@@ -48,33 +49,13 @@ class SmallNet(nn.Module):
         return self.fc(self.features(x).mean((2, 3)))
 
 
-def load_cifar10(folder):
-    """Return images and labels to train on, and those to test on."""
-    folder = folder / "cifar-10-batches-py"
-    if not folder.is_dir():
-        raise SystemExit(f"--data: found no {folder}; unpack CIFAR-10 there")
-    parts = [cifar10_part(folder / f"data_batch_{i}") for i in range(1, 6)]
-    x, y = (torch.cat(part) for part in zip(*parts, strict=True))
-    x_test, y_test = cifar10_part(folder / "test_batch")
-    return ((x - 0.5) / 0.5, y), ((x_test - 0.5) / 0.5, y_test)
-
-
 def load_digits():
     _, x, y = digits(None, 8, 1)
     x, test = (x - 0.5) / 0.5, balanced(y, 500)
     return (x[~test], y[~test]), (x[test], y[test])
 
 
-def augmented(x, pad, flip):
-    """Return the images, each shifted by up to `pad` pixels and perhaps mirrored."""
-    size, each = x.shape[-1], torch.arange(len(x))
-    rows, columns = torch.randint(2 * pad + 1, (2, len(x)))
-    padded = F.pad(x, (pad,) * 4, value=-1.0)  # black
-    x = padded.unfold(2, size, 1).unfold(3, size, 1)[each, :, rows, columns]
-    return torch.where(torch.rand(len(x), 1, 1, 1) < 0.5, x.flip(-1), x) if flip else x
-
-
-def train(model, data, optimizer, epochs, batch_size, pad, flip, description):
+def train(model, data, optimizer, epochs, batch_size, shifted, description):
     """Train by cross-entropy, with a cosine from the optimiser's learning rate to zero."""
     x, y = data
     model.train()
@@ -82,7 +63,8 @@ def train(model, data, optimizer, epochs, batch_size, pad, flip, description):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(batches))
     for index in tqdm(batches, desc=description, unit="batch"):
         optimizer.zero_grad()
-        F.cross_entropy(model(augmented(x[index], pad, flip)), y[index]).backward()
+        part = augmented(x[index], border=-1.0) if shifted else x[index]  # black
+        F.cross_entropy(model(part), y[index]).backward()
         optimizer.step()
         schedule.step()
     model.eval()
@@ -120,16 +102,15 @@ def main():
     torch.manual_seed(0)
 
     if args.data is not None:
-        make_model, (data, test) = ResNet20, load_cifar10(args.data)
-        model = make_model()
-        model.load_state_dict(torch.load(args.checkpoint, weights_only=True))
-        tuning = {"epochs": 1, "batch_size": 128, "pad": 4, "flip": True}
+        make_model, (x, y, *test) = CIFARResNet, cifar10(args.data)
+        data, model = (x, y), load_resnet20(args.checkpoint)
+        tuning = {"epochs": 1, "batch_size": 128, "shifted": True}
         learning_rate, gradients, max_calibration = 0.01, 500, 2000
     else:
         make_model, (data, test) = SmallNet, load_digits()
         model = make_model()
         # The digits are centred, the test images too: shifts of a pixel cost 5 % of accuracy.
-        tuning = {"epochs": 1, "batch_size": 32, "pad": 0, "flip": False}
+        tuning = {"epochs": 1, "batch_size": 32, "shifted": False}
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         train(model, data, optimizer, **tuning | {"epochs": 8}, description="training")
         learning_rate, gradients, max_calibration = 0.01, 200, 400
@@ -147,7 +128,7 @@ def main():
         gradients_per_stage=gradients,
         calibration=calibration,
         max_calibration=max_calibration,
-        weights=lambda name, parameter: "downsample" not in name,
+        weights=lambda name, parameter: "shortcut" not in name,
         progress=True,
     )
     print(report)

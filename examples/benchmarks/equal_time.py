@@ -23,14 +23,12 @@ from pathlib import Path
 import torch
 from pruning import task
 from pruning_cases import Case, load
-from resnet56 import augmented
 from results import Report, parser, print_table
+from samples import augmented
 from torch import nn
 from torch.nn import functional as F
 
-from hesscurv.operators.objective import Objective
-from hesscurv.pruning import prune_model
-from hesscurv.pruning.batch_statistics import recalibrate_
+from hesscurv.pruning import prune_model, recalibrate_
 
 SPARSITIES, RATES = (0.7, 0.8, 0.9), (0.1, 0.03, 0.01)
 
@@ -100,11 +98,7 @@ def main() -> None:
         curved = pruned(case, sparsity, "obs", 10, options.quick)
         seconds = time.perf_counter() - begun
         rows = {"curvature": case.accuracy(curved)}
-        some = case.split(0)["gradients"][:20]
-        objective = Objective(
-            curved, task(), some, None, training=False, compute_dtype=None, budget=None
-        )
-        recalibrate_(curved, objective, some)
+        recalibrate_(curved, task(), case.split(0)["gradients"][:20])
         rows["curvature + BN"] = case.accuracy(curved)
         flat = pruned(case, sparsity, "magnitude", 1, options.quick)
         rows["magnitude"] = case.accuracy(flat)

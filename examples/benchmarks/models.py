@@ -95,15 +95,31 @@ def three_c_three_d() -> nn.Sequential:
     return nn.Sequential(*layers)
 
 
+class PaddedShortcut(nn.Module):
+    """Takes every second pixel and pads the width with zeros."""
+
+    def __init__(self, padding: int, stride: int) -> None:
+        super().__init__()
+        self.padding, self.stride = padding, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        sides = (self.padding, self.padding)
+        return F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *sides))
+
+
 class ResidualBlock(nn.Module):
-    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
+    """Two convolutions beside a shortcut, a projection where the width changes, or padding."""
+
+    def __init__(self, fan_in: int, fan_out: int, stride: int, *, padded: bool = False) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(fan_out)
         self.conv2 = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(fan_out)
         self.shortcut = nn.Sequential()
-        if stride > 1:
+        if stride > 1 and padded:
+            self.shortcut = nn.Sequential(PaddedShortcut((fan_out - fan_in) // 2, stride))
+        elif stride > 1:
             self.shortcut = nn.Sequential(
                 nn.Conv2d(fan_in, fan_out, 1, stride, bias=False), nn.BatchNorm2d(fan_out)
             )
@@ -121,6 +137,34 @@ def resnet20() -> nn.Sequential:
         layers += [ResidualBlock(fan_in, fan_out, fan_out // fan_in)]
         layers += [ResidualBlock(fan_out, fan_out, 1) for _ in range(2)]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, CLASSES))
+
+
+class CIFARResNet(nn.Module):
+    """CIFAR ResNet of 6 n + 2 layers, n blocks of each width: 3 for ResNet-20, 9 for ResNet-56."""
+
+    def __init__(
+        self, blocks: int = 3, widths: tuple[int, ...] = (16, 32, 64), *, padded: bool = False
+    ) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        fan_in = widths[0]
+        for i, width in enumerate(widths, start=1):
+            layers = []
+            for j in range(blocks):
+                stride = 2 if i > 1 and j == 0 else 1
+                layers.append(ResidualBlock(fan_in, width, stride, padded=padded))
+                fan_in = width
+            self.add_module(f"layer{i}", nn.Sequential(*layers))
+        self.linear = nn.Linear(fan_in, CLASSES)
+
+    def blocks(self) -> list[ResidualBlock]:
+        return [m for m in self.modules() if isinstance(m, ResidualBlock)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.linear(x.mean((2, 3)))
 
 
 class TransformerBlock(nn.Module):

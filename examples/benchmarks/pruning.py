@@ -30,9 +30,7 @@ from results import Report, parser, print_table
 from torch import Tensor, nn
 
 import hesscurv
-from hesscurv.operators.objective import Objective
-from hesscurv.pruning import Measuring, prune_model
-from hesscurv.pruning.batch_statistics import recalibrate_
+from hesscurv.pruning import Measuring, prune_model, recalibrate_
 
 GRADIENTS = 1000
 PUBLISHED = {
@@ -94,9 +92,6 @@ def prune_along(
     columns = PUBLISHED[case.name]["columns"]
     found: dict[float, dict[str, float]] = {}
     view = copy.deepcopy(case.model)
-    objective = Objective(
-        view, task(), data["gradients"], None, training=False, compute_dtype=None, budget=None
-    )
     last = {round(s, 6): j for j, s in enumerate(path)}
     count, judging = 0, 0.0
 
@@ -115,7 +110,7 @@ def prune_along(
             "sparsity": step.sparsity,
             "loss": step.loss,
         }
-        if stages > 1 and recalibrate_(view, objective, data["gradients"][:20]):
+        if stages > 1 and recalibrate_(view, task(), data["gradients"][:20]):
             row["test_bn"] = case.accuracy(view)
         row["seconds"] = step.seconds - judging
         judging += time.perf_counter() - begun

@@ -24,12 +24,12 @@ from results import Report, parser, print_table
 
 def work(method: str, gradients: int, blocks: int) -> None:
     import torch
-    from pruning_cases import ResNet20
+    from models import CIFARResNet
 
     import hesscurv
 
     torch.manual_seed(0)
-    model = ResNet20(blocks).eval()
+    model = CIFARResNet(blocks).eval()
     count = max(gradients, 500)
     x, y = torch.randn(count, 3, 32, 32), torch.randint(10, (count,))
     report = hesscurv.pruning.prune_model(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from samples import balanced, cifar10_part, digits
+from models import CIFARResNet
+from samples import augmented, balanced, cifar10_part, digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,49 +21,6 @@ BATCH = 250
 Batches = list[tuple[Tensor, Tensor]]
 
 
-class Block(nn.Module):
-    """A residual block whose shortcut takes every second pixel and pads the width with zeros."""
-
-    def __init__(self, fan_in: int, fan_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(fan_in, fan_out, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(fan_out)
-        self.conv2 = nn.Conv2d(fan_out, fan_out, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(fan_out)
-        self.stride, self.padding = stride, (fan_out - fan_in) // 2
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
-        if self.padding:
-            x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, *(self.padding,) * 2))
-        return F.relu(y + x)
-
-
-class ResNet(nn.Module):
-    """CIFAR ResNet of 6 n + 2 layers: n = 9 is ResNet-56."""
-
-    def __init__(self, blocks: int = 9, widths: tuple[int, ...] = (16, 32, 64)) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(widths[0])
-        fan_in = widths[0]
-        for i, width in enumerate(widths, start=1):
-            layers = []
-            for j in range(blocks):
-                layers.append(Block(fan_in, width, 2 if i > 1 and j == 0 else 1))
-                fan_in = width
-            self.add_module(f"layer{i}", nn.Sequential(*layers))
-        self.linear = nn.Linear(fan_in, 10)
-
-    def blocks(self) -> list[Block]:
-        return [m for m in self.modules() if isinstance(m, Block)]
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.bn1(self.conv1(x)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean((2, 3)))
-
-
 @dataclass
 class Images:
     """Normalised images (n, 3, h, w) and labels, and the dense network."""
@@ -71,7 +29,7 @@ class Images:
     y: Tensor
     x_test: Tensor
     y_test: Tensor
-    model: ResNet
+    model: CIFARResNet
 
     def batches(self, count: int, seed: int) -> Batches:
         """Return the scores' images, other ones for each seed, and never those held out."""
@@ -98,7 +56,7 @@ def cifar10(data: Path, checkpoints: Path) -> Images:
         parts = [cifar10_part(data / FOLDER / name) for name in names]
         return (torch.cat([x for x, _ in parts]) - middle) / scale, torch.cat([y for _, y in parts])
 
-    model = ResNet()
+    model = CIFARResNet(9, padded=True)
     model.load_state_dict(torch.load(checkpoints / CHECKPOINT, weights_only=True))
     return Images(*normalised(TRAINING), *normalised(["test_batch"]), model.eval())
 
@@ -109,7 +67,7 @@ def synthetic() -> Images:
     _, x, y = digits(None, 16, 3)
     x = (x - x.mean()) / x.std()
     test = balanced(y, 500)
-    images = Images(x[~test], y[~test], x[test], y[test], ResNet(1, (8, 16, 32)))
+    images = Images(x[~test], y[~test], x[test], y[test], CIFARResNet(1, (8, 16, 32), padded=True))
     tune(images.model, images, epochs=6, rate=0.1, shifted=False)
     return images
 
@@ -120,21 +78,6 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
     with torch.no_grad():
         right = sum(int((model(x).argmax(1) == y).sum()) for x, y in batches)
     return 100 * right / sum(len(y) for _, y in batches)
-
-
-def augmented(x: Tensor, generator: torch.Generator, most: int = 4) -> Tensor:
-    """Shift every image by up to four pixels, with zeros at its border, and flip half of them."""
-    n, channels, height, width = x.shape
-    flip = torch.rand(n, generator=generator) < 0.5
-    x = F.pad(torch.where(flip[:, None, None, None], x.flip(3), x), (most,) * 4)
-    down, right = torch.randint(2 * most + 1, (2, n), generator=generator)
-    rows, columns = down[:, None] + torch.arange(height), right[:, None] + torch.arange(width)
-    return x[
-        torch.arange(n)[:, None, None, None],
-        torch.arange(channels)[:, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
 
 
 def tune(

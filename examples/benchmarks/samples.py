@@ -100,6 +100,23 @@ def balanced(labels: Tensor, count: int) -> Tensor:
     return chosen
 
 
+def augmented(
+    x: Tensor, generator: torch.Generator | None = None, most: int = 4, border: float = 0.0
+) -> Tensor:
+    """Shift every image by up to `most` pixels, with a border of one colour, and flip half of them."""
+    n, channels, height, width = x.shape
+    flip = torch.rand(n, generator=generator) < 0.5
+    x = F.pad(torch.where(flip[:, None, None, None], x.flip(3), x), (most,) * 4, value=border)
+    down, right = torch.randint(2 * most + 1, (2, n), generator=generator)
+    rows, columns = down[:, None] + torch.arange(height), right[:, None] + torch.arange(width)
+    return x[
+        torch.arange(n)[:, None, None, None],
+        torch.arange(channels)[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
+
+
 def read_idx(path: Path, header: int) -> np.ndarray:
     """Return the bytes of one of MNIST's files, gzipped or not, after its header."""
     zipped = path.with_name(path.name + ".gz")

@@ -37,13 +37,13 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
+from models import CIFARResNet
 from resnet56 import (
     BATCH,
     CHECKPOINT,
     FOLDER,
     Batches,
     Images,
-    ResNet,
     accuracy,
     cifar10,
     synthetic,
@@ -148,7 +148,7 @@ def macs(model: nn.Module, example: Tensor) -> float:
 
 
 def prune(
-    model: ResNet, importance: Any, example: Tensor, budget: float, jointly: bool = False
+    model: CIFARResNet, importance: Any, example: Tensor, budget: float, jointly: bool = False
 ) -> None:
     """Prune a model in place, globally, to the most channels with at most `budget` MACs."""
     pruner = tp.pruner.BasePruner(
@@ -201,7 +201,7 @@ def shrunk(
     target: float,
     stages: int,
     jointly: bool,
-) -> ResNet:
+) -> CIFARResNet:
     """Return the dense model with `target` times fewer MACs, reached in equal factors."""
     model, example = copy.deepcopy(images.model), images.x[:1]
     dense = macs(model, example)

@@ -39,6 +39,7 @@ from decompositions import (
 )
 from models import ResidualBlock
 from results import Report
+from samples import augmented
 from timing import interleaved
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -131,21 +132,6 @@ def fit(options: argparse.Namespace, images: Images, steps: int) -> None:
 
     batches = shuffled(len(images.y), options.train_batch, options.seed)
     train(options.folder, [steps], make, batches, loss_of, rate=rate)
-
-
-def augmented(x: Tensor, generator: torch.Generator, most: int = 4) -> Tensor:
-    """Shift every image by up to `most` pixels, with zeros at its border, and flip half of them."""
-    n, channels, height, width = x.shape
-    flip = torch.rand(n, generator=generator) < 0.5
-    x = F.pad(torch.where(flip[:, None, None, None], x.flip(3), x), (most,) * 4)
-    down, right = torch.randint(2 * most + 1, (2, n), generator=generator)
-    rows, columns = down[:, None] + torch.arange(height), right[:, None] + torch.arange(width)
-    return x[
-        torch.arange(n)[:, None, None, None],
-        torch.arange(channels)[:, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    ]
 
 
 def work(options: argparse.Namespace) -> None:

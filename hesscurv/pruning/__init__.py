@@ -4,6 +4,7 @@ The masks are those of ``torch.nn.utils.prune`` throughout.
 """
 
 from hesscurv.pruning.attention import prepare_attention_
+from hesscurv.pruning.batch_statistics import recalibrate_
 from hesscurv.pruning.eigenspace_model import quadratic_model_of
 from hesscurv.pruning.global_pruning import curvature_global
 from hesscurv.pruning.methods import (
@@ -46,6 +47,7 @@ __all__ = [
     "QuadraticModel",
     # One call
     "prune_model",
+    "recalibrate_",
     "Measuring",
     "PruningReport",
     "StageReport",
