@@ -100,17 +100,16 @@ def load(name: str, data: Path | None, checkpoints: Path | None, *, quick: bool 
 
 def load_resnet20(path: Path) -> CIFARResNet:
     """Return WoodFisher's ResNet-20 for CIFAR-10, in eval mode, from its checkpoint."""
-    model = CIFARResNet(3)
-    state = torch.load(path, weights_only=True)
-    renamed = {
-        k.replace("downsample", "shortcut").replace("fc.", "linear."): state[k] for k in state
-    }
+    model, renamed = CIFARResNet(3), {}
+    for name, value in torch.load(path, weights_only=True).items():
+        own = name.replace("downsample", "shortcut").replace("fc.", "linear.")
+        renamed[own] = value
     model.load_state_dict(renamed)
     return model.eval()
 
 
 def cifar10(folder: Path) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return CIFAR-10 as WoodFisher normalises it: training images and labels, those of the test."""
+    """Return CIFAR-10 as the checkpoint has it: images and labels to train on, and to test on."""
     folder = folder / "cifar-10-batches-py"
     if not folder.is_dir():
         raise SystemExit("--data: found no cifar-10-batches-py there; unpack CIFAR-10 there")

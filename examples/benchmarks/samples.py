@@ -103,7 +103,7 @@ def balanced(labels: Tensor, count: int) -> Tensor:
 def augmented(
     x: Tensor, generator: torch.Generator | None = None, most: int = 4, border: float = 0.0
 ) -> Tensor:
-    """Shift every image by up to `most` pixels, with a border of one colour, and flip half of them."""
+    """Shift every image by up to `most` pixels, bordered by one colour, and flip half of them."""
     n, channels, height, width = x.shape
     flip = torch.rand(n, generator=generator) < 0.5
     x = F.pad(torch.where(flip[:, None, None, None], x.flip(3), x), (most,) * 4, value=border)
