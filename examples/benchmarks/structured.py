@@ -8,8 +8,8 @@ The inner width of every residual block is pruned, globally, to 1.5 and 2 times 
 for all importances: in each of some stages the pruner's ratio is bisected until the model has the
 stage's MACs, the channels go, and scores are computed anew; no weight is trained. What looks at
 data sees the same training images, other ones for every seed. The settings of each kind, the number
-of stages among them, are chosen by accuracy on training images that no score has seen; test images
-choose nothing. Kinds and settings:
+of stages among them, are chosen with the first seed by accuracy on training images that no score
+has seen; the other seeds run what was chosen; test images choose nothing. Kinds and settings:
 
     eigenspace   top eigenpairs of the GGN of a quarter of the images
     fisher, ggn  `FisherImportance`'s two kinds of rows; all three of ours: each channel by itself,
@@ -30,7 +30,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -216,49 +216,56 @@ def shrunk(
 # -- the run ------------------------------------------------------------------------------------
 
 
-def measure(images: Images, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield a row for each kind, setting, number of stages, target and seed."""
-    held_out = images.held_out(options.held_out)
-    costs = macs_per_entry(images.model, images.x[:1])
-    dense = macs(images.model, images.x[:1])
-    for (kind, setting), make in contenders(costs, options.k).items():
-        if kind not in options.kinds:
-            continue
+def settings_of(options: argparse.Namespace, kinds: Iterable[Any]) -> Iterator[tuple[Any, ...]]:
+    """Yield what is tried with the first seed: kind, setting, number of stages, target."""
+    for kind, setting in kinds:
         for stages in options.stages:
-            if kind == "eigenspace" and stages > 1 and not options.eigenspace_stages:
-                continue  # each stage takes a solve
-            for seed in range(1 if kind in ("magnitude", "eigenspace") else options.seeds):
-                batches = images.batches(options.samples, seed)
-                for target in TARGETS:
-                    start = time.perf_counter()
-                    model = shrunk(images, make, batches, seed, target, stages, setting == JOINTLY)
-                    seconds = time.perf_counter() - start
-                    row = {
-                        "kind": kind,
-                        "setting": setting,
-                        "stages": stages,
-                        "seed": seed,
-                        "target": target,
-                        "times": dense / macs(model, images.x[:1]),
-                        "widths": [block.conv1.out_channels for block in model.blocks()],
-                        "held_out": accuracy(model, held_out),
-                        "seconds": seconds,
-                    }
-                    print(
-                        f"{kind:10}  {setting:16}  {stages:2} stages  seed {seed}  "
-                        f"{row['times']:.3f}x  held out {row['held_out']:.2f}  {seconds:.0f} s",
-                        flush=True,
-                    )
-                    yield {**row, "model": model}
+            slow = kind == "eigenspace" and stages > 1  # each stage takes a solve
+            if kind in options.kinds and not (slow and not options.eigenspace_stages):
+                yield from ((kind, setting, stages, target) for target in TARGETS)
 
 
-def best_of(found: list[dict[str, Any]], kind: str, target: float) -> list[dict[str, Any]]:
-    """Return the rows, one a seed, of a kind's setting that is best on the held-out images."""
-    by_setting: dict[Any, list[dict[str, Any]]] = {}
-    for row in found:
-        if row["kind"] == kind and row["target"] == target:
-            by_setting.setdefault((row["setting"], row["stages"]), []).append(row)
-    return max(by_setting.values(), key=lambda rows: mean(row["held_out"] for row in rows))
+class Measuring:
+    """Prunes by one contender with one seed, and measures on the held-out images."""
+
+    def __init__(self, images: Images, options: argparse.Namespace) -> None:
+        self.images, self.options = images, options
+        self.held_out = images.held_out(options.held_out)
+        self.dense = macs(images.model, images.x[:1])
+        costs = macs_per_entry(images.model, images.x[:1])
+        self.contenders = contenders(costs, options.k)
+
+    def __call__(
+        self, kind: str, setting: str, stages: int, target: float, seed: int
+    ) -> dict[str, Any]:
+        images, make = self.images, self.contenders[kind, setting]
+        batches = images.batches(self.options.samples, seed)
+        start = time.perf_counter()
+        model = shrunk(images, make, batches, seed, target, stages, setting == JOINTLY)
+        seconds = time.perf_counter() - start
+        row = {
+            "kind": kind,
+            "setting": setting,
+            "stages": stages,
+            "seed": seed,
+            "target": target,
+            "times": self.dense / macs(model, images.x[:1]),
+            "widths": [block.conv1.out_channels for block in model.blocks()],
+            "held_out": accuracy(model, self.held_out),
+            "seconds": seconds,
+        }
+        print(
+            f"{kind:10}  {setting:16}  {stages:2} stages  seed {seed}  "
+            f"{row['times']:.3f}x  held out {row['held_out']:.2f}  {seconds:.0f} s",
+            flush=True,
+        )
+        return {**row, "model": model}
+
+
+def best_of(found: list[dict[str, Any]], kind: str, target: float) -> dict[str, Any]:
+    """Return the row of a kind's setting that is best on the held-out images."""
+    rows = [row for row in found if row["kind"] == kind and row["target"] == target]
+    return max(rows, key=lambda row: row["held_out"])
 
 
 def main() -> None:
@@ -295,8 +302,17 @@ def main() -> None:
     report = Report("structured", options)
     test = list(zip(images.x_test.split(BATCH), images.y_test.split(BATCH), strict=True))
     print(f"dense: {accuracy(images.model, test):.2f}")
-    found = list(measure(images, options))
-    winners = {(kind, t): best_of(found, kind, t) for t in TARGETS for kind in options.kinds}
+    measure = Measuring(images, options)
+    found = [measure(*tried, seed=0) for tried in settings_of(options, measure.contenders)]
+    winners = {}
+    for target in TARGETS:
+        for kind in options.kinds:
+            best = best_of(found, kind, target)
+            # Magnitudes look at no data, and are the same for all seeds.
+            others = range(1, 1 if kind == "magnitude" else options.seeds)
+            chosen = (kind, best["setting"], best["stages"], target)
+            winners[kind, target] = [best, *(measure(*chosen, seed=seed) for seed in others)]
+    found += [row for rows in winners.values() for row in rows[1:]]
     for (kind, target), rows in winners.items():
         for row in rows:
             row["one_shot"] = accuracy(row["model"], test)
