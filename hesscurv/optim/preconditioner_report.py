@@ -1,0 +1,77 @@
+"""What a preconditioned optimizer has done and found, in numbers and in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class CurvatureWarning(UserWarning):
+    """Curvature could not be computed, or there is little to gain by it; training goes on."""
+
+
+@dataclass(frozen=True)
+class PreconditionerReport:
+    """What `PreconditionedOptimizer.report` returns; ``print`` it.
+
+    Args:
+        steps: Steps taken.
+        refreshes: Times that the eigenspace was computed.
+        failures: Times that it could not be.
+        num_matvecs: Products with the curvature.
+        seconds: Since the first step.
+        refresh_seconds: Of these, refreshes, checks of drift among them.
+        step_seconds: Of these, preconditioning the steps.
+        eigenvalues: The top r + 1, largest magnitude first; empty where none are known.
+        gains: s_1 .. s_r.
+        damping: mu.
+        stable_rate: The largest stable learning rate without preconditioning, on the quadratic
+            model, for the first group's momentum if it has any.
+        stable_rate_after: The same with it.
+        rate_factor: What multiplies the groups' learning rates; 1 but for the automatic rate.
+    """
+
+    steps: int
+    refreshes: int
+    failures: int
+    num_matvecs: int
+    seconds: float
+    refresh_seconds: float
+    step_seconds: float
+    eigenvalues: list[float]
+    gains: list[float]
+    damping: float
+    stable_rate: float
+    stable_rate_after: float
+    rate_factor: float
+
+    @property
+    def refresh_fraction(self) -> float:
+        """The share of the time that refreshes took."""
+        return self.refresh_seconds / max(self.seconds, 1e-9)
+
+    def __str__(self) -> str:
+        """Tell it in three lines."""
+        lines = [
+            f"{self.steps} steps in {self.seconds:.3g} s; {self.refreshes} refreshes of the "
+            f"eigenspace, {self.num_matvecs} products, {self.refresh_fraction:.1%} of the time; "
+            f"preconditioning of steps {self.step_seconds / max(self.seconds, 1e-9):.1%}"
+        ]
+        if self.failures:
+            lines.append(f"curvature failed {self.failures} times")
+        if not self.gains:
+            return "\n".join([*lines, "no eigenspace: steps are the base's own"])
+        r = len(self.gains)
+        after = (
+            f", |lambda_{r + 1}| = {abs(self.eigenvalues[r]):.3g}"
+            if len(self.eigenvalues) > r
+            else ""
+        )
+        lines.append(
+            f"|lambda_1| = {abs(self.eigenvalues[0]):.3g}, |lambda_{r}| = "
+            f"{abs(self.eigenvalues[r - 1]):.3g}{after}; damping {self.damping:.3g}, gains "
+            f"{min(self.gains):.3g} to {max(self.gains):.3g}"
+        )
+        rate = f"stable learning rate {self.stable_rate:.3g} -> {self.stable_rate_after:.3g}"
+        if self.rate_factor != 1:
+            rate += f"; the groups' rates are multiplied by {self.rate_factor:.3g}"
+        return "\n".join([*lines, rate])
