@@ -38,7 +38,7 @@ class LowRankPreconditioner:
     Raises:
         ValueError: If shapes do not fit, or a value is not finite.
 
-    Cost: `__call__` reads the basis twice, 4 r D operations; m D numbers of memory.
+    Cost: a product reads the basis twice, 4 r D operations; m D numbers of memory.
 
     References:
         Rathore et al., ICML 2024 (NysNewton-CG's preconditioner, unit gain on the bulk).
@@ -97,18 +97,25 @@ class LowRankPreconditioner:
         return max([damped, *magnitudes[self.rank :]])
 
     def __call__(self, flat_D: Tensor) -> Tensor:
-        """Return P times a vector (D,), in its own dtype; one that is not finite as it is.
+        """Return P times a vector (D,) of the basis' dtype."""
+        return self.multiply_(flat_D.clone())
 
-        A product U^T x that has a NaN would carry it to all entries.
+    def multiply_(self, flat_D: Tensor) -> Tensor:
+        """Multiply a vector (D,) of the basis' dtype by P, in place.
+
+        One whose product with U has NaN or inf is left as it is: they would reach all entries.
         """
-        return flat_D + self.correction(flat_D)
+        return flat_D.addmv_(self.basis_mD[: self.rank].mT, self._coefficients(flat_D))
 
-    def correction(self, flat_D: Tensor) -> Tensor:
-        """Return (P - I) times a vector (D,)."""
-        basis_rD = self.basis_mD[: self.rank]
-        inside_r = basis_rD @ flat_D.to(basis_rD.dtype)
+    def correction_(self, flat_D: Tensor) -> Tensor:
+        """Multiply a vector (D,) of the basis' dtype by P - I, in place."""
+        coefficients_r = self._coefficients(flat_D)
+        return torch.mv(self.basis_mD[: self.rank].mT, coefficients_r, out=flat_D)
+
+    def _coefficients(self, flat_D: Tensor) -> Tensor:
+        """Return (S - I) U^T x."""
+        inside_r = self.basis_mD[: self.rank] @ flat_D
         if self._sum is not None:
             inside_r = self._sum(inside_r)
         # Without a look at the values, for which a GPU would have to be waited for.
-        inside_r = torch.where(inside_r.isfinite().all(), inside_r * self._less_r, 0.0)
-        return (inside_r @ basis_rD).to(flat_D.dtype)
+        return torch.where(inside_r.isfinite().all(), inside_r * self._less_r, 0.0)

@@ -295,7 +295,7 @@ class PreconditionedOptimizer(Optimizer):
         # A sparse gradient, of an embedding, stays what it is: its few rows are all that a step
         # should touch.
         dense = [None if g is None or g.is_sparse else g for g in found]
-        damped = flat.split(P(flat.flatten(dense)))
+        damped = flat.split(P.multiply_(flat.flatten(dense)))
         try:
             for i, (p, g) in enumerate(zip(flat.parameters, dense, strict=True)):
                 if g is not None:
@@ -310,7 +310,7 @@ class PreconditionedOptimizer(Optimizer):
         flat = self._tracked.flat
         before = flat.flatten(flat.parameters)
         seconds = self._step_base()
-        correction = flat.split(P.correction(flat.flatten(flat.parameters) - before))
+        correction = flat.split(P.correction_(flat.flatten(flat.parameters).sub_(before)))
         moved = [
             (own_shard(p), part.to(p.dtype))
             for p, part in zip(flat.parameters, correction, strict=True)
