@@ -1,6 +1,6 @@
 """Does curvature pay over magnitude pruning in the same time? ResNet-20 on CIFAR-10.
 
-    python examples/benchmarks/equal_time.py --data DIR --checkpoints DIR
+    python examples/benchmarks/equal_time.py --data DIR --checkpoints DIR [--stages 4]
     python examples/benchmarks/equal_time.py --quick
 
 `prune_model` takes so many seconds. Magnitude pruning takes none, and spends the same seconds on
@@ -9,9 +9,9 @@ images shifted and mirrored, a rate that falls linearly to zero; with batch norm
 `prune_model` leaves them, and in training mode, which measures their statistics anew. The rate is
 chosen among three, each for the whole time, by accuracy on held-out training images. Rows:
 
-    curvature          prune_model in ten stages, and with the statistics measured anew (+ BN)
+    curvature          prune_model in stages, and with the statistics measured anew (+ BN)
     magnitude + SGD    for as many seconds
-    curvature + SGD    prune_model in one stage, and SGD for the seconds that are left of ten
+    curvature + SGD    prune_model in one stage, and SGD for the seconds that are left
 """
 
 from __future__ import annotations
@@ -87,25 +87,31 @@ def main() -> None:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, metavar="DIR")
     options.add_argument("--checkpoints", type=Path, metavar="DIR")
+    options.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
+    options.add_argument("--stages", type=int, default=10, help="of the curvature contender")
     options = options.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     if not options.quick and (options.data is None or options.checkpoints is None):
         raise SystemExit("expected --data and --checkpoints, or --quick")
     case = load("resnet20", options.data, options.checkpoints, quick=options.quick)
     report = Report("equal_time", options)
     table = []
-    for sparsity in SPARSITIES[-1:] if options.quick else SPARSITIES:
+    for sparsity in options.sparsities[-1:] if options.quick else options.sparsities:
         begun = time.perf_counter()
-        curved = pruned(case, sparsity, "obs", 10, options.quick)
+        curved = pruned(case, sparsity, "obs", options.stages, options.quick)
         seconds = time.perf_counter() - begun
         rows = {"curvature": case.accuracy(curved)}
         recalibrate_(curved, task(), case.split(0)["gradients"][:20])
         rows["curvature + BN"] = case.accuracy(curved)
         flat = pruned(case, sparsity, "magnitude", 1, options.quick)
         rows["magnitude"] = case.accuracy(flat)
+        print(f"{sparsity}, {seconds:.0f} s: {rows}", flush=True)
         for norms in (False, True):
             label = "magnitude + SGD" + (" + BN" if norms else "")
             rows[label], rate, steps = best_tuned(case, flat, seconds, norms=norms)
             rows[f"{label}: rate"], rows[f"{label}: steps"] = rate, steps
+            print(f"{label}: {rows[label]:.2f}, rate {rate:g}, {steps} steps", flush=True)
         begun = time.perf_counter()
         once = pruned(case, sparsity, "obs", 1, options.quick)
         left = max(0.0, seconds - (time.perf_counter() - begun))
