@@ -109,7 +109,7 @@ class EigenspaceTracker:
                 max_matvecs=_MOST_PER_PAIR * count,
                 generator=torch.Generator().manual_seed(self.seed + seed),
                 initial=initial,
-                block_size=min(_BLOCK, count),
+                block_size=min(count, max(4, min(16, count // 4))),
                 verify=False,
             ).gather()
 
@@ -190,5 +190,4 @@ class _Scaled(LinearOperator):
         return self._scale(self._H @ self._scale(vectors_DB))
 
 
-_BLOCK = 4  # small blocks need fewer products where few pairs are wanted
 _MOST_PER_PAIR = 12
