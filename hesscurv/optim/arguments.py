@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
-from torch.optim import LBFGS, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
+
+from hesscurv.operators.batches import Batches
+from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.tasks import as_loss
+
+_OPERATOR_OPTIONS = ("memory_budget", "way", "compute_dtype", "check")
 
 
 def check_base(base: Any, model: Any, task: Any) -> None:
@@ -37,12 +45,66 @@ def check_base(base: Any, model: Any, task: Any) -> None:
         )
 
 
-def check_count(name: str, value: Any, *, optional: bool = False) -> None:
-    """Refuse what is no int from 1 on, or None where that is allowed.
+def check_measured(
+    task: Any, batches: Any, kind: type[CurvatureOperator], options: Mapping[str, Any]
+) -> None:
+    """Refuse what curvature cannot be measured with, which else would show at the first refresh.
+
+    Args:
+        task: The task.
+        batches: Its batches, or None.
+        kind: The operator.
+        options: More of its arguments.
+
+    Raises:
+        TypeError: If the task lacks parts that the operator needs, batches are no iterable that can
+            be iterated again, or an option is unknown.
+        ValueError: If a task needs batches and there are none, they look like a single one, or
+            there is no such way of computing.
+    """
+    as_loss(task, batches is not None)
+    Batches(batches, torch.device("cpu"), None, 0)
+    if kind.needs_parts and not (hasattr(task, "outputs") and hasattr(task, "loss")):
+        raise TypeError(
+            f"expected a task with outputs and loss for the {kind.__name__}, got a "
+            f"{type(task).__name__}; use hesscurv.supervised(loss) or a subclass of hesscurv.Task, "
+            "or curvature='hessian', which takes any callable"
+        )
+    unknown = [name for name in options if name not in _OPERATOR_OPTIONS]
+    if unknown:
+        raise TypeError(
+            f"expected operator_options among {list(_OPERATOR_OPTIONS)}, got {unknown}; other "
+            "arguments of the operator are PreconditionedOptimizer's own"
+        )
+    check_choice("way", options.get("way", "auto"), ("auto", *kind.ways, *kind.extra_ways))
+
+
+def check_automatic_rate(base: Optimizer, mode: str) -> None:
+    """Refuse bases whose stable learning rate is not that of gradient descent.
+
+    Raises:
+        ValueError: If the base is adaptive, or has no learning rate.
+    """
+    adaptive = type(base).__module__.startswith("torch.optim") and not isinstance(base, SGD)
+    if mode != "gradient" or adaptive:
+        raise ValueError(
+            f"expected a base like SGD for learning_rate='auto', got {type(base).__name__} in mode "
+            f"{mode!r}: the stable rate of an adaptive one depends on its own state; leave "
+            "learning_rate out"
+        )
+    if not any("lr" in group for group in base.param_groups):
+        raise ValueError(
+            "expected a base with 'lr' in its groups for learning_rate='auto', got "
+            f"{sorted(base.param_groups[0])}; leave learning_rate out"
+        )
+
+
+def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:
+    """Refuse what is no int from `least` on, or None where that is allowed.
 
     Raises:
         TypeError: If it is no int.
-        ValueError: If it is below 1.
+        ValueError: If it is below.
     """
     if value is None and optional:
         return
@@ -50,8 +112,8 @@ def check_count(name: str, value: Any, *, optional: bool = False) -> None:
         raise TypeError(
             f"expected {name} to be an int{' or None' if optional else ''}, got {value!r}"
         )
-    if value < 1:
-        raise ValueError(f"expected {name} >= 1, got {value}")
+    if value < least:
+        raise ValueError(f"expected {name} >= {least}, got {value}")
 
 
 def check_positive(

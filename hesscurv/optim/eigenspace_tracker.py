@@ -15,6 +15,7 @@ from hesscurv.eigensolvers import ConvergenceWarning, Eigenpairs, eigsh
 from hesscurv.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.parameters import unwrap
 from hesscurv.operators.summed_operator import device_of
 from hesscurv.optim.curvature_samples import take_samples
 
@@ -64,20 +65,23 @@ class EigenspaceTracker:
         self.tol, self.seed, self.options = tol, seed, options
         self.num_matvecs = 0
         self._operators: list[CurvatureOperator] = []
+        _ = self._ranks  # refuses what is no process group
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the operators out: they hold graphs, and are built again."""
         return self.__dict__ | {"_operators": []}
 
     def follow(self, names: list[str]) -> None:
-        """Measure the curvature in these parameters from here on."""
-        if names != self.names:
-            self.names, self._operators = names, []
+        """Measure the curvature in these parameters from here on, with operators anew."""
+        self.names, self._operators = names, []
+
+    def start_over(self) -> None:
+        """Build operators anew when they are next needed, after a failure."""
+        self._operators = []
 
     def largest(self, number: float) -> float:
         """Return the largest of a number over all processes that share the curvature."""
-        ranks = Communicator.of(self.options.get("process_group"), device_of(self.model))
-        return float(ranks.max_(torch.tensor(number, dtype=torch.float64, device="cpu")))
+        return float(self._ranks.max_(torch.tensor(number, dtype=torch.float64, device="cpu")))
 
     @property
     def operator(self) -> CurvatureOperator:
@@ -99,9 +103,7 @@ class EigenspaceTracker:
 
         Cost: `count` products where the space is still within `tol`; a few times as many otherwise.
         """
-        with self._counting(), warnings.catch_warnings():
-            # What has not converged enters the damping by its residual.
-            warnings.simplefilter("ignore", ConvergenceWarning)
+        with self._measuring():
             return eigsh(
                 self.operator,
                 count,
@@ -115,7 +117,7 @@ class EigenspaceTracker:
 
     def drift(self, vector: Tensor, expected: Tensor) -> float:
         """Return ||H v - expected|| / ||expected|| at the present weights; one product."""
-        with self._counting():
+        with self._measuring():
             product = self.operator @ vector.to(self.operator.dtype)
         return float((product - expected).norm() / expected.norm())
 
@@ -126,7 +128,7 @@ class EigenspaceTracker:
             scale: Multiplies columns (D, b) by S, the preconditioner's square root.
             seed: Of the starting block.
         """
-        with self._counting():
+        with self._measuring():
             pairs = eigsh(
                 _Scaled(self.second_operator, scale),
                 1,
@@ -138,44 +140,61 @@ class EigenspaceTracker:
             )
         return float(pairs.eigenvalues[0].abs())
 
+    @property
+    def _ranks(self) -> Communicator:
+        return Communicator.of(self.options.get("process_group"), device_of(self.model))
+
     @contextmanager
-    def _counting(self) -> Iterator[None]:
+    def _measuring(self) -> Iterator[None]:
         """Add up the products of the body, with the modules in the modes that they are measured in.
 
         Unless told otherwise, batch norms are as found, since the loss that is trained has their
         batches' statistics in it, and all else is as in inference: dropout's loss is another one
         each time.
         """
-        modules = list(self.model.modules()) if self.options.get("training") is None else []
+        told = self.options.get("training") is not None
+        modules = [] if told else list(unwrap(self.model).modules())
         flags = [m.training for m in modules]
+        before = 0
         try:
             for m in modules:
                 m.training = m.training and isinstance(m, nn.modules.batchnorm._NormBase)
             before = sum(H.num_matvecs for H in self._all())
-            try:
+            with warnings.catch_warnings():
+                # What has not converged enters the damping by its residual.
+                warnings.simplefilter("ignore", ConvergenceWarning)
                 yield
-            finally:
-                self.num_matvecs += sum(H.num_matvecs for H in self._operators) - before
         finally:
             for m, flag in zip(modules, flags, strict=True):
                 m.training = flag
+            self.num_matvecs += sum(H.num_matvecs for H in self._operators) - before
+            for H in self._operators:
+                H._forget()  # graphs, which training needs the memory of
 
     def _all(self) -> list[CurvatureOperator]:
         if not self._operators:
-            built = OPERATORS[self.curvature]
-            if self.batches is None:
-                parts: list[Any] = [None]
-            else:
-                counts: list[int | None] = [self.samples]
-                if self.rate_samples and self.samples is not None:
-                    counts.append(self.rate_samples)
-                parts = [part for part in take_samples(self.batches, counts, self.seed) if part]
-                parts = parts or [[]]
             self._operators = [
-                built(self.model, self.task, part, params=self.names, **self.options)
-                for part in parts
+                OPERATORS[self.curvature](
+                    self.model, self.task, part, params=self.names, **self.options
+                )
+                for part in self._parts()
             ]
         return self._operators
+
+    def _parts(self) -> list[Any]:
+        """Return this process's samples, and those of the second batch where any process has some.
+
+        All processes have to build as many operators.
+        """
+        if self.batches is None:
+            return [None]
+        counts: list[int | None] = [self.samples]
+        if self.rate_samples and self.samples is not None:
+            counts.append(self.rate_samples)
+        with self._ranks.together("reading the samples of the curvature") as step:
+            parts = take_samples(self.batches, counts, self.seed)
+            step.note = sum(map(bool, parts))
+        return parts[: max(1, *step.notes)]
 
 
 class _Scaled(LinearOperator):

@@ -25,8 +25,8 @@ class FlatParameters:
         dtype: At least float32, whatever the parameters' own.
 
     Raises:
-        ValueError: If there are none, or they lie on several devices, or some are sharded and some
-            are not.
+        ValueError: If there are none, or they lie on several devices, or are not all sharded over
+            the same processes.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -40,13 +40,9 @@ class FlatParameters:
                 f"expected the parameters on one device, got {sorted(map(str, devices))}; select "
                 "those of one device with params="
             )
-        sharded = {is_sharded(p) for p in self.parameters}
-        if len(sharded) > 1:
-            raise ValueError(
-                "expected all parameters sharded, or none of them, got both; shard the whole model "
-                "or select with params="
-            )
-        self.is_sharded = sharded.pop()
+        self._signatures = [_signature(p) for p in self.parameters]
+        self._meshes = _meshes_of(self.parameters)
+        self.is_sharded = is_sharded(self.parameters[0])
         self.shapes = [tuple(t.shape) for t in locals_]
         self.sizes = [t.numel() for t in locals_]
         self.numel = sum(self.sizes)
@@ -56,14 +52,20 @@ class FlatParameters:
             key=lambda dtype: torch.finfo(dtype).bits,
         )
 
+    def are(self, parameters: Iterable[nn.Parameter]) -> bool:
+        """Whether these are the parameters, on the device and in the dtype and shape they had."""
+        given = list(parameters)
+        return [_signature(p) for p in given] == self._signatures
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over the processes that hold the other shards."""
-        mesh: Any = self.parameters[0].device_mesh  # type: ignore[attr-defined]
-        return Communicator(mesh.get_group(), self.device).sum_(tensor)
+        for mesh, dim in self._meshes:
+            Communicator(mesh.get_group(dim), self.device).sum_(tensor)
+        return tensor
 
     def any_of(self, tensors: Iterable[Tensor | None]) -> bool:
         """Whether any entry of any tensor, on any process that has shards of it, is not zero."""
-        found = any(t is not None and bool((own_shard(t) != 0).any()) for t in tensors)
+        found = any(t is not None and bool((_entries(t) != 0).any()) for t in tensors)
         if not self.is_sharded:
             return found
         return bool(self.sum_(torch.tensor(float(found), device=self.device)))
@@ -100,7 +102,7 @@ class FlatParameters:
         out, start = self.new_basis(vectors_Dm.shape[1]), 0
         for p, part in zip(self.parameters, self.parts(out), strict=True):
             rows = vectors_Dm[start : start + p.numel()].to(self.device, self.dtype)
-            part.copy_(_own_part(p, rows.reshape(*p.shape, -1)))
+            part.copy_(_own_part(p, rows.reshape(*p.shape, vectors_Dm.shape[1])))
             start += p.numel()
         return out
 
@@ -122,6 +124,39 @@ class FlatParameters:
             return basis_mD.mT
         parts: list[Any] = self.stored_parts(basis_mD)
         return torch.cat([part.full_tensor().flatten(end_dim=-2) for part in parts])
+
+
+def _signature(p: nn.Parameter) -> tuple[Any, ...]:
+    return id(p), p.device, p.dtype, p.shape
+
+
+def _meshes_of(parameters: Sequence[nn.Parameter]) -> list[tuple[Any, int]]:
+    """Return the dimensions of the processes' mesh that parameters are sharded over, the same ones.
+
+    Of a mesh with replicas, whose processes hold the same entries, only those that differ.
+    """
+    found: list[tuple[Any, tuple[int, ...]] | None] = []
+    for p in parameters:
+        like: Any = p
+        own = (
+            (like.device_mesh, tuple(i for i, at in enumerate(like.placements) if at.is_shard()))
+            if is_sharded(p)
+            else None
+        )
+        if own not in found:
+            found.append(own)
+    if len(found) > 1:
+        raise ValueError(
+            "expected all parameters sharded over the same processes, or none of them, got some "
+            "like this and some like that; shard the whole model or select with params="
+        )
+    return [] if found[0] is None else [(found[0][0], dim) for dim in found[0][1]]
+
+
+def _entries(tensor: Tensor) -> Tensor:
+    """Return those entries that this process has, of a sparse tensor those that are stored."""
+    tensor = own_shard(tensor)
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
 def _as_shard_of(parameter: Tensor, local: Tensor, trailing: int) -> Tensor:

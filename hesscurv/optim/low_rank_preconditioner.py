@@ -86,7 +86,7 @@ class LowRankPreconditioner:
         self.gains = [
             (last + self.damping) / (x + self.damping) if x > floor else 1.0 for x in magnitudes
         ]
-        less = torch.tensor([gain - 1.0 for gain in self.gains])
+        less = torch.tensor([gain - 1.0 for gain in self.gains], dtype=torch.float64, device="cpu")
         self._less_r = less.to(self.basis_mD)
 
     @property

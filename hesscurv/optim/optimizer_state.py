@@ -23,7 +23,7 @@ def join_state(
         entries: What to add, by parameter.
     """
     state = dict(base["state"])
-    for number, p in _numbered(groups):
+    for number, p in enumerate(p for group in groups for p in group["params"]):
         if p in entries:
             state[number] = {**state.get(number, {}), **entries[p]}
     return {**base, "state": state}
@@ -38,6 +38,10 @@ def split_state(
 
     The keys of the state are those in the state dict's own groups, numbers or, from a distributed
     checkpoint, names.
+
+    Returns:
+        The base's state dict, and an entry for each of `parameters`; None for all of them where
+        the entries are those of other parameters.
 
     Raises:
         ValueError: If groups or their sizes differ.
@@ -56,16 +60,13 @@ def split_state(
     }
     base, found = {}, {}
     for key, entry in state_dict["state"].items():
-        own = isinstance(entry, Mapping) and any(name in entry for name in OWN_STATE)
         base[key] = entry
-        if own:
+        if isinstance(entry, Mapping) and any(name in entry for name in OWN_STATE):
             found[key] = {name: entry[name] for name in OWN_STATE if name in entry}
             base[key] = {name: value for name, value in entry.items() if name not in OWN_STATE}
             if not base[key]:  # a base may take an empty state for one that has begun
                 del base[key]
-    entries = [found.get(key_of.get(id(p))) for p in parameters]
-    return {**state_dict, "state": base}, entries
-
-
-def _numbered(groups: Iterable[Mapping[str, Any]]) -> Iterable[tuple[int, nn.Parameter]]:
-    return enumerate(p for group in groups for p in group["params"])
+    keys = [key_of.get(id(p)) for p in parameters]
+    # Parts of the vectors of more parameters, or of fewer, are no eigenspace of these.
+    same = set(keys) == set(found)
+    return {**state_dict, "state": base}, [found[key] if same else None for key in keys]

@@ -12,22 +12,41 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from hesscurv.distributed.sharded import own_shard
 from hesscurv.operators.parameters import ParamSelection
-from hesscurv.optim.arguments import check_base, check_choice, check_count, check_positive
+from hesscurv.optim.arguments import (
+    check_automatic_rate,
+    check_base,
+    check_choice,
+    check_count,
+    check_measured,
+    check_positive,
+)
+from hesscurv.optim.automatic_rate import AutomaticRate, multiplied_rates
+from hesscurv.optim.damped_steps import DAMPED_STEPS
 from hesscurv.optim.eigenspace_tracker import OPERATORS, EigenspaceTracker
-from hesscurv.optim.low_rank_preconditioner import LowRankPreconditioner
+from hesscurv.optim.group_settings import (
+    DUE,
+    FACTOR,
+    LAST,
+    STEP,
+    begin_groups,
+    complete_groups,
+    write_to_groups,
+)
 from hesscurv.optim.optimizer_state import join_state, split_state
-from hesscurv.optim.preconditioner_report import CurvatureWarning, PreconditionerReport
+from hesscurv.optim.preconditioner_report import (
+    CurvatureWarning,
+    PreconditionerReport,
+    little_to_gain,
+)
 from hesscurv.optim.refresh_schedule import RefreshSchedule
 from hesscurv.optim.stable_rate import stable_rate
 from hesscurv.optim.tracked_preconditioner import TrackedPreconditioner
-from hesscurv.optim.trained_parameters import trained_parameters
-
-# Counters, in every group and the same in all: what a state dict has to have beside the tensors.
-STEP, DUE, DECIDED = "curvature_step", "curvature_due", "curvature_decided"
-FACTOR, INITIAL = "curvature_rate_factor", "curvature_initial_lr"
-_LITTLE_TO_GAIN = 2.0
+from hesscurv.optim.trained_parameters import (
+    require_some,
+    resolve_selection,
+    trained_parameters,
+)
 
 
 class PreconditionedOptimizer(Optimizer):
@@ -86,8 +105,8 @@ class PreconditionedOptimizer(Optimizer):
 
     Raises:
         TypeError: If an argument is of a wrong type, such as a base class for an instance.
-        ValueError: If a value is out of range, no parameter of the base is the model's, or the
-            base evaluates its closure by itself (LBFGS).
+        ValueError: If a value is out of range, no parameter of the base is the model's, the base
+            evaluates its closure by itself (LBFGS), or has a hyperparameter called as one of these.
 
     Warns:
         CurvatureWarning: Once, if curvature cannot be computed, say of a loss that is not finite:
@@ -95,11 +114,13 @@ class PreconditionedOptimizer(Optimizer):
             ``|lambda_1| / |lambda_{r+1}| < 2``: there is little to gain.
 
     Hyperparameters `rank`, `damping`, `refresh_every` are in every group, and may be changed there;
-    the first group's count.
+    the first group's count. Another rank is a refresh.
 
     Cost: a step reads the basis twice, 4 r D operations. A refresh takes r products while the space
-    stays within `tol`, else two to five times as many. Memory: (r + 1) D numbers, and D for a base
-    that is not like SGD; during a refresh 2 r + 60 vectors more at most.
+    stays within `tol`, else two to five times as many. Memory: (r + 2) D numbers, with the
+    automatic rate D more; during a step 2 D more, during a refresh 2 r + 60 vectors at most; and
+    the samples. Where the model is sharded (FSDP2), each process has its shards of the basis, and
+    the whole during a refresh.
 
     References:
         Frangella, Rathore, Zhao, Udell, "SketchySGD", SIMODS 2024, for the automatic rate.
@@ -138,6 +159,11 @@ class PreconditionedOptimizer(Optimizer):
         operator_options: dict[str, Any] | None = None,
     ) -> None:
         check_base(base, model, task)
+        if isinstance(base, PreconditionedOptimizer):
+            raise ValueError(
+                "expected a base that is not preconditioned yet, got a PreconditionedOptimizer; "
+                "pass its `base`, or a larger rank in place of two spaces"
+            )
         check_count("rank", rank)
         check_positive("damping", damping, zero=True, optional=True)
         check_count("refresh_every", refresh_every, optional=True)
@@ -151,19 +177,17 @@ class PreconditionedOptimizer(Optimizer):
         check_positive("rate_fraction", rate_fraction)
         check_positive("max_growth", max_growth)
         check_positive("tol", tol)
+        check_count("seed", seed, least=0)
+        check_measured(task, batches, OPERATORS[curvature], operator_options or {})
         self.base = base
         self.mode = mode or ("gradient" if isinstance(base, SGD) else "update")
-        if learning_rate == "auto" and self.mode != "gradient":
-            raise ValueError(
-                "expected a base like SGD for learning_rate='auto', got "
-                f"{type(base).__name__}: the stable rate of an adaptive one depends on its own "
-                "state; leave learning_rate out"
-            )
-        own = {"rank": rank, "damping": damping, "refresh_every": refresh_every}
-        super().__setstate__({"defaults": base.defaults | own})
+        if learning_rate == "auto":
+            check_automatic_rate(base, self.mode)
+        self._own = {"rank": rank, "damping": damping, "refresh_every": refresh_every}
+        super().__setstate__({"defaults": base.defaults | self._own})
         self._warned_capturable_if_run_uncaptured = True
-        self.model, self._selection = model, params
-        self._rate = (rate_fraction, max_growth) if learning_rate == "auto" else None
+        self.model, self._selection = model, resolve_selection(model, params)
+        self._rate = AutomaticRate(rate_fraction, max_growth) if learning_rate == "auto" else None
         self._drift_tol, self._check_every, self._seed = drift_tol, check_every, seed
         self._schedule = RefreshSchedule(max_fraction)
         # "retained" is the fastest way for few products with the same weights, and a choice by
@@ -181,10 +205,12 @@ class PreconditionedOptimizer(Optimizer):
             options=options | (operator_options or {}),
         )
         self._refreshes = self._failures = 0
-        self._step_seconds = 0.0
+        self._step_seconds = self._base_seconds = 0.0
         self._said: set[str] = set()
-        self._complete_groups()
-        self._tracked = self._track(trained_parameters(model, self.param_groups, params))
+        chosen = trained_parameters(model, base.param_groups, self._selection)
+        require_some(chosen)
+        self._tracked = self._track(chosen)
+        begin_groups(base.param_groups, self._own)
 
     # -- what the base has too ------------------------------------------------------------------
 
@@ -227,7 +253,7 @@ class PreconditionedOptimizer(Optimizer):
             ValueError: As the base does.
         """
         self.base.add_param_group(param_group)
-        self._complete_groups()
+        self._follow_parameters()
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -245,11 +271,13 @@ class PreconditionedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        group, schedule = self._group, self._schedule
-        schedule.due, schedule.is_decided = group[DUE], group[DECIDED]
         self._follow_parameters()
-        if schedule.now(group[STEP], group["refresh_every"], self._tracker.largest) or (
-            self._has_drifted()
+        group, schedule = self._group, self._schedule
+        schedule.go_on_from(group[LAST], group[DUE])
+        if (
+            schedule.now(group[STEP], group["refresh_every"], self._tracker.largest)
+            or self._tracked.has_other_rank(group["rank"])
+            or self._has_drifted()
         ):
             self._refresh()
         P = self._tracked.current
@@ -257,12 +285,13 @@ class PreconditionedOptimizer(Optimizer):
             self._step_base()
         else:
             self._tracked.set_damping(group["damping"])
-            start = time.perf_counter()
-            own = self._step_gradient(P) if self.mode == "gradient" else self._step_update(P)
-            self._step_seconds += time.perf_counter() - start - own
-        self._count(
-            {STEP: group[STEP] + 1, DUE: schedule.due, DECIDED: schedule.is_decided},
-        )
+            start, base = time.perf_counter(), self._base_seconds
+            DAMPED_STEPS[self.mode](self._tracked.flat, P, self._step_base)
+            base = self._base_seconds - base
+            self._step_seconds += time.perf_counter() - start - base
+        # A step before the first gradient is none: so distributed checkpoints ask for the state.
+        steps = group[STEP] + (schedule.last is not None)
+        self._write({STEP: steps, LAST: schedule.last, DUE: schedule.due})
         return loss
 
     def report(self) -> PreconditionerReport:
@@ -288,71 +317,31 @@ class PreconditionedOptimizer(Optimizer):
             rate_factor=group[FACTOR],
         )
 
-    def _step_gradient(self, P: LowRankPreconditioner) -> float:
-        """Step along P g, which takes the place of .grad; return the seconds of the base's own."""
-        flat = self._tracked.flat
-        found = [p.grad for p in flat.parameters]
-        # A sparse gradient, of an embedding, stays what it is: its few rows are all that a step
-        # should touch.
-        dense = [None if g is None or g.is_sparse else g for g in found]
-        damped = flat.split(P.multiply_(flat.flatten(dense)))
-        try:
-            for i, (p, g) in enumerate(zip(flat.parameters, dense, strict=True)):
-                if g is not None:
-                    p.grad = flat.like(i, damped[i].to(g.dtype))
-            return self._step_base()
-        finally:
-            for p, g in zip(flat.parameters, found, strict=True):
-                p.grad = g
-
-    def _step_update(self, P: LowRankPreconditioner) -> float:
-        """Step as the base does, then damp what that has changed; return the base's seconds."""
-        flat = self._tracked.flat
-        before = flat.flatten(flat.parameters)
-        seconds = self._step_base()
-        correction = flat.split(P.correction_(flat.flatten(flat.parameters).sub_(before)))
-        moved = [
-            (own_shard(p), part.to(p.dtype))
-            for p, part in zip(flat.parameters, correction, strict=True)
-            if p.grad is not None
-        ]
-        if moved:
-            torch._foreach_add_([p for p, _ in moved], [part for _, part in moved])
-        return seconds
-
-    def _step_base(self) -> float:
-        """Let the base step, at the automatic rate if there is one; return the seconds."""
-        start, factor = time.perf_counter(), self._group[FACTOR]
-        rates = [group.get("lr") for group in self.param_groups]
-        try:
-            if factor != 1.0:
-                for group in self.param_groups:
-                    group["lr"] = group["lr"] * factor
+    def _step_base(self) -> None:
+        """Let the base step, at the automatic rate if there is one."""
+        start = time.perf_counter()
+        with multiplied_rates(self.param_groups, self._group[FACTOR]):
             self.base.step()
-        finally:
-            if factor != 1.0:
-                for group, rate in zip(self.param_groups, rates, strict=True):
-                    group["lr"] = rate
-        return time.perf_counter() - start
+        self._base_seconds += time.perf_counter() - start
 
     # -- the eigenspace -------------------------------------------------------------------------
 
     def _refresh(self) -> None:
         """Compute the eigenspace at the present weights, from the last one; or fall back."""
-        group, tracked, start = self._group, self._tracked, time.perf_counter()
+        group, tracked, schedule = self._group, self._tracked, self._schedule
         if not tracked.flat.any_of(p.grad for g in self.param_groups for p in g["params"]):
-            # Nothing to precondition: so distributed checkpoints ask for the state's shapes.
-            tracked.allocate(group["rank"])
+            tracked.allocate(group["rank"])  # nothing to precondition; the next step will see
             return
-        factor = 1.0
+        start, factor = schedule.clock(), 1.0
         try:
             tracked.solve(group["rank"], group["damping"], group[STEP])
             if self._rate:
-                factor = self._rate_factor()
-            self._refreshes += 1
+                curvature = tracked.largest_curvature(group[STEP])
+                factor = self._rate.factor(curvature, self.param_groups)
         except Exception as error:
             # Training goes on: curvature that cannot be had is no reason to end it.
-            tracked.current = None
+            tracked.forget(group["rank"])
+            self._tracker.start_over()
             self._failures += 1
             self._say_once(
                 "failure",
@@ -360,58 +349,32 @@ class PreconditionedOptimizer(Optimizer):
                 f"{type(self.base).__name__} alone. {type(error).__name__}: {error}",
             )
         else:
-            little = self._little_gain()
+            self._refreshes += 1
+            little = little_to_gain(tracked.current)
             if little:
                 self._say_once("gain", little)
-        self._count({FACTOR: factor})
-        self._schedule.refreshed(group[STEP], group["refresh_every"], time.perf_counter() - start)
+        self._write({FACTOR: factor})
+        schedule.refreshed(group[STEP], schedule.clock() - start)
 
     def _has_drifted(self) -> bool:
-        step = self._group[STEP]
+        step, schedule = self._group[STEP], self._schedule
         if self._drift_tol is None or step % self._check_every or self._tracked.is_identity:
             return False
-        start = time.perf_counter()
+        start = schedule.clock()
         try:
             return not self._tracked.drift(self._seed + step) <= self._drift_tol
         except Exception:
             return True  # the refresh meets it too, and says so
         finally:
-            self._schedule.refresh_seconds += time.perf_counter() - start
-
-    def _rate_factor(self) -> float:
-        """Return what makes the groups' rates a share of the largest stable one."""
-        assert self._rate is not None
-        fraction, most = self._rate
-        curvature = self._tracked.largest_curvature(self._group[STEP])
-        if not curvature > 0:
-            return most
-        rates = [(stable_rate(curvature, g), float(g[INITIAL])) for g in self.param_groups]
-        return min(most, *(fraction * stable / rate for stable, rate in rates if rate > 0))
-
-    def _little_gain(self) -> str | None:
-        """Return what to say where the damped directions hardly stand out."""
-        P = self._tracked.current
-        if P is None or len(P.eigenvalues) <= P.rank:
-            return None
-        first, left = abs(P.eigenvalues[0]), abs(P.eigenvalues[P.rank])
-        if first >= _LITTLE_TO_GAIN * left:
-            return None
-        return (
-            f"there is little to gain: |lambda_1| = {first:.3g} is less than {_LITTLE_TO_GAIN:g} "
-            f"times |lambda_{P.rank + 1}| = {left:.3g}, so that damping the top {P.rank} "
-            "directions changes little; raise rank, or use the base alone"
-        )
+            schedule.spent(schedule.clock() - start)
 
     def _follow_parameters(self) -> None:
-        """Begin anew where parameters were added to the groups, frozen, or freed."""
+        """Begin anew where parameters were added, frozen, freed, moved or replaced."""
+        complete_groups(self.param_groups, self._own)
         chosen = trained_parameters(self.model, self.param_groups, self._selection)
-        before = self._tracked.flat.parameters
-        if len(chosen) != len(before) or any(
-            p is not q for p, q in zip(chosen.values(), before, strict=True)
-        ):
+        if chosen and not self._tracked.flat.are(chosen.values()):
             self._tracked = self._track(chosen)
-            self._count({DUE: self._group[STEP], DECIDED: True, FACTOR: 1.0})
-            self._schedule.due, self._schedule.is_decided = self._group[STEP], True
+            self._write({LAST: None, DUE: None, FACTOR: 1.0})
 
     def _track(self, chosen: dict[str, nn.Parameter]) -> TrackedPreconditioner:
         self._tracker.follow(list(chosen))
@@ -423,20 +386,8 @@ class PreconditionedOptimizer(Optimizer):
     def _group(self) -> dict[str, Any]:
         return self.base.param_groups[0]
 
-    def _complete_groups(self) -> None:
-        """Give every group the hyperparameters and counters that it lacks: the first one's."""
-        first = self._group
-        begun = {STEP: 0, DUE: 0, DECIDED: True, FACTOR: 1.0}
-        own = {key: self.defaults[key] for key in ("rank", "damping", "refresh_every")} | begun
-        for group in self.param_groups:
-            for key, value in own.items():
-                group.setdefault(key, first.get(key, value))
-            if "lr" in group:
-                group.setdefault(INITIAL, group.get("initial_lr", group["lr"]))
-
-    def _count(self, counters: dict[str, Any]) -> None:
-        for group in self.param_groups:
-            group.update(counters)
+    def _write(self, counters: dict[str, Any]) -> None:
+        write_to_groups(self.param_groups, counters)
 
     def _say_once(self, kind: str, message: str) -> None:
         if kind not in self._said:
@@ -451,6 +402,7 @@ class PreconditionedOptimizer(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        self._follow_parameters()
         out = join_state(self.base.state_dict(), self.param_groups, self._tracked.state())
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, out)
@@ -460,8 +412,8 @@ class PreconditionedOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken, with the same bits if the model does so too.
 
-        A state dict of the base alone is taken as well: the eigenspace is computed at the next
-        step then.
+        A state dict of the base alone is taken as well, and one with the eigenspace of other
+        parameters, say of those that were not frozen then: it is computed at the next step.
 
         Raises:
             ValueError: If it is another model's; nothing has changed then, unless the base's own
@@ -473,10 +425,12 @@ class PreconditionedOptimizer(Optimizer):
             state_dict = state_dict if changed is None else changed
         self._follow_parameters()
         base, entries = split_state(state_dict, self.param_groups, self._tracked.flat.parameters)
-        self._tracked.check(entries)
+        read = self._tracked.read(entries)
         self.base.load_state_dict(base)
-        self._complete_groups()
-        self._tracked.load(entries, self._group["rank"], self._group["damping"])
+        complete_groups(self.param_groups, self._own)
+        self._tracked.take(read, self._group["rank"], self._group["damping"])
+        if read is None:
+            self._write({LAST: None, DUE: None, FACTOR: 1.0})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hesscurv.optim.low_rank_preconditioner import LowRankPreconditioner
+
+_LITTLE_TO_GAIN = 2.0
+
 
 class CurvatureWarning(UserWarning):
     """Curvature could not be computed, or there is little to gain by it; training goes on."""
@@ -75,3 +79,17 @@ class PreconditionerReport:
         if self.rate_factor != 1:
             rate += f"; the groups' rates are multiplied by {self.rate_factor:.3g}"
         return "\n".join([*lines, rate])
+
+
+def little_to_gain(P: LowRankPreconditioner | None) -> str | None:
+    """Return what to say of a preconditioner whose directions hardly stand out; None else."""
+    if P is None or len(P.eigenvalues) <= P.rank:
+        return None
+    first, left = abs(P.eigenvalues[0]), abs(P.eigenvalues[P.rank])
+    if first >= _LITTLE_TO_GAIN * left:
+        return None
+    return (
+        f"there is little to gain: |lambda_1| = {first:.3g} is less than {_LITTLE_TO_GAIN:g} "
+        f"times |lambda_{P.rank + 1}| = {left:.3g}, so that damping the top {P.rank} "
+        "directions changes little; raise rank, or use the base alone"
+    )

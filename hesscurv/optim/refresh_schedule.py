@@ -23,18 +23,24 @@ class RefreshSchedule:
         clock: Seconds.
 
     Attributes:
-        due: The step of the next refresh, or of the next decision.
-        is_decided: Whether `due` is the step of a refresh.
+        last: The step before which the last refresh was; None before the first one.
+        due: The step of the next refresh, once chosen; None before, and with an interval given.
+        refresh_seconds: Of all refreshes, and what else was `spent`.
     """
 
     max_fraction: float
     clock: Callable[[], float] = time.perf_counter
-    due: int = 0
-    is_decided: bool = True
-    refresh_seconds: float = 0.0  # all of them
-    last_seconds: float = 0.0
+    last: int | None = None
+    due: int | None = None
+    refresh_seconds: float = 0.0
+    _last_seconds: float = 0.0
     _watching: tuple[int, float] | None = None
     _begun: float | None = None
+
+    def go_on_from(self, last: int | None, due: int | None) -> None:
+        """Take over when the last refresh was and the next one is, from a state dict, say."""
+        if (last, due) != (self.last, self.due):
+            self.last, self.due, self._watching = last, due, None
 
     def now(self, step: int, every: int | None, largest: Callable[[float], float]) -> bool:
         """Return whether to refresh before this step.
@@ -46,40 +52,36 @@ class RefreshSchedule:
         """
         if self._begun is None:
             self._begun = self.clock()
-        if step < self.due:
-            return False
-        if self.is_decided or every is not None:
+        if self.last is None:
             return True
-        if self._watching is None:  # resumed before a decision: there is no time to go by yet
-            self._watch(step)
-            return False
-        first, since = self._watching
-        per_step = (self.clock() - since) / max(1, step - first)
-        earned = self.last_seconds * (1 - self.max_fraction) / self.max_fraction
-        # A decision comes from time, which differs between processes.
-        self.due = first + math.ceil(largest(earned / max(per_step, 1e-9)))
-        self.is_decided = True
-        return step >= self.due
-
-    def refreshed(self, step: int, every: int | None, seconds: float) -> None:
-        """Take note of a refresh before this step that took so long."""
-        self.last_seconds = seconds
-        self.refresh_seconds += seconds
         if every is not None:
-            self.due, self.is_decided = step + every, True
-        else:
-            self._watch(step)
+            return step >= self.last + every
+        if self.due is None:
+            self._decide(step, largest)
+        return self.due is not None and step >= self.due
 
-    def fraction(self) -> float:
-        """Return the share of the time since the first step that refreshes took."""
-        if self._begun is None:
-            return 0.0
-        return self.refresh_seconds / max(self.clock() - self._begun, 1e-9)
+    def refreshed(self, step: int, seconds: float) -> None:
+        """Take note of a refresh before this step that took so long."""
+        self._last_seconds = seconds
+        self.refresh_seconds += seconds
+        self.last, self.due, self._watching = step, None, (step, self.clock())
+
+    def spent(self, seconds: float) -> None:
+        """Take note of time that went into something else than training."""
+        self.refresh_seconds += seconds
 
     def elapsed(self) -> float:
         """Return the seconds since the first step."""
         return 0.0 if self._begun is None else self.clock() - self._begun
 
-    def _watch(self, step: int) -> None:
-        self._watching = (step, self.clock())
-        self.due, self.is_decided = step + _WATCHED, False
+    def _decide(self, step: int, largest: Callable[[float], float]) -> None:
+        """Choose the next refresh, if enough steps have been timed."""
+        if self._watching is None:  # resumed, or the interval given before was taken back
+            self._watching = step, self.clock()
+        first, since = self._watching
+        if step < first + _WATCHED:
+            return
+        per_step = (self.clock() - since) / (step - first)
+        earned = self._last_seconds * (1 - self.max_fraction) / self.max_fraction
+        # A decision comes from time, which differs between processes.
+        self.due = first + math.ceil(largest(earned / max(per_step, 1e-9)))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesscurv.distributed.sharded import own_shard
+from hesscurv.distributed.sharded import is_sharded, own_shard
 from hesscurv.optim.eigenspace_tracker import EigenspaceTracker
 from hesscurv.optim.flat_parameters import FlatParameters
 from hesscurv.optim.low_rank_preconditioner import LowRankPreconditioner
@@ -46,11 +46,20 @@ class TrackedPreconditioner:
         if self.current is not None and self.current.asked_damping != damping:
             self.current.set_damping(damping)
 
+    def has_other_rank(self, rank: int) -> bool:
+        """Whether there is an eigenspace, with other than so many pairs."""
+        return self.current is not None and len(self.current.basis_mD) != self._count(rank)
+
     def allocate(self, rank: int) -> None:
         """Take the memory of the eigenspace, with zeros, which precondition nothing."""
         if self.current is None:
             zeros = torch.zeros(self._count(rank))
             self._install(self.flat.new_basis(len(zeros)), zeros, zeros, rank, None)
+
+    def forget(self, rank: int) -> None:
+        """Put zeros in the eigenspace's place, which precondition nothing."""
+        self.current = None
+        self.allocate(rank)
 
     def solve(self, rank: int, damping: float | None, seed: int) -> None:
         """Compute the eigenspace at the present weights, from the last one if there is one.
@@ -71,7 +80,7 @@ class TrackedPreconditioner:
         P = self._known()
         signs = torch.Generator().manual_seed(seed)
         c = (2.0 * torch.randint(2, (P.rank,), generator=signs) - 1).to(P.basis_mD)
-        values = torch.tensor(P.eigenvalues[: P.rank]).to(c)
+        values = _numbers(P.eigenvalues[: P.rank]).to(c)
         vectors_Dr = self.flat.whole_basis(P.basis_mD)[:, : P.rank]
         return self.tracker.drift(vectors_Dr @ c, vectors_Dr @ (values * c))
 
@@ -79,7 +88,7 @@ class TrackedPreconditioner:
         """Return the largest |eigenvalue| of the second batch's curvature, preconditioned."""
         P = self._known()
         basis_rD = self.flat.whole_basis(P.basis_mD)[:, : P.rank].mT
-        less_r = torch.tensor([math.sqrt(gain) - 1 for gain in P.gains]).to(basis_rD)
+        less_r = _numbers([math.sqrt(gain) - 1 for gain in P.gains]).to(basis_rD)
 
         def root(vectors_DB: Tensor) -> Tensor:
             inside_rB = less_r[:, None] * (basis_rD @ vectors_DB.to(basis_rD.dtype))
@@ -100,43 +109,58 @@ class TrackedPreconditioner:
         parts = zip(self.flat.parameters, self.flat.stored_parts(P.basis_mD), strict=True)
         return {p: {BASIS: part, VALUES: values, RESIDUALS: residuals} for p, part in parts}
 
-    def check(self, entries: Sequence[dict[str, Any] | None]) -> None:
-        """Refuse what `load` cannot take.
+    def read(
+        self, entries: Sequence[dict[str, Any] | None]
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Return basis, eigenvalues and residuals of entries of `state`, one a parameter.
+
+        None where a parameter has no entry: the eigenspace is then another's, or not known.
 
         Raises:
-            ValueError: If entries are missing or of wrong shapes.
+            ValueError: If one is of another shape than its parameter, or not finite.
         """
-        if all(entry is None for entry in entries):
-            return
-        for p, entry in zip(self.flat.parameters, entries, strict=True):
-            if entry is None or any(not isinstance(entry.get(key), Tensor) for key in OWN_STATE):
-                raise ValueError(
-                    f"expected {', '.join(OWN_STATE)} of every parameter in the state dict, got "
-                    f"{'none' if entry is None else sorted(entry)} for one of shape "
-                    f"{tuple(p.shape)}; load a state dict of the same model and params="
-                )
-            m = len(entry[VALUES])
-            if tuple(entry[BASIS].shape) != (*p.shape, m) or len(entry[RESIDUALS]) != m:
-                raise ValueError(
-                    f"expected {BASIS} of shape {(*p.shape, m)}, got {tuple(entry[BASIS].shape)}; "
-                    "load a state dict of the same model"
-                )
-
-    def load(
-        self, entries: Sequence[dict[str, Any] | None], rank: int, damping: float | None
-    ) -> None:
-        """Take the eigenspace of `state`, checked before: one entry a parameter, or None."""
-        self.current = None
         if any(entry is None for entry in entries):
-            return
+            return None
         given: list[Any] = list(entries)
+        for p, entry in zip(self.flat.parameters, given, strict=True):
+            self._check(p, entry, given[0])
         basis_mD = self.flat.new_basis(len(given[0][VALUES]))
         for part, entry in zip(self.flat.parts(basis_mD), given, strict=True):
             part.copy_(own_shard(entry[BASIS]))
-        rank = min(rank, len(basis_mD))
-        self._install(basis_mD, given[0][VALUES], given[0][RESIDUALS], rank, damping)
+        values, residuals = given[0][VALUES].double(), given[0][RESIDUALS].double()
+        if not bool(torch.cat([values, residuals]).isfinite().all()):
+            raise ValueError(f"expected finite {VALUES} and {RESIDUALS}, got NaN or inf")
+        return basis_mD, values, residuals
+
+    def take(
+        self, read: tuple[Tensor, Tensor, Tensor] | None, rank: int, damping: float | None
+    ) -> None:
+        """Take what `read` returned as the eigenspace."""
+        self.current = None
+        if read is not None:
+            self._install(*read, rank, damping)
 
     # -- details --------------------------------------------------------------------------------
+
+    def _check(self, p: nn.Parameter, entry: dict[str, Any], first: dict[str, Any]) -> None:
+        if any(not isinstance(entry.get(key), Tensor) for key in OWN_STATE):
+            raise ValueError(f"expected tensors {OWN_STATE} in a state, got {sorted(entry)}")
+        (m, *_), basis = first[VALUES].shape or (0,), entry[BASIS]
+        expected = {BASIS: (*p.shape, m), VALUES: (m,), RESIDUALS: (m,)}
+        for key, shape in expected.items():
+            if tuple(entry[key].shape) != shape or m == 0:
+                raise ValueError(
+                    f"expected {key} of shape {shape} for a parameter of shape {tuple(p.shape)}, "
+                    f"got {tuple(entry[key].shape)}; load a state dict of the same model"
+                )
+        like: Any = p
+        if is_sharded(basis) != is_sharded(p) or (
+            is_sharded(p) and basis.placements != like.placements
+        ):
+            raise ValueError(
+                f"expected {BASIS} sharded as the parameters are, got one that is not; load it "
+                "with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
+            )
 
     def _install(
         self, basis_mD: Tensor, values: Tensor, residuals: Tensor, rank: int, damping: float | None
@@ -151,3 +175,7 @@ class TrackedPreconditioner:
         if self.current is None:
             raise RuntimeError("expected an eigenspace, got none yet; call solve first")
         return self.current
+
+
+def _numbers(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
