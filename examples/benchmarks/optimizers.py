@@ -1,0 +1,272 @@
+"""PreconditionedOptimizer beside its base: time to a loss, the cost of a step, the stable rate.
+
+    python examples/benchmarks/optimizers.py --data DIR      # MNIST in DIR; about ten minutes
+    python examples/benchmarks/optimizers.py --quick         # no data
+
+Parts (`--parts`):
+
+    linear   ridge and logistic regression with planted spectra, lambda_1 / lambda_100 from 1e2 to
+             1e8, and random features of MNIST: the time to the training loss of SGD after 40
+             epochs at its best rate. Either has eight settings: SGD eight rates, the wrapped one
+             eight shares of the stable rate that it finds (learning_rate="auto"), with rank 100.
+             Seconds hold all of the wrapper's work and none of looking at the loss.
+    step     the cost of a step with rank 20 on 3c3d, batch 128, beside the step of the base.
+    rate     full-batch gradient descent from a point of training: the largest learning rate at
+             which 40 steps do not blow the loss up, plain and preconditioned (rank 20, the
+             eigenspace of the first point), beside what 2 / lambda predicts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from linear_models import EPOCHS, LinearProblem, ours, planted, random_features, sgd, train
+from models import Problem, build, three_c_three_d
+from results import Report, parser, print_table
+from torch import nn
+
+import hesscurv
+from hesscurv.optim import CurvatureWarning, PreconditionedOptimizer
+
+RATES = (10.0, 3.0, 1.0, 0.3, 0.1, 0.03, 0.01, 0.003)
+SHARES = (0.5, 0.25, 0.12, 0.06, 0.03, 0.015, 0.007, 0.003)
+KAPPAS = (1e2, 1e3, 1e4, 1e5, 1e6, 1e8)
+RANK = 100
+
+
+# -- linear models ----------------------------------------------------------------------------
+
+
+def linear(report: Report, options: argparse.Namespace) -> None:
+    samples, features = (4_000, 200) if options.quick else (100_000, 1_000)
+    kappas = KAPPAS[::3] if options.quick else KAPPAS
+    problems: list[tuple[float | None, Callable[[], LinearProblem]]] = [
+        (kappa, lambda kind=kind, kappa=kappa: planted(kind, kappa, samples, features))
+        for kind in ("ridge", "logistic")
+        for kappa in kappas
+    ]
+    problems.append((None, lambda: random_features(options.data, features, samples)))
+    table = []
+    for kappa, make in problems:
+        row = time_to_loss(make(), options.quick)
+        report.rows.append({"part": "linear", **row})
+        table.append([row[key] for key in _COLUMNS])
+        print(*(f"{key} {row[key]}" for key in _COLUMNS), flush=True)
+        judge(report, kappa, row, options.quick)
+    print_table(_COLUMNS, table)
+
+
+_COLUMNS = ("problem", "rate", "loss", "seconds", "ours", "epochs", "times", "spread")
+
+
+def time_to_loss(problem: LinearProblem, quick: bool) -> dict[str, Any]:
+    """Return seconds of tuned SGD and of ours, to the loss that SGD has in the end."""
+    epochs = 4 if quick else EPOCHS
+    tuned = {}
+    for rate in RATES[::2] if quick else RATES:
+        curve = train(problem, sgd(rate), epochs)
+        if math.isfinite(curve.losses[-1]):
+            tuned[rate] = curve
+    rate = min(tuned, key=lambda r: tuned[r].losses[-1])
+    loss = tuned[rate].losses[-1]
+    found = {}
+    for share in SHARES[::4] if quick else SHARES:
+        make = ours(
+            problem,
+            rate,
+            rank=RANK if not quick else 50,
+            samples=2_000,
+            refresh_every=10**9,  # the curvature of these losses hardly changes
+            learning_rate="auto",
+            rate_fraction=share,
+            max_growth=1e12,
+        )
+        found[share] = train(problem, make, epochs, stop_at=loss)
+    share = min(found, key=lambda s: found[s].time_to(loss))
+    seconds, needed = found[share].time_to(loss)
+    spectrum = found[share].spectrum
+    return {
+        "problem": problem.name,
+        "rate": rate,
+        "loss": loss,
+        "seconds": tuned[rate].seconds[-1],
+        "ours": seconds,
+        "epochs": needed,
+        "share": share,
+        "times": tuned[rate].seconds[-1] / seconds,
+        "spread": spectrum[0] / abs(spectrum[RANK - 1]) if len(spectrum) > RANK else None,
+        "report": found[share].report,
+    }
+
+
+def judge(report: Report, kappa: float | None, row: dict[str, Any], quick: bool) -> None:
+    shown = f"{row['seconds']:.3g} s of SGD, {row['ours']:.3g} s of ours ({row['times']:.3g} times)"
+    if kappa is not None and kappa >= 1e5:
+        target, reached = "10 times as fast", row["times"] >= 10
+    elif kappa == 1e2:
+        target, reached = "no slower", row["times"] >= 1
+    else:
+        target, reached = "time to SGD's loss", None
+    report.judge(f"{row['problem']}: {target}", None if quick else reached, shown)
+
+
+# -- the cost of a step -----------------------------------------------------------------------
+
+
+def step(report: Report, options: argparse.Namespace) -> None:
+    """Measure a training step with and without the wrapper, in turns."""
+    batch, rank, rounds = (16, 4, 3) if options.quick else (128, 20, 40)
+    table = []
+    for name, make in {
+        "SGD, momentum": lambda p: torch.optim.SGD(p, 1e-3, momentum=0.9),
+        "AdamW": lambda p: torch.optim.AdamW(p, 1e-5),
+    }.items():
+        torch.manual_seed(0)
+        model = three_c_three_d()
+        x, y = torch.randn(batch, 3, 32, 32), torch.randint(10, (batch,))
+        task = hesscurv.supervised(nn.CrossEntropyLoss())
+        base = make(model.parameters())
+        few = [(x[:16], y[:16])]
+        wrapped = PreconditionedOptimizer(base, model, task, few, rank, refresh_every=10**9)
+        seconds: dict[str, list[float]] = {"gradient": [], "base": [], "wrapped": []}
+        for i in range(rounds + 2):
+            for label, act in (("base", base.step), ("wrapped", wrapped.step)):
+                start = time.perf_counter()
+                wrapped.zero_grad()
+                task(model, (x, y)).backward()
+                middle = time.perf_counter()
+                act()
+                if i > 1:  # the first has a refresh in it
+                    seconds["gradient"].append(middle - start)
+                    seconds[label].append(time.perf_counter() - middle)
+        gradient, plain, ours_ = (statistics.median(seconds[k]) for k in seconds)
+        share = (ours_ - plain) / (gradient + plain)
+        row = {"base": name, "gradient": gradient, "plain": plain, "wrapped": ours_, "share": share}
+        report.rows.append({"part": "step", **row})
+        table.append([name, 1e3 * gradient, 1e3 * plain, 1e3 * ours_, f"{share:.1%}"])
+        report.judge(
+            f"step overhead on {name}, rank {rank}, 3c3d at batch {batch}: under 5 %",
+            None if options.quick else share < 0.05,
+            f"{share:.1%}",
+        )
+    print_table(["base", "gradient, ms", "step, ms", "wrapped, ms", "more"], table)
+
+
+# -- the stable learning rate -----------------------------------------------------------------
+
+
+def rate(report: Report, options: argparse.Namespace) -> None:
+    """Compare predicted and measured stable rates of full-batch gradient descent."""
+    table = []
+    rank, names = (5, ("small mlp",)) if options.quick else (20, ("mlp", "convnet", "3c3d", "gpt"))
+    for name in names:
+        row = stable_rates(build(name, options.data), rank)
+        report.rows.append({"part": "rate", **row})
+        table.append(list(row.values()))
+        print(*(f"{key} {value}" for key, value in row.items()), flush=True)
+        report.judge(
+            f"{name}: the stable rate grows by at least half of lambda_1 / lambda_{rank + 1}",
+            None if options.quick else row["growth"] >= 0.5 * row["ratio"],
+            f"{row['growth']:.3g} times, lambda_1 / lambda_{rank + 1} = {row['ratio']:.3g}",
+        )
+    headers = ["net", "2/l_1", "measured", "2/l after", "measured", "l_1/l_k+1", "growth"]
+    print_table(headers, table)
+
+
+def stable_rates(problem: Problem, rank: int) -> dict[str, Any]:
+    """Return one net's predicted and measured rates, with the eigenspace of its present weights."""
+    task = hesscurv.supervised(problem.loss_fn)
+
+    def wrapped(model: nn.Module, lr: float) -> PreconditionedOptimizer:
+        base = torch.optim.SGD(model.parameters(), lr)
+        how = {"refresh_every": 10**9, "tol": 1e-2, "samples": None}
+        return PreconditionedOptimizer(base, model, task, problem.batches, rank, **how)
+
+    model = copy.deepcopy(problem.model)
+    first = wrapped(model, 0.0)
+    task(model, problem.batches[0]).backward()
+    first.step()
+    found, state = first.report(), first.state_dict()
+
+    def resumed(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        out = wrapped(model, lr)
+        out.load_state_dict(state)
+        for group in out.param_groups:
+            group["lr"] = lr
+        return out
+
+    plain = largest_stable(
+        problem, lambda m, lr: torch.optim.SGD(m.parameters(), lr), found.stable_rate
+    )
+    after = largest_stable(problem, resumed, found.stable_rate_after)
+    return {
+        "net": problem.name,
+        "predicted": found.stable_rate,
+        "measured": plain,
+        "predicted_after": found.stable_rate_after,
+        "measured_after": after,
+        "ratio": abs(found.eigenvalues[0] / found.eigenvalues[rank]),
+        "growth": after / plain,
+    }
+
+
+def largest_stable(
+    problem: Problem, make: Callable[[nn.Module, float], torch.optim.Optimizer], guess: float
+) -> float:
+    """Return the largest rate, to 5 %, at which full-batch steps do not blow the loss up."""
+    low = high = guess / 8
+    while is_stable(problem, make, high) and high < 1e3 * guess:
+        low, high = high, 2 * high
+    while high > 1.05 * low:
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if is_stable(problem, make, middle) else (low, middle)
+    return low
+
+
+def is_stable(
+    problem: Problem, make: Callable[[nn.Module, float], torch.optim.Optimizer], lr: float
+) -> bool:
+    """Whether 40 steps end at no larger a loss, and none on the way is twice the first."""
+    model = copy.deepcopy(problem.model)
+    optimizer, losses = make(model, lr), []
+    ((inputs, targets),) = problem.batches
+    for _ in range(40):
+        optimizer.zero_grad()
+        loss = problem.loss_fn(model(inputs), targets)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        if not losses[-1] <= 2 * losses[0]:
+            return False
+        optimizer.step()
+    return losses[-1] <= losses[0]
+
+
+PARTS = {"linear": linear, "step": step, "rate": rate}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, metavar="DIR", help="has MNIST/raw; else digits")
+    options.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    options = options.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    report = Report("optimizers", options)
+    warnings.simplefilter("ignore", CurvatureWarning)  # where lambda_1 / lambda_100 is small
+    for part in options.parts:
+        print(f"\n{part}")
+        PARTS[part](report, options)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
