@@ -248,7 +248,8 @@ class FisherImportance(CurvatureImportance):
     Args:
         model: The model that the pruner has.
         task: A task with outputs and loss, see `hesscurv.supervised`; each sample's loss is what
-            its `sample_losses` returns.
+            its `sample_losses` returns for that sample alone, and counts by its share of `weight`
+            instead of 1/N where that is no number of samples.
         batches: A list or DataLoader of batches; the same ones in every step.
         rows: "fisher" or "ggn".
         draws: Rows per sample for "ggn", each with new signs; default 1.

@@ -15,17 +15,19 @@ from torch import Tensor, nn
 from hesscurv.integrations.channel_slices import ChannelSlice, channel_sums, sum_along
 from hesscurv.operators.batches import split
 from hesscurv.operators.objective import Objective
-from hesscurv.operators.tasks import num_samples
 from hesscurv.pruning.sample_gradients import (
     SampleGradients,
     Values,
     output_roots,
     random_signs,
 )
+from hesscurv.pruning.sample_weights import check_mean_over_samples, weigh
 
 Rows = Literal["fisher", "ggn"]
 
 _MOST_AT_ONCE = 16
+# Batches that tell about the others.
+_MOST_CHECKED = 4
 
 
 class SampleRows:
@@ -44,7 +46,8 @@ class SampleRows:
 
     Attributes:
         sums: After `measure`: for a parameter's name and an axis, shape (N draws, shape[axis]).
-        weights: After `measure`: shape (N draws,), float64, each row's weight in the mean; sum 1.
+        weights: After `measure`: shape (N draws,), float64, each row's weight in the mean, by
+            `sample_weights`; sum 1. Samples of no weight have no row.
     """
 
     def __init__(
@@ -108,16 +111,20 @@ class SampleRows:
         signs = torch.Generator().manual_seed(self._seed)
         found, weights = [], []
         with objective.environment():
-            for batch in objective.batches.first_pass() if first else objective.batches:
-                n, weight = num_samples(batch), objective.weight(batch)
-                for chunk in split(batch, self._samples_at_once()):
-                    size = num_samples(chunk)
+            batches = objective.batches.first_pass() if first else objective.batches
+            for number, (batch, weights_n) in enumerate(weigh(objective, batches)):
+                if first and number < _MOST_CHECKED:
+                    check_mean_over_samples(objective, objective.parameters(), (batch, weights_n))
+                size = self._samples_at_once()
+                for chunk, part_n in zip(split(batch, size), weights_n.split(size), strict=True):
                     for directions in self._directions(chunk, signs):
                         values = self._products(names, chunk, directions)
                         found.append(reduce(values))
-                        weights.append(torch.full((size,), weight / n, dtype=torch.float64))
+                        weights.append(part_n)
         if not found:
-            raise ValueError("expected at least one batch, got none; pass a list of batches")
+            raise ValueError(
+                "expected at least one batch that has a weight, got none; pass a list of batches"
+            )
         out = torch.cat(weights)
         return found, (out / out.sum()).to(objective.device)
 

@@ -172,12 +172,18 @@ def split(batch: Any, size: int) -> list[Any]:
 
 def part_of(batch: Any, start: int, stop: int) -> Any:
     """Return some neighbouring samples of a batch; see `split`."""
+    return select(batch, slice(start, stop))
+
+
+def select(batch: Any, which: slice | Tensor) -> Any:
+    """Return the samples of a batch that a slice, a mask or indices choose; see `split`."""
     n = num_samples(batch)
 
     def cut(t: Tensor) -> Tensor:
         if t.ndim == 0 or t.shape[0] != n or t.layout is not torch.strided:
             return t
-        return t[start:stop].detach().requires_grad_(t.requires_grad)
+        index = which.to(t.device) if isinstance(which, Tensor) else which
+        return t[index].detach().requires_grad_(t.requires_grad)
 
     return map_tensors(batch, cut)
 

@@ -19,6 +19,9 @@ _END = object()
 class CalibrationLoss:
     """A task's mean loss over a fixed set of samples, at any weights.
 
+    Batches count by `task.weight`, of which a batch that is cut keeps what the task says of its
+    part; those of no weight count nothing.
+
     Args:
         objective: The model and the task, refreshed.
         batches: Re-iterable batches; the samples are their first ones.
@@ -27,6 +30,9 @@ class CalibrationLoss:
     Attributes:
         num_samples: How many there are.
         batches: They, on the device.
+
+    Raises:
+        ValueError: If there are no batches, or the task gives them no weight.
     """
 
     def __init__(self, objective: Objective, batches: Iterable[Any], most: int) -> None:
@@ -40,17 +46,22 @@ class CalibrationLoss:
             self.num_samples += num_samples(part)
             if self.num_samples >= most:
                 break
+        self._weights = [objective.weight(batch) for batch in self.batches]
+        if not 0 < sum(self._weights) < math.inf:
+            raise ValueError(
+                "expected a positive total weight of the calibration samples, got "
+                f"{sum(self._weights)}; look at task.weight, or pass other calibration batches"
+            )
 
     def __call__(self, params: tuple[Tensor, ...]) -> float:
         """Return the mean loss at some parameters; inf where it is not finite."""
         objective = self._objective
-        total = weight = 0.0
+        total = 0.0
         with objective.environment(), torch.no_grad():
-            for batch in self.batches:
-                w = objective.weight(batch)
-                total += w * float(objective.loss(params, batch))
-                weight += w
-        loss = total / weight
+            for weight, batch in zip(self._weights, self.batches, strict=True):
+                if weight != 0:  # or its mean is 0 / 0
+                    total += weight * float(objective.loss(params, batch))
+        loss = total / sum(self._weights)
         return loss if math.isfinite(loss) else math.inf
 
 
@@ -58,7 +69,8 @@ class SampleStream:
     """Samples of some batches, n at a time, from the start again when they run out.
 
     Passes may differ: a loader that shuffles or augments gives new samples each time. It draws
-    from a copy of torch's random state, which itself stays as it is.
+    from a copy of torch's random state, which itself stays as it is. Samples are counted, whatever
+    they weigh; what they weigh is asked of the parts that batches are cut into.
 
     Args:
         objective: Says where the tensors go, and in which dtype.

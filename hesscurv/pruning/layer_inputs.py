@@ -1,13 +1,14 @@
 """What the layers' weights multiply: the covariance of the inputs of linear and conv layers.
 
 For a weight matrix W (o, i), a convolution's unfolded, this is ``A = mean over samples of
-sum over places a a^T``, the input side of the Kronecker-factored Gauss-Newton matrix. It takes
-forward passes alone.
+sum over places a a^T``, the input side of the Kronecker-factored Gauss-Newton matrix. The mean is
+that of the task, by the samples' weights; within a sample all places count, also those of tokens
+whose targets are masked, which forward passes alone cannot tell.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hesscurv.operators.batches import split
+from hesscurv.operators.batches import select, split
 from hesscurv.operators.objective import Objective
-from hesscurv.operators.tasks import num_samples
+from hesscurv.pruning.sample_weights import WeighedBatch
 from hesscurv.pruning.weights import Weight
 
 # Images unfold to nine times their size and more.
@@ -37,7 +38,7 @@ def has_covariance(weight: Weight) -> bool:
 def input_covariances(
     objective: Objective,
     params: tuple[Tensor, ...],
-    batches: list[Any],
+    samples: Iterable[WeighedBatch],
     weights: Mapping[str, Weight],
     largest: int,
 ) -> dict[str, Tensor]:
@@ -46,7 +47,7 @@ def input_covariances(
     Args:
         objective: The model and the task, refreshed.
         params: Values of its parameters.
-        batches: Samples, on the device.
+        samples: Batches on the device, from `weigh`.
         weights: The weights by name, each with `has_covariance`.
         largest: The most coordinates of one block.
 
@@ -55,10 +56,11 @@ def input_covariances(
         Layers that do not run are left out.
 
     Cost:
-        A forward pass and ``i^2 / c`` operations a sample and place.
+        A forward pass and ``i^2 / c`` operations a sample and place. Samples of one weight go
+        through together.
     """
     found: dict[str, Tensor] = {}
-    samples = 0
+    total = weight = 0.0
 
     def read(name: str, module: nn.Module) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -66,18 +68,21 @@ def input_covariances(
             rows = _unfolded(module, given.detach())
             c = num_blocks(rows.shape[1], largest)
             rows_cri = rows.view(len(rows), c, -1).transpose(0, 1)
-            product = rows_cri.mT @ rows_cri
+            product = (rows_cri.mT @ rows_cri).mul_(weight)
             found[name] = product if name not in found else found[name].add_(product)
 
         return hook
 
     # In this order: the environment allows gradients.
     with objective.environment(), torch.no_grad(), _pre_hooks(weights, read):
-        for batch in batches:
-            samples += num_samples(batch)
-            for part in split(batch, _SAMPLES_AT_ONCE):
-                objective.loss(params, part)
-    return {name: product / samples for name, product in found.items()}
+        for batch, weights_n in samples:
+            total += float(weights_n.sum())
+            # Which of a layer's rows are a sample's is not known: layers may have time first.
+            for weight in weights_n.unique().tolist():
+                alike = select(batch, weights_n == weight)
+                for part in split(alike, _SAMPLES_AT_ONCE):
+                    objective.loss(params, part)
+    return {name: product / total for name, product in found.items()}
 
 
 def num_blocks(inputs: int, largest: int) -> int:

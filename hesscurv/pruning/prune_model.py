@@ -86,7 +86,8 @@ def prune_model(
             ``stages * steps_per_stage`` steps; see `schedules.sparsities`. Of several sparsities
             it is that of the highest, and the others are in step.
         steps_per_stage: Steps of pruning with the same curvature.
-        gradients_per_stage: n, the samples of one stage, one gradient each.
+        gradients_per_stage: n, the samples of one stage, one gradient each; see `Measuring` for
+            what they count where the task weighs its batches.
         compensate: Whether the weights that stay move; default for "obs" alone.
         measuring: How curvature is measured; default `Measuring()`.
         weights: Which weights, see `find_weights`; all conv, linear and the like by default.
@@ -105,8 +106,8 @@ def prune_model(
 
     Raises:
         TypeError: If an argument is of a wrong type.
-        ValueError: If one is out of range, the sparsity is below the model's own, or the loss is
-            not finite.
+        ValueError: If one is out of range, the sparsity is below the model's own, the loss is not
+            finite, or a batch's loss is not the mean of its samples' own by `task.weight`.
         MemoryError: If rows and factors cannot fit, before anything is computed.
 
     Cost:

@@ -8,7 +8,7 @@ what gives the first-order term R^T r; K stands for the curvature that so few ro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,10 +19,20 @@ from hesscurv.linalg.woodbury import Block, DiagonalBlock, KroneckerBlock, LowRa
 from hesscurv.operators.batches import split
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParameterLayout
-from hesscurv.operators.tasks import num_samples
 from hesscurv.pruning.eigenspace_rows import eigenspace_rows
 from hesscurv.pruning.layer_inputs import has_covariance, input_covariances
-from hesscurv.pruning.sample_gradients import SampleGradients, output_roots, random_signs
+from hesscurv.pruning.sample_gradients import (
+    SampleGradients,
+    output_roots,
+    output_slopes,
+    random_signs,
+)
+from hesscurv.pruning.sample_weights import (
+    WeighedBatch,
+    check_mean_over_samples,
+    count_samples,
+    weigh,
+)
 from hesscurv.pruning.weights import Weight
 
 Rows = Literal["ggn", "fisher", "eigenspace", "both"]
@@ -30,6 +40,8 @@ Rest = Literal["kronecker", "diagonal", "isotropic"]
 Target = Literal["outputs", "loss"]
 
 _MOST_AT_ONCE = 32
+# Batches that tell about the others.
+_MOST_LOOKED_AT = 4
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,12 @@ class QuadraticModel:
 class Measuring:
     """How a `QuadraticModel` is measured.
 
+    A row of "ggn" or "fisher" stands for one sample s of a batch b: for its own loss, that of a
+    batch of one, times the square root of its share in the mean over all samples, ``w_s / sum w_s``
+    of the batch's ``w_b / N`` by `task.weight`. So R^T R is, on average over the signs, the matrix
+    that `GGNOperator` has on these samples; of a language model that counts unmasked tokens, a row
+    is a sequence, and its share that of its tokens. Samples of no weight have no row.
+
     Args:
         rows: "ggn", one random combination a sample of the rows of the Gauss-Newton matrix's
             square root; "fisher", the gradients of the samples' losses; "eigenspace", the Hessian's
@@ -86,7 +104,8 @@ class Measuring:
         largest_block: The most coordinates of one block of K.
         root_floor: For "ggn": what is added to the samples' Hessian in the outputs, relative to its
             mean eigenvalue over the samples; positive. A network that has learnt its data is sure
-            of its outputs, and its loss nearly flat there; with this they count all the same.
+            of its outputs, and its loss nearly flat there; with this they count all the same, and
+            so do outputs that the loss does not read, such as those of masked tokens.
         target: For "ggn", what r leads back to: "outputs", those of the dense network, "loss",
             outputs of less loss. Fisher rows know the loss alone.
         rank: For "eigenspace" and "both": the number of eigenpairs.
@@ -141,15 +160,22 @@ def measure_quadratic_model(
         generator: Source of the random signs.
         dense: The dense weights, whose outputs are to be kept.
 
+    Raises:
+        ValueError: If a batch's loss is not the mean of its samples' own by `task.weight`, no
+            sample has a weight, or the loss does not depend on the weights.
+
     Cost:
         n gradients, a forward pass or two more, and the memory of n D numbers.
     """
-    n = sum(map(num_samples, batches))
+    samples = list(weigh(objective, batches))
+    n = count_samples(samples)
     values = tuple(params.values())
     rows: list[Tensor] = []
     residual, cost = values[0].new_zeros(0), 0
     if how.rows != "eigenspace":
-        rows, residual = _sample_rows(objective, params, batches, how, generator, dense)
+        for weighed in samples[:_MOST_LOOKED_AT]:
+            check_mean_over_samples(objective, values, weighed)
+        rows, residual = _sample_rows(objective, params, samples, how, generator, dense)
         cost += n
     if how.rows in ("eigenspace", "both"):
         top, products = eigenspace_rows(objective, values, batches, how.rank, generator)
@@ -163,20 +189,20 @@ def measure_quadratic_model(
         cost += 2 * products * n
     layout = ParameterLayout(tuple(params), tuple(tuple(p.shape) for p in values))
     by_name = dict(zip(params, rows, strict=True))
-    blocks = _blocks(objective, weights, params, batches, by_name, how)
+    blocks = _blocks(objective, weights, params, samples, by_name, how)
     return QuadraticModel(layout, LowRankPlusBlocks(rows, blocks), residual=residual, cost=cost)
 
 
 def _sample_rows(
     objective: Objective,
     params: dict[str, Tensor],
-    batches: list[Any],
+    samples: list[WeighedBatch],
     how: Measuring,
     generator: torch.Generator,
     dense: dict[str, Tensor],
 ) -> tuple[list[Tensor], Tensor]:
     """Return one row a sample, (n, p) for each weight, and the residuals (n,)."""
-    n = sum(map(num_samples, batches))
+    n = count_samples(samples)
     values = tuple(params.values())
     rows = [p.new_empty(n, p.numel()) for p in values]
     residual = values[0].new_ones(n)
@@ -184,10 +210,10 @@ def _sample_rows(
     stored = dict(zip(objective.layout.names, values, strict=True))
     with objective.environment():
         directions = None
-        floor = 0.0 if how.rows == "fisher" else _floor(objective, batches, dense, how)
+        floor = 0.0 if how.rows == "fisher" else _floor(objective, samples, dense, how)
         start = 0
-        for batch in (part for b in batches for part in split(b, _samples_at_once(objective))):
-            stop = start + num_samples(batch)
+        for batch, weights_n in _parts(samples, _samples_at_once(objective)):
+            stop = start + len(weights_n)
             if how.rows != "fisher":
                 directions, residual[start:stop] = _directions(
                     objective, batch, values, dense, floor, how.target, generator
@@ -196,9 +222,11 @@ def _sample_rows(
             for part, name in zip(rows, stored, strict=True):
                 part[start:stop] = found[name].detach().flatten(1)
             start = stop
-    for part in (*rows, residual):
-        part /= n**0.5
-    return rows, residual
+    weights_n = torch.cat([w for _, w in samples])
+    roots_n = (weights_n / weights_n.sum()).sqrt().to(residual)
+    for part in rows:
+        part *= roots_n[:, None]
+    return rows, residual * roots_n
 
 
 def _directions(
@@ -226,30 +254,34 @@ def _directions(
     directions = (root @ signs)[:, :, 0]
     if target == "outputs":
         return directions, ((here - there).reshape(n, c) * directions).sum(1)
-    leaf = here.detach().requires_grad_()
-    losses = objective.task_parts.sample_losses(leaf, batch)
-    slope = torch.autograd.grad(losses.sum(), leaf)[0].reshape(n, c, 1)
+    slope = output_slopes(objective.task_parts, here, batch).reshape(n, c, 1)
     return directions, (torch.linalg.solve(root, slope) * signs).sum((1, 2))
 
 
 def _floor(
-    objective: Objective, batches: list[Any], params: dict[str, Tensor], how: Measuring
+    objective: Objective, samples: list[WeighedBatch], params: dict[str, Tensor], how: Measuring
 ) -> float:
-    total, count = 0.0, 0
-    for batch in (part for b in batches[:4] for part in split(b, _MOST_AT_ONCE)):
+    total = weight = 0.0
+    for batch, weights_n in _parts(samples[:_MOST_LOOKED_AT], _MOST_AT_ONCE):
         with torch.no_grad():
             out = objective.outputs(tuple(params.values()), batch)
         root = output_roots(objective.task_parts, out, batch)
-        total += float(root.square().sum())
-        count += root.shape[0] * root.shape[1]
-    return how.root_floor * total / count
+        total += float(root.square().mean(1).sum(1).cpu().double() @ weights_n)
+        weight += float(weights_n.sum())
+    return how.root_floor * total / weight
+
+
+def _parts(samples: list[WeighedBatch], size: int) -> Iterator[WeighedBatch]:
+    """Cut batches and their samples' weights into parts of at most so many samples."""
+    for batch, weights_n in samples:
+        yield from zip(split(batch, size), weights_n.split(size), strict=True)
 
 
 def _blocks(
     objective: Objective,
     weights: Mapping[str, Weight],
     params: dict[str, Tensor],
-    batches: list[Any],
+    samples: list[WeighedBatch],
     rows: dict[str, Tensor],
     how: Measuring,
 ) -> list[Block]:
@@ -264,7 +296,7 @@ def _blocks(
     if how.rest == "kronecker":
         known = {name: w for name, w in weights.items() if has_covariance(w)}
         covariances = input_covariances(
-            objective, tuple(params.values()), batches, known, how.largest_block
+            objective, tuple(params.values()), samples, known, how.largest_block
         )
     blocks: list[Block] = []
     for name, p in params.items():

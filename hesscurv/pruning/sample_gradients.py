@@ -3,6 +3,9 @@
 The gradients of the losses are the rows of the empirical Fisher; those of combinations of outputs,
 with weights from the square root of the loss's Hessian in the outputs, are rows of the Gauss-Newton
 matrix: for random signs e, ``E[(J^T S e)(J^T S e)^T] = J^T S S^T J``.
+
+A sample's loss is always its own, that of a batch of one; what it counts beside the others is not
+known here but by `sample_weights`.
 """
 
 from __future__ import annotations
@@ -85,14 +88,8 @@ def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> 
             f"expected at most {MOST_OUTPUTS} outputs a sample for rows='ggn', got {c}; use "
             "rows='fisher'"
         )
-    rows, rebuild = rows_of(batch)
-
-    def loss(z: Tensor, *parts: Tensor) -> Tensor:
-        return one_loss(task.sample_losses(z.unsqueeze(0), rebuild(parts)))
-
-    with _quiet():
-        # Backward over backward: forward mode would compile decompositions that torch deprecates.
-        curvature = vmap(jacrev(jacrev(loss)), randomness="different")(outputs.detach(), *rows)
+    # Backward over backward: forward mode would compile decompositions that torch deprecates.
+    curvature = _of_own_loss(lambda loss: jacrev(jacrev(loss)), task, outputs, batch)
     if not bool(curvature.isfinite().all()):
         raise ValueError(
             "expected a finite Hessian of the loss in the outputs, got NaN or inf; look at the "
@@ -100,6 +97,27 @@ def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> 
         )
     eigenvalues, vectors = torch.linalg.eigh(curvature.detach().reshape(-1, c, c))
     return vectors * (eigenvalues.clamp(min=0) + floor).sqrt()[:, None, :]
+
+
+def output_slopes(task: Any, outputs: Tensor, batch: Any) -> Tensor:
+    """Return the gradient of each sample's loss in its outputs, of the outputs' shape."""
+    return _of_own_loss(grad, task, outputs, batch).detach()
+
+
+def _of_own_loss(
+    derivative: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
+    task: Any,
+    outputs: Tensor,
+    batch: Any,
+) -> Tensor:
+    """Return a derivative, for each sample, of its own loss in its outputs."""
+    rows, rebuild = rows_of(batch)
+
+    def loss(z: Tensor, *parts: Tensor) -> Tensor:
+        return one_loss(task.sample_losses(z.unsqueeze(0), rebuild(parts)))
+
+    with _quiet():
+        return vmap(derivative(loss), randomness="different")(outputs.detach(), *rows)
 
 
 def random_signs(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:

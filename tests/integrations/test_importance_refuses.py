@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from channels import TASK, build, data, graph_of, group_of, groups_of, random_pairs
+from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import hesscurv
@@ -70,6 +71,22 @@ def test_nan_is_refused():
     batches[0][0][0, 0, 0, 0] = torch.nan
     with pytest.raises(ValueError, match="expected finite scores"):
         FisherImportance(model, TASK, batches)(group)
+
+
+@pytest.mark.parametrize("rows", ["fisher", "ggn"])
+def test_a_loss_that_is_no_mean_over_samples_is_refused(rows):
+    model = build("plain")
+    task = hesscurv.supervised(nn.CrossEntropyLoss(torch.tensor([1.0, 3.0, 0.5])))
+    batches = [(x, torch.arange(len(x)) % 3) for x, _ in data()]
+    with pytest.raises(ValueError, match=r"mean of its samples' own, weighted by task\.weight"):
+        FisherImportance(model, task, batches, rows=rows)(groups_of(model)[0])
+
+
+def test_samples_without_any_weight_are_refused():
+    model, task = build("plain"), hesscurv.supervised(nn.CrossEntropyLoss())
+    task.weight = lambda batch: 0.0
+    with pytest.raises(ValueError, match="at least one batch that has a weight"):
+        FisherImportance(model, task, data())(groups_of(model)[0])
 
 
 def test_ties_are_refused():

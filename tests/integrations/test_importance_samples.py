@@ -42,6 +42,26 @@ def test_weighted_batches_count_by_their_weight():
     torch.testing.assert_close(scores, (parts[0] + 2 * parts[1]) / 3)
 
 
+def test_samples_within_a_batch_count_by_their_own_weight():
+    # The third class has no weight: a sample of it alone has the loss 0 / 0.
+    counts = torch.tensor([1.0, 3.0, 0.0], dtype=torch.float64)
+
+    class ClassWeighted(type(TASK)):
+        def weight(self, batch):
+            return float(counts[batch[1]].sum())
+
+    model, batches = build("plain"), data((6, 3))
+    group = groups_of(model)[0]
+    batches = [(x, torch.arange(len(x)) % 3) for x, _ in batches]
+    scores = FisherImportance(model, ClassWeighted(nn.CrossEntropyLoss(counts)), batches)(group)
+    total = 0
+    for x, y in batches:
+        for i in range(len(x)):
+            alone = FisherImportance(model, TASK, [(x[i : i + 1], y[i : i + 1])])(group)
+            total = total + counts[y[i]] * alone
+    torch.testing.assert_close(scores, total / 12)
+
+
 def test_operations_without_a_rule_for_vmap_are_taken_one_by_one():
     class Branching(nn.Module):
         def __init__(self, inner):

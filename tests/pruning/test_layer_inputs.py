@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 import hesscurv
 from hesscurv.operators.objective import Objective
 from hesscurv.pruning.layer_inputs import has_covariance, input_covariances, num_blocks
+from hesscurv.pruning.sample_weights import weigh
 from hesscurv.pruning.weights import find_weights
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # float64, sums of some hundred terms
@@ -47,7 +48,8 @@ def objective_of(model, batches):
 def covariances(model, batches, names, largest=1000):
     objective = objective_of(model, batches)
     weights = find_weights(model, names)
-    return input_covariances(objective, objective.parameters(), batches, weights, largest)
+    samples = weigh(objective, batches)
+    return input_covariances(objective, objective.parameters(), samples, weights, largest)
 
 
 def gradients_at_places(model, x):
@@ -127,7 +129,8 @@ def test_a_layer_that_runs_twice_counts_both_times():
     batches = [(x, torch.randn(5, 3).double())]
     objective = objective_of(model, batches)
     weights = find_weights(model, ["0.weight"])
-    found = input_covariances(objective, objective.parameters(), batches, weights, 10)
+    samples = weigh(objective, batches)
+    found = input_covariances(objective, objective.parameters(), samples, weights, 10)
     second = torch.tanh(layer(x)).detach()
     torch.testing.assert_close(found["0.weight"][0], (x.T @ x + second.T @ second) / 5, **CLOSE)
 
@@ -137,7 +140,8 @@ def test_it_is_taken_at_the_given_parameters():
     objective = objective_of(model, batches)
     moved = tuple(p + 0.3 for p in objective.parameters())
     weights = find_weights(model, ["layer.weight"])
-    found = input_covariances(objective, moved, batches, weights, 1000)["layer.weight"]
+    samples = weigh(objective, batches)
+    found = input_covariances(objective, moved, samples, weights, 1000)["layer.weight"]
     with torch.no_grad():
         for p in model.parameters():
             p += 0.3
@@ -197,9 +201,10 @@ def test_the_model_is_left_as_it_was(training, fails):
         objective = objective_of(model, batches)
         weights = find_weights(model, ["layer.weight"])
         wrong = [(torch.randn(2, 5, 4, 4).double(), batches[0][1])]
+        samples = weigh(objective, wrong)
         rng = torch.get_rng_state()
         with pytest.raises(RuntimeError, match="channels"):
-            input_covariances(objective, objective.parameters(), wrong, weights, 1000)
+            input_covariances(objective, objective.parameters(), samples, weights, 1000)
     else:
         found = covariances(model, batches, ["layer.weight"])["layer.weight"]
         assert not found.requires_grad

@@ -13,6 +13,7 @@ from hesscurv.operators.objective import Objective
 from hesscurv.pruning import quadratic_model
 from hesscurv.pruning.layer_inputs import input_covariances
 from hesscurv.pruning.quadratic_model import Measuring, QuadraticModel, measure_quadratic_model
+from hesscurv.pruning.sample_weights import weigh
 from hesscurv.pruning.weights import find_weights
 
 SEEDS = (0, 1, 2)
@@ -193,7 +194,11 @@ def test_the_kronecker_rest_has_the_rows_trace_by_layer_and_output(name, seed):
     how = Measuring(damping=1e-2)
     model = measure(objective, weights, p.batches, how, seed=seed)
     covariances = input_covariances(
-        objective, objective.parameters(), p.batches, weights, how.largest_block
+        objective,
+        objective.parameters(),
+        weigh(objective, p.batches),
+        weights,
+        how.largest_block,
     )
     for (w, block), rows in zip(
         zip(weights, model.matrix.blocks, strict=True), model.matrix.rows, strict=True
