@@ -15,7 +15,7 @@ with each other are printed. Biases stay dense, and the Hessian is that of the w
 
     pip install 'hesscurv[examples]'
     python examples/leverage_pruning.py                      # three nets; seconds
-    python examples/leverage_pruning.py --figure pruning.png # the same, drawn too
+    python examples/leverage_pruning.py --figure pruning.png # the same, drawn too, as in the README
 """
 
 import argparse
@@ -127,35 +127,49 @@ def plot(table, dense, k, D, path):
         print("\nNo figure: it needs matplotlib, pip install 'hesscurv[examples]'.")
         return
     blue, red, green, grey = "#0072B2", "#D55E00", "#009E73", "#888888"
+    sky, purple = "#56B4E9", "#CC79A7"
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
     style |= {"axes.titlesize": 11, "legend.fontsize": 9, "legend.frameon": False}
-    matplotlib.rcParams.update(style | {"lines.linewidth": 1.8})
-    figure = Figure(figsize=(13, 4), layout="constrained")
+    style |= {"lines.linewidth": 1.8, "lines.markersize": 5, "legend.handlelength": 1.6}
+    matplotlib.rcParams.update(style)
+    figure = Figure(figsize=(11.5, 3.8), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.05)
     by_accuracy, by_overlap, by_masks = figure.subplots(1, 3)
     x = [row["sparsity"] for row, _ in table]
 
-    def curve(axes, key, look, color, label):
+    def curve(axes, key, color, marker, label):
         y, error = ([part[key] for part in parts] for parts in zip(*table, strict=True))
-        axes.errorbar(x, y, error, fmt=look, color=color, label=label, markersize=4)
+        axes.errorbar(x, y, error, fmt=f"{marker}-", color=color, elinewidth=1, label=label)
 
-    for method, color in zip(METHODS, (blue, red, green, grey), strict=True):
-        curve(by_accuracy, ("accuracy", method), "o-", color, method)
-        curve(by_overlap, ("ratio", method), "o-", color, method)
+    looks = (blue, "s"), (red, "^"), (green, "o"), (grey, "X")
+    for method, look in zip(METHODS, looks, strict=True):
+        curve(by_accuracy, ("accuracy", method), *look, method)
+        curve(by_overlap, ("ratio", method), *look, method)
     by_accuracy.axhline(dense, linestyle=":", color="black", label="dense")
-    by_accuracy.set(xlabel="sparsity", ylabel="test accuracy", ylim=(0, 1))
+    by_accuracy.set(ylabel="test accuracy", ylim=(0, 1.02))
+    by_accuracy.yaxis.set_major_formatter(lambda y, _: f"{y:.0%}")
     by_accuracy.set_title("Accuracy, without training after pruning")
-    by_accuracy.legend(loc="lower left")
-    by_overlap.axhline(1, linestyle="--", color="black", label="chance")
-    by_overlap.set(xlabel="sparsity", ylabel="overlap / chance", ylim=(0, None))
+    by_overlap.axhline(1, linestyle="--", color="black", zorder=1, label="chance")
+    by_overlap.set(ylabel="overlap / chance", ylim=(0, None))
     by_overlap.set_title(f"Mask and eigenspace, k = {k}, D = {D:,}")
-    by_overlap.legend(loc="upper left")
-    for pair, color in zip(PAIRS, (blue, green, red), strict=True):
-        curve(by_masks, ("masks", *pair), "o-", color, " - ".join(pair))
-    by_masks.plot(x, [row["density"] for row, _ in table], "--", color="black", label="chance")
-    by_masks.set(xlabel="sparsity", ylabel="overlap", ylim=(0, 1))
+    # Other colours than the methods' own, since these are pairs of them.
+    pairs = (purple, "v"), (sky, "D"), ("black", "o")
+    for pair, look in zip(PAIRS, pairs, strict=True):
+        curve(by_masks, ("masks", *pair), *look, " and ".join(pair))
+    chance = [row["density"] for row, _ in table]
+    by_masks.plot(x, chance, "--", color="black", zorder=1, label="chance")
+    by_masks.set(ylabel="overlap", ylim=(0, 1.02))
     by_masks.set_title("Overlap of two masks")
-    by_masks.legend(loc="lower left")
-    figure.savefig(path, dpi=200)
+    for axes in (by_accuracy, by_overlap, by_masks):
+        axes.set(xlabel="sparsity", xticks=[0.3, 0.5, 0.7, 0.9])
+        axes.grid(axis="y", color="#E4E4E4", linewidth=0.8)
+        axes.set_axisbelow(True)
+        # The curves first, as they lie in the picture, and then what they are compared with.
+        lines, names = axes.get_legend_handles_labels()
+        order = sorted(range(len(names)), key=lambda i: names[i] in ("dense", "chance"))
+        place = "upper left" if axes is by_overlap else "lower left"
+        axes.legend([lines[i] for i in order], [names[i] for i in order], loc=place)
+    figure.savefig(path, dpi=120)
     print(f"\nFigure in {path}.")
 
 
