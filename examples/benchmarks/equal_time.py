@@ -83,12 +83,26 @@ def best_tuned(
     return max(found)[1:]
 
 
+def enter(rows: dict[str, float], label: str, accuracy: float, how: str = "") -> None:
+    rows[label] = accuracy
+    print(f"  {label}: {accuracy:.2f} {how}".rstrip(), flush=True)
+
+
+def enter_tuned(
+    rows: dict[str, float], label: str, tuned: tuple[float, float, int], seconds: float
+) -> None:
+    accuracy, rows[f"{label}: rate"], rows[f"{label}: steps"] = tuned
+    enter(rows, label, accuracy, f"in {seconds:.0f} s, {tuned[2]} steps at rate {tuned[1]:g}")
+
+
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, metavar="DIR")
     options.add_argument("--checkpoints", type=Path, metavar="DIR")
     options.add_argument("--sparsities", type=float, nargs="+", default=list(SPARSITIES))
-    options.add_argument("--stages", type=int, default=10, help="of the curvature contender")
+    options.add_argument(
+        "--stages", type=int, default=10, help="of the first row; curvature + SGD has one"
+    )
     options = options.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -98,24 +112,25 @@ def main() -> None:
     report = Report("equal_time", options)
     table = []
     for sparsity in options.sparsities[-1:] if options.quick else options.sparsities:
+        rows: dict[str, float] = {}
+        print(f"sparsity {sparsity}", flush=True)
         begun = time.perf_counter()
         curved = pruned(case, sparsity, "obs", options.stages, options.quick)
         seconds = time.perf_counter() - begun
-        rows = {"curvature": case.accuracy(curved)}
+        enter(rows, "curvature", case.accuracy(curved), f"in {seconds:.0f} s")
         recalibrate_(curved, task(), case.split(0)["gradients"][:20])
-        rows["curvature + BN"] = case.accuracy(curved)
+        enter(rows, "curvature + BN", case.accuracy(curved))
         flat = pruned(case, sparsity, "magnitude", 1, options.quick)
-        rows["magnitude"] = case.accuracy(flat)
-        print(f"{sparsity}, {seconds:.0f} s: {rows}", flush=True)
+        enter(rows, "magnitude", case.accuracy(flat))
         for norms in (False, True):
             label = "magnitude + SGD" + (" + BN" if norms else "")
-            rows[label], rate, steps = best_tuned(case, flat, seconds, norms=norms)
-            rows[f"{label}: rate"], rows[f"{label}: steps"] = rate, steps
-            print(f"{label}: {rows[label]:.2f}, rate {rate:g}, {steps} steps", flush=True)
+            tuned = best_tuned(case, flat, seconds, norms=norms)
+            enter_tuned(rows, label, tuned, seconds)
         begun = time.perf_counter()
         once = pruned(case, sparsity, "obs", 1, options.quick)
         left = max(0.0, seconds - (time.perf_counter() - begun))
-        rows["curvature + SGD + BN"], *_ = best_tuned(case, once, left, norms=True)
+        tuned = best_tuned(case, once, left, norms=True)
+        enter_tuned(rows, "curvature + SGD + BN", tuned, seconds)
         report.rows.append({"sparsity": sparsity, "seconds": seconds, **rows})
         shown = [k for k in rows if ":" not in k]
         table.append([sparsity, f"{seconds:.0f}", *(f"{rows[k]:.2f}" for k in shown)])
