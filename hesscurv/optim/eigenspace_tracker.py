@@ -101,7 +101,8 @@ class EigenspaceTracker:
             seed: Told apart from other solves' by it.
             initial: The last solution's vectors, columns, or None.
 
-        Cost: `count` products where the space is still within `tol`; a few times as many otherwise.
+        Cost: `count` products where the space is still within `tol`, and a block, of 4 to 16, that
+        measures their noise; a few times as many otherwise.
         """
         with self._measuring():
             return eigsh(

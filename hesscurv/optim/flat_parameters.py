@@ -55,7 +55,11 @@ class FlatParameters:
     def are(self, parameters: Iterable[nn.Parameter]) -> bool:
         """Whether these are the parameters, on the device and in the dtype and shape they had."""
         given = list(parameters)
-        return [_signature(p) for p in given] == self._signatures
+        return (
+            len(given) == len(self.parameters)
+            and all(p is q for p, q in zip(given, self.parameters, strict=True))
+            and [_signature(p) for p in given] == self._signatures
+        )
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """Sum over the processes that hold the other shards."""
@@ -127,7 +131,7 @@ class FlatParameters:
 
 
 def _signature(p: nn.Parameter) -> tuple[Any, ...]:
-    return id(p), p.device, p.dtype, p.shape
+    return p.device, p.dtype, p.shape
 
 
 def _meshes_of(parameters: Sequence[nn.Parameter]) -> list[tuple[Any, int]]:

@@ -90,7 +90,8 @@ class PreconditionedOptimizer(Optimizer):
             by the preconditioned Hessian of a second batch, the `samples` that follow, at each
             refresh; at most `max_growth` times the group's own rate. What a scheduler does to the
             group's rate scales it. For bases like SGD. Default None: the rate is the base's.
-        rate_fraction: See `learning_rate`; default .5.
+        rate_fraction: See `learning_rate`; default .5. With momentum take less, or none: the rate
+            that is stable on a quadratic is far from safe on a net then.
         max_growth: See `learning_rate`; default 100.
         params: Which of the model's parameters, see `HessianOperator`; default all that the base
             has and that require grad.
@@ -116,11 +117,11 @@ class PreconditionedOptimizer(Optimizer):
     Hyperparameters `rank`, `damping`, `refresh_every` are in every group, and may be changed there;
     the first group's count. Another rank is a refresh.
 
-    Cost: a step reads the basis twice, 4 r D operations. A refresh takes r products while the space
-    stays within `tol`, else two to five times as many. Memory: (r + 2) D numbers, with the
-    automatic rate D more; during a step 2 D more, during a refresh 2 r + 60 vectors at most; and
-    the samples. Where the model is sharded (FSDP2), each process has its shards of the basis, and
-    the whole during a refresh.
+    Cost: a step reads the basis twice, 4 r D operations. A refresh takes about r + 5 products while
+    the space stays within `tol`, else two to five times as many. Memory: (r + 2) D numbers, with
+    the automatic rate D more; during a step 2 D more, during a refresh 2 r + 60 vectors at most;
+    and the samples. Where the model is sharded (FSDP2), each process has its shards of the basis,
+    and the whole during a refresh.
 
     References:
         Frangella, Rathore, Zhao, Udell, "SketchySGD", SIMODS 2024, for the automatic rate.
