@@ -102,6 +102,7 @@ def time_to_loss(problem: LinearProblem, quick: bool) -> dict[str, Any]:
         "seconds": tuned[rate].seconds[-1],
         "ours": seconds,
         "epochs": needed,
+        "sgd_epochs": epochs,
         "share": share,
         "times": tuned[rate].seconds[-1] / seconds,
         "spread": spectrum[0] / abs(spectrum[RANK - 1]) if len(spectrum) > RANK else None,
@@ -110,6 +111,11 @@ def time_to_loss(problem: LinearProblem, quick: bool) -> dict[str, Any]:
 
 
 def judge(report: Report, kappa: float | None, row: dict[str, Any], quick: bool) -> None:
+    report.judge(
+        f"{row['problem']}: SGD's loss in fewer epochs",
+        row["epochs"] < row["sgd_epochs"],
+        f"{row['epochs']:.3g} of {row['sgd_epochs']}",
+    )
     shown = f"{row['seconds']:.3g} s of SGD, {row['ours']:.3g} s of ours ({row['times']:.3g} times)"
     if kappa is not None and kappa >= 1e5:
         target, reached = "10 times as fast", row["times"] >= 10
