@@ -1,0 +1,196 @@
+"""Preconditioned conjugate gradients for a Newton direction, which stop at negative curvature."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from hesscurv.operators.linear_operator import LinearOperator
+
+
+class EigenspacePreconditioner:
+    r"""The inverse of a damped Hessian on its top eigenspace, the identity elsewhere.
+
+    .. math:: P^{-1} = (|\lambda_r| + \mu) U (|\Lambda| + \mu I)^{-1} U^T + (I - U U^T)
+
+    With exact pairs :math:`P^{-1} (H + \mu I)` has the eigenvalues
+    :math:`(|\lambda_r| + \mu) (\lambda_i + \mu) / (|\lambda_i| + \mu)` on U and
+    :math:`\lambda_i + \mu` below, so that its condition is that of the spectrum below the r-th.
+    The magnitudes make it positive definite for any symmetric H.
+
+    Args:
+        basis_Dr: U, shape (D, r), orthonormal columns; r may be 0, for the identity.
+        eigenvalues_r: Shape (r,), both signs; magnitudes below 10 eps of the largest one, which
+            are noise, count as that.
+        damping: mu, not negative.
+
+    Attributes:
+        bulk: |lambda_r| + mu, about the largest eigenvalue of P^-1 (H + mu I): P^-1 divided by it
+            is an approximate inverse.
+
+    Cost of a product: 4 r D operations.
+
+    References:
+        Frangella, Tropp, Udell, "Randomized Nystrom preconditioning", SIAM J. Matrix Anal. Appl.
+        44 (2023). Rathore et al., "Challenges in training PINNs: a loss landscape perspective",
+        ICML 2024 (NysNewton-CG). Here with magnitudes, for indefinite H.
+    """
+
+    def __init__(self, basis_Dr: Tensor, eigenvalues_r: Tensor, damping: float) -> None:
+        self._basis_Dr = basis_Dr
+        magnitudes_r = eigenvalues_r.abs()
+        self.bulk = 1.0
+        if len(magnitudes_r):
+            eps = torch.finfo(basis_Dr.dtype).eps
+            magnitudes_r = magnitudes_r.clamp(min=10 * eps * float(magnitudes_r.max()))
+            damped_r = magnitudes_r + damping
+            if float(damped_r.min()) == 0:  # the zero matrix
+                damped_r = torch.ones_like(damped_r)
+            self.bulk = float(damped_r.min())
+            self._change_r = self.bulk / damped_r - 1
+
+    @classmethod
+    def identity(cls, like_D: Tensor) -> EigenspacePreconditioner:
+        """Return the one without any pairs, for vectors like this one."""
+        return cls(like_D.new_zeros(len(like_D), 0), like_D.new_zeros(0), 0.0)
+
+    def __call__(self, vector_D: Tensor) -> Tensor:
+        """Return P^-1 times a vector (D,)."""
+        if not self._basis_Dr.shape[1]:
+            return vector_D.clone()
+        inside_r = self._basis_Dr.mT @ vector_D
+        return torch.addmv(vector_D, self._basis_Dr, self._change_r * inside_r)
+
+
+@dataclass(frozen=True)
+class NewtonDirection:
+    """What conjugate gradients came to.
+
+    Args:
+        direction: d, shape (D,).
+        slope: g^T d, negative for a descent direction.
+        curvature: d^T H d, without the damping.
+        num_matvecs: Products, one for each iteration.
+        converged: Whether ``||(H + mu I) d + g|| <= tol ||g||``.
+        negative_curvature: Whether a direction p with p^T (H + mu I) p <= 0 was met.
+    """
+
+    direction: Tensor
+    slope: float
+    curvature: float
+    num_matvecs: int
+    converged: bool
+    negative_curvature: bool
+
+
+def newton_direction(
+    H: LinearOperator,
+    gradient_D: Tensor,
+    damping: float,
+    precondition: EigenspacePreconditioner,
+    *,
+    tol: float,
+    max_iterations: int,
+) -> NewtonDirection:
+    r"""Solve :math:`(H + \mu I) d = -g` by preconditioned conjugate gradients, from d = 0.
+
+    At a direction p with :math:`p^T (H + \mu I) p \le 0` the solve ends: d goes on along p, as far
+    as it would if that curvature had the other sign. (Steihaug's method goes to the border of a
+    trust region, of which there is none here; algorithm 7.1 of Nocedal and Wright goes along p only
+    if it is the first direction, and crept along plateaus.) Every d on the way is a descent
+    direction, :math:`g^T d < 0` up to rounding.
+
+    Args:
+        H: The Hessian, D x D.
+        gradient_D: g, shape (D,), not zero.
+        damping: mu, not negative.
+        precondition: P^-1, positive definite.
+        tol: On the residual relative to ||g||.
+        max_iterations: The most products.
+
+    Returns:
+        The direction with its slope and curvature.
+
+    Raises:
+        ValueError: If a product has NaN or inf entries.
+
+    Cost: a product, a preconditioning and 10 D operations for each iteration; 5 D numbers.
+
+    References:
+        Steihaug, "The conjugate gradient method and trust regions in large scale optimization",
+        SIAM J. Numer. Anal. 20 (1983). Nocedal, Wright, "Numerical optimization", 2nd edition,
+        algorithm 7.1.
+    """
+    d_D = torch.zeros_like(gradient_D)
+    r_D = -gradient_D
+    z_D = precondition(r_D)
+    p_D = z_D
+    rz = float(r_D @ z_D)
+    target = tol * float(torch.linalg.vector_norm(gradient_D))
+    eps = torch.finfo(gradient_D.dtype).eps
+    done = negative = False
+    products = 0
+    while products < max_iterations and not done and rz > 0:
+        Ap_D = (H @ p_D).add_(p_D, alpha=damping)
+        products += 1
+        curvature, p_norm, Ap_norm = torch.stack(
+            [p_D @ Ap_D, torch.linalg.vector_norm(p_D), torch.linalg.vector_norm(Ap_D)]
+        ).tolist()
+        if not Ap_norm < float("inf"):
+            raise ValueError(
+                f"Hessian product {products} has NaN or inf entries, though loss and gradient are "
+                "finite; the weights are left as they were; look for a square root or a norm at "
+                "zero, or compute in float64"
+            )
+        # What is not above the rounding of this sum has no sign.
+        negative = curvature <= eps * p_norm * Ap_norm
+        least = max(damping * p_norm**2, eps * p_norm * Ap_norm)
+        alpha = rz / (max(-curvature, least) or rz) if negative else rz / curvature
+        d_D.add_(p_D, alpha=alpha)
+        r_D.sub_(Ap_D, alpha=alpha)
+        if negative:
+            break
+        done = float(torch.linalg.vector_norm(r_D)) <= target
+        if not done:
+            z_D = precondition(r_D)
+            rz, before = float(r_D @ z_D), rz
+            p_D = torch.add(z_D, p_D, alpha=rz / before)
+    # r = -g - (H + mu I) d, whatever the steps were.
+    slope, through, square = torch.stack([gradient_D @ d_D, r_D @ d_D, d_D @ d_D]).tolist()
+    return NewtonDirection(
+        d_D, slope, -slope - through - damping * square, products, done, negative
+    )
+
+
+def ensure_descent(
+    solved: NewtonDirection, gradient_D: Tensor, precondition: EigenspacePreconditioner
+) -> tuple[NewtonDirection, int]:
+    """Replace a direction that rounding has spoiled by the preconditioned, or the plain gradient.
+
+    Args:
+        solved: What `newton_direction` came to.
+        gradient_D: g, shape (D,).
+        precondition: P^-1.
+
+    Returns:
+        A descent direction, with a curvature of NaN if it is another one, and which one it is:
+        0 for the one given, 1 for -P^-1 g over |lambda_r| + mu, 2 for -g.
+    """
+    if _is_descent(solved.direction, solved.slope, gradient_D):
+        return solved, 0
+    preconditioned_D = precondition(gradient_D) / -precondition.bulk
+    slope = float(gradient_D @ preconditioned_D)
+    kind = 1 if _is_descent(preconditioned_D, slope, gradient_D) else 2
+    direction_D = preconditioned_D if kind == 1 else -gradient_D
+    slope = float(gradient_D @ direction_D)
+    return replace(solved, direction=direction_D, slope=slope, curvature=math.nan), kind
+
+
+def _is_descent(direction_D: Tensor, slope: float, gradient_D: Tensor) -> bool:
+    """Whether the loss falls along a direction by more than rounding."""
+    eps = torch.finfo(direction_D.dtype).eps
+    scale = float(torch.linalg.vector_norm(direction_D) * torch.linalg.vector_norm(gradient_D))
+    return math.isfinite(scale) and slope < -eps * scale < 0
