@@ -85,7 +85,7 @@ class PreconditionedOptimizer(Optimizer):
             `torch.optim.SGD`, "update" for all other bases.
         curvature: "hessian" (default), "ggn" or "fisher".
         samples: Curvature is measured on at most so many samples, the first of the batches;
-            default 512; None for all.
+            default 256; None for all.
         learning_rate: "auto" sets the rate to a share `rate_fraction` of the largest stable one,
             by the preconditioned Hessian of a second batch, the `samples` that follow, at each
             refresh; at most `max_growth` times the group's own rate. What a scheduler does to the
@@ -148,7 +148,7 @@ class PreconditionedOptimizer(Optimizer):
         check_every: int = 20,
         mode: str | None = None,
         curvature: str = "hessian",
-        samples: int | None = 512,
+        samples: int | None = 256,
         learning_rate: str | None = None,
         rate_fraction: float = 0.5,
         max_growth: float = 100.0,
