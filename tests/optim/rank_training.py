@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from distributed.worlds import refused
 from optim.training import TASK, data, net, precondition
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -182,6 +183,9 @@ def train_fsdp():
             out[base, name, "same gradients"] = all(
                 q.grad is g for q, g in zip(model.parameters(), gradients, strict=True)
             )
+    partly = net()
+    fully_shard(partly[0])
+    out["partly sharded"] = refused(lambda: wrap(partly))[:2]
     return out
 
 

@@ -124,6 +124,13 @@ def test_a_rank_keeps_its_shards_of_the_basis_and_gradients_stay_what_they_are(w
         assert rank["SGD", mesh, "same gradients"]
 
 
+def test_a_model_that_is_sharded_in_part_is_refused(world):
+    for rank in told(world, "train_fsdp"):
+        kind, message = rank["partly sharded"]
+        assert kind == "ValueError"
+        assert "sharded over the same processes" in message
+
+
 @pytest.mark.parametrize("kind", programs.KINDS)
 @pytest.mark.parametrize("base", BASES)
 def test_a_sharded_model_resumes_with_the_same_bits(world, base, kind):

@@ -1,12 +1,15 @@
 """Models and tasks of every kind are trained, and what that leaves behind is as without."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
 from optim.training import TASK, data, net, precondition, quietly, sgd, train, weights
 from torch import nn
 
+import hesscurv
 from hesscurv.optim import PreconditionedOptimizer
 
 
@@ -85,6 +88,29 @@ def test_batch_statistics_are_in_the_curvature_only_where_training_takes_them():
         train_one(other, evaluated, data()[0])
         same = evaluated.report().eigenvalues == pytest.approx(found, rel=1e-3)
         assert same == frozen
+
+
+def test_graphs_of_the_curvature_are_gone_after_the_step():
+    outputs = []
+
+    class Watched(hesscurv.Task):
+        def outputs(self, model, batch):
+            out = model(batch[0])
+            outputs.append(weakref.ref(out))
+            return out
+
+        def loss(self, outputs, batch):
+            return nn.functional.mse_loss(outputs, batch[1])
+
+    model = net()
+    base = torch.optim.SGD(model.parameters(), lr=0.01)
+    options = {"refresh_every": 1, "learning_rate": "auto", "samples": 8}
+    optimizer = precondition(base, model, Watched(), **options)
+    for batch in data():
+        train_one(model, optimizer, batch)
+        gc.collect()
+        assert outputs
+        assert [ref for ref in outputs if ref() is not None] == []
 
 
 # -- kinds of models and tasks ----------------------------------------------------------------

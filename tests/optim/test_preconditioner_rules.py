@@ -19,6 +19,7 @@ from optim.training import (
     set_weights,
     weights,
 )
+from planted import planted
 
 from hesscurv.optim import LowRankPreconditioner
 
@@ -154,19 +155,19 @@ def test_eigenvalues_that_rounding_alone_made_are_none():
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_what_did_not_converge_raises_the_damping(seed):
-    spectrum = [10.0 / (1 + i) ** 0.2 for i in range(DIM)]  # flat: one step finds no eigenvectors
-    model = Quadratic(seed=seed)
+    """300 eigenvalues close to each other, which a few dozen products do not tell apart."""
+    H = planted(torch.linspace(-10, 10, 300), 300, seed).matrix
+    model = Quadratic(shapes=[(300,)], seed=seed)
     base = torch.optim.SGD(model.parameters(), lr=0.01)
-    optimizer = wrapped(base, model, spectrum, seed, rank=2, tol=0.5, damping=1e-6)
+    options = {"rank": 2, "tol": 1e-6, "damping": 1e-6, "seed": seed}
+    optimizer = precondition(base, model, quadratic_loss, [H[None]], **options)
     set_gradients(model, weights(model))
-    quietly(optimizer.step)
-    report = optimizer.report()
-    H = quadratic_data(spectrum, seed=seed)[0][0]
+    quietly(optimizer.step)  # there is little to gain, but no word of convergence
     P = optimizer._tracked.current
     U, values = P.basis_mD[:2].mT, torch.tensor(P.eigenvalues[:2])
     residuals = (H @ U - U * values).norm(dim=0)
     # Residuals are estimates, to rounding where products are exact.
-    assert report.damping >= (1 - 1e-6) * float(residuals.max()) > 1e-3
+    assert optimizer.report().damping >= (1 - 1e-6) * float(residuals.max()) > 1e-3
 
 
 def test_a_preconditioner_of_nothing_is_the_identity():
@@ -227,6 +228,8 @@ BASES = {
 
 @pytest.mark.parametrize("name", BASES)
 def test_the_update_of_any_other_base_is_multiplied(name):
+    if name == "Muon" and not hasattr(torch.optim, name):
+        pytest.skip("this torch has no Muon yet")
     model = Quadratic(shapes=[(2, 3), (3, 2)])
     alone = copy.deepcopy(model)
     optimizer = wrapped(BASES[name](model.parameters()), model, SPECTRA["indefinite"])
