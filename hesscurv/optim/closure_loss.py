@@ -59,8 +59,8 @@ class ClosureLoss:
     tensor. What the closure returns is handed on, and counts only if it never calls backward.
 
     The random numbers are the same in all evaluations (those of torch, on the CPU and the
-    parameters' device), so that dropout and random batches do not change in between; afterwards the
-    generators stand as after one.
+    parameters' device), so that dropout and random batches do not change in between; after any of
+    them the generators stand as after one.
 
     Args:
         closure: Takes nothing, computes the loss with the parameters' present values.
@@ -83,8 +83,7 @@ class ClosureLoss:
                 "those to train"
             )
         self._device = params[0].device
-        self._start = RandomState(self._device)
-        self._end = self._start
+        self._random = RandomState(self._device)
         self._gradients: list[Tensor | None] = []
         self.num_evaluations = 0
 
@@ -103,7 +102,6 @@ class ClosureLoss:
         recorder = _Recorder(self._params)
         with _refusing_wrappers():
             returned = self._run(recorder)
-        self._end = RandomState(self._device)
         if not recorder.calls:
             loss = _require_loss(returned)
             with torch.enable_grad():
@@ -136,12 +134,9 @@ class ClosureLoss:
         Raises:
             TypeError, ValueError: As `differentiate`, but for the loss being finite.
         """
-        self._start.restore()
+        self._random.restore()
         reader = _Reader(self._params, self._gradients)
-        try:
-            returned = self._run(reader)
-        finally:
-            self._end.restore()
+        returned = self._run(reader)
         if not reader.calls:
             reader.value = float(_require_loss(returned).detach())
         return reader.value
