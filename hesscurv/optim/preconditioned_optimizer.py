@@ -373,7 +373,8 @@ class PreconditionedOptimizer(Optimizer):
         """Begin anew where parameters were added, frozen, freed, moved or replaced."""
         complete_groups(self.param_groups, self._own)
         chosen = trained_parameters(self.model, self.param_groups, self._selection)
-        if chosen and not self._tracked.flat.are(chosen.values()):
+        same = self._tracked.flat.are(chosen.values()) and self._tracker.names == list(chosen)
+        if chosen and not same:  # pruning gives the same parameters other names
             self._tracked = self._track(chosen)
             self._write({LAST: None, DUE: None, FACTOR: 1.0})
 

@@ -46,7 +46,8 @@ def trained_parameters(
     if selection is None:
         return {name: p for name, p in found.items() if p.is_floating_point()}
     if isinstance(selection, frozenset):
-        return {name: p for name, p in found.items() if name in selection}
+        # torch.nn.utils.prune renames what it prunes.
+        return {n: p for n, p in found.items() if {n, n.removesuffix("_orig")} & selection}
     return {name: p for name, p in found.items() if selection(name, p)}
 
 

@@ -16,6 +16,7 @@ from hesscurv.pruning.methods import (
     curvature_unstructured,
 )
 from hesscurv.pruning.obs import compensate_
+from hesscurv.pruning.optimizer_state import mask_optimizer_state_
 from hesscurv.pruning.prune_model import prune_model
 from hesscurv.pruning.quadratic_model import Measuring, QuadraticModel
 from hesscurv.pruning.report import LayerReport, PruningReport, StageReport
@@ -61,6 +62,7 @@ __all__ = [
     "apply_masks_",
     "dense_state_dict",
     "load_pruned_",
+    "mask_optimizer_state_",
     "save_sparse",
     "load_sparse",
     "is_semi_structured",
