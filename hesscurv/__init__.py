@@ -1,6 +1,6 @@
 """The top eigenspace of a network's loss Hessian: compute it, compare it, use it."""
 
-from hesscurv import optim, pruning
+from hesscurv import hooks, optim, pruning
 from hesscurv.distributed import DistributedError
 from hesscurv.eigensolvers import (
     ConvergenceWarning,
@@ -36,6 +36,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     # Uses
+    "hooks",
     "optim",
     "pruning",
     # Operators

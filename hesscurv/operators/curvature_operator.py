@@ -163,7 +163,7 @@ class CurvatureOperator(SummedOperator):
     def _accumulate(self, vectors_BD: Tensor) -> Tensor:
         out_BD = torch.empty_like(vectors_BD)
         way, chunk = self.choice(vectors_BD.shape[0])
-        for number, (index, batch, weight) in enumerate(self._microbatches()):
+        for number, (index, batch, weight) in enumerate(self.microbatches()):
             apply = self._prepared(index, batch, way)
             self._multiply_into(out_BD, way, apply, vectors_BD, weight, chunk, add=number > 0)
         return out_BD
@@ -223,7 +223,8 @@ class CurvatureOperator(SummedOperator):
         if self._plan.keep_graphs and self.objective.batches.kept is not None:
             self._kept[index, way] = apply
 
-    def _microbatches(self) -> Iterator[tuple[int, Any, float]]:
+    def microbatches(self) -> Iterator[tuple[int, Any, float]]:
+        """Yield number, samples and share in the mean of all that goes through at once."""
         index = 0
         for batch in self.objective.batches:
             share = self.objective.weight(batch) / self.total_weight
@@ -239,7 +240,7 @@ class CurvatureOperator(SummedOperator):
 
     def first_microbatch(self) -> Any:
         """Return the first batch, or the part of it that goes through at once."""
-        return next(iter(self._microbatches()))[1]
+        return next(iter(self.microbatches()))[1]
 
     @property
     def memory_plan(self) -> MemoryPlan:
@@ -261,6 +262,11 @@ class CurvatureOperator(SummedOperator):
         """Return one batch's curvature times vectors (B, D), by the reference way by default."""
         way = way or self.ways[0]
         return self.run(self.prepare(batch, way), vectors_BD, way)
+
+    def release(self) -> None:
+        """Give up graphs and copies of the weights; the next product takes them anew."""
+        self._forget()
+        self.objective.release()
 
     # -- choosing the way -----------------------------------------------------------------------
 

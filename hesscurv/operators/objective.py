@@ -168,6 +168,11 @@ class Objective:
         """Let the next `refresh` find that the model has changed."""
         self._marks = ()
 
+    def release(self) -> None:
+        """Give up the copies of the model's values, until the next `refresh`."""
+        self._values, self._copies, self.constants = (), (), {}
+        self.invalidate()
+
     def closure_differs(self) -> bool:
         """Whether a closure's loss is another than before, without having changed the model."""
         if not self.is_closure:

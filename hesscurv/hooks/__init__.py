@@ -1,0 +1,19 @@
+"""Watch the curvature of a model while it trains."""
+
+from hesscurv.hooks.loggers import MonitorWarning
+from hesscurv.hooks.monitor import CurvatureMonitor
+from hesscurv.hooks.pruning_trigger import PruneWhenStable
+from hesscurv.hooks.schedules import dense_then_sparse, every, logarithmic
+from hesscurv.hooks.stability import Stability
+
+__all__ = [
+    "CurvatureMonitor",
+    "MonitorWarning",
+    # Pruning
+    "PruneWhenStable",
+    "Stability",
+    # Schedules
+    "every",
+    "logarithmic",
+    "dense_then_sparse",
+]

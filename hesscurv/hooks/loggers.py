@@ -1,0 +1,61 @@
+"""Where records go: any object with `log(record, step)`, files of JSON lines and CSV among them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+
+class MonitorWarning(UserWarning):
+    """A measurement or a logger of a `CurvatureMonitor` has failed; training goes on."""
+
+
+class Logger(Protocol):
+    """What takes records."""
+
+    def log(self, record: dict[str, Any], step: int) -> Any:
+        """Take one record, flat, of plain values."""
+
+
+class Loggers:
+    """Several loggers, none of which can end a training run.
+
+    Args:
+        loggers: Objects with ``log(record, step)``.
+
+    Raises:
+        TypeError: If one has no such method.
+    """
+
+    def __init__(self, loggers: Iterable[Logger]) -> None:
+        self._loggers = list(loggers)
+        self._warned: set[int] = set()
+        for logger in self._loggers:
+            if not callable(getattr(logger, "log", None)):
+                raise TypeError(
+                    f"expected loggers with a method log(record, step), got a "
+                    f"{type(logger).__name__}; wrap it in an object that has one"
+                )
+
+    def log(self, record: dict[str, Any], step: int) -> list[str]:
+        """Hand a copy of the record to each; return what went wrong, once for each logger."""
+        wrong = []
+        for index, logger in enumerate(self._loggers):
+            try:
+                logger.log(dict(record), step)
+            except Exception as error:
+                if index not in self._warned:
+                    self._warned.add(index)
+                    wrong.append(
+                        f"the logger {type(logger).__name__} failed at step {step} with "
+                        f"{type(error).__name__}: {error}; the record is kept in "
+                        "monitor.records, and later ones are tried"
+                    )
+        return wrong
+
+
+def warn(messages: Iterable[str]) -> None:
+    """Warn of failures that training survives."""
+    for message in messages:
+        warnings.warn(message, MonitorWarning, stacklevel=4)

@@ -1,0 +1,103 @@
+"""At which steps curvature is measured: callables of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+Schedule = Callable[[int], bool]
+"""Returns whether to measure after a step, by its number alone, so that all ranks agree."""
+
+
+@dataclass(frozen=True)
+class every:  # noqa: N801, reads as a function: schedule=every(100)
+    """Every n-th step, from a first one on.
+
+    Args:
+        n: The interval, at least 1.
+        start: The first step, at least 0; default 0.
+
+    Raises:
+        TypeError: If a number is not an int.
+        ValueError: If it is out of range.
+    """
+
+    n: int
+    start: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        _check(n=(self.n, 1), start=(self.start, 0))
+
+    def __call__(self, step: int) -> bool:
+        """Return whether to measure after this step."""
+        return step >= self.start and (step - self.start) % self.n == 0
+
+
+@dataclass(frozen=True)
+class logarithmic:  # noqa: N801
+    """Steps that are evenly spaced on a logarithmic scale: 0, 1, 2, ... and ever more rarely.
+
+    Those are 0 and the integers round(10^(i / per_decade)), i = 0, 1, ...
+
+    Args:
+        per_decade: How many in each factor of ten, at least 1; default 5: 1, 2, 3, 4, 6, 10, 16,
+            25, 40, 63, 100, ...
+
+    Raises:
+        TypeError: If it is not an int.
+        ValueError: If it is below 1.
+    """
+
+    per_decade: int = 5
+
+    def __post_init__(self) -> None:
+        """Check the number."""
+        _check(per_decade=(self.per_decade, 1))
+
+    def __call__(self, step: int) -> bool:
+        """Return whether to measure after this step."""
+        if step < 1:
+            return step == 0
+        # The exponents that round to this step lie within a unit around it: a look at a few.
+        nearest = 0
+        while round(10 ** ((nearest + 1) / self.per_decade)) <= step:
+            nearest += 1
+        return round(10 ** (nearest / self.per_decade)) == step
+
+
+@dataclass(frozen=True)
+class dense_then_sparse:  # noqa: N801
+    """Often at first, where curvature changes most, and rarely after that.
+
+    Args:
+        until: The step up to which it is often, at least 0; default 100.
+        dense: The interval up to there, at least 1; default 10.
+        sparse: The interval from there on, counted from `until`, at least 1; default 500.
+
+    Raises:
+        TypeError: If a number is not an int.
+        ValueError: If it is out of range.
+    """
+
+    until: int = 100
+    dense: int = 10
+    sparse: int = 500
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        _check(until=(self.until, 0), dense=(self.dense, 1), sparse=(self.sparse, 1))
+
+    def __call__(self, step: int) -> bool:
+        """Return whether to measure after this step."""
+        if step < self.until:
+            return step >= 0 and step % self.dense == 0
+        return (step - self.until) % self.sparse == 0
+
+
+def _check(**numbers: tuple[object, int]) -> None:
+    for name, (value, least) in numbers.items():
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"expected {name} to be an int, got {value!r}")
+        if value < least:
+            raise ValueError(f"expected {name} >= {least}, got {value}")
