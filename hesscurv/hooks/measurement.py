@@ -1,0 +1,165 @@
+"""One measurement: all quantities that are on, of the model as it is, beside what was before."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscurv.eigensolvers import Eigenpairs
+from hesscurv.hooks import quantities as q
+from hesscurv.hooks.history import History
+from hesscurv.hooks.probe import Probe
+from hesscurv.metrics import top_k_mask
+from hesscurv.operators.parameters import ParameterLayout
+
+
+class Measurements:
+    """Takes measurements one after the other, each starting from the last one's eigenspace.
+
+    Args:
+        probe: The model and its samples.
+        quantities: What to measure, names of `QUANTITIES`.
+        k: Number of eigenpairs; fewer where D is smaller.
+        mask_size: Entries of the magnitude mask, or as a float their fraction of D; None takes k.
+        trace_matvecs: Products for the trace.
+        history: Earlier spaces and masks to keep, beside the first and the last.
+        optimizer: Whose learning rate is recorded, or None.
+
+    Attributes:
+        pairs: The last eigenpairs, on the CPU, or None.
+        mask: The last magnitude mask (D,), bool, on the CPU, or None.
+    """
+
+    def __init__(
+        self,
+        probe: Probe,
+        quantities: tuple[str, ...],
+        k: int,
+        *,
+        mask_size: int | float | None,
+        trace_matvecs: int,
+        history: int,
+        optimizer: Any,
+    ) -> None:
+        self.probe, self.quantities, self.k = probe, set(quantities), k
+        self.mask_size, self.trace_matvecs, self.optimizer = mask_size, trace_matvecs, optimizer
+        self.pairs: Eigenpairs | None = None
+        self.mask: Tensor | None = None
+        self.count = 0
+        self._spaces, self._masks = History(history), History(history)
+
+    def take(self, step: int) -> dict[str, Any]:
+        """Measure; return the quantities of a record.
+
+        On many ranks all call it, and all succeed or all fail. Nothing is kept of a failure.
+
+        Raises:
+            Exception: Whatever the model's code, an operator or a solver raises.
+        """
+        probe, wanted = self.probe, self.quantities
+        self.count += 1
+        out: dict[str, Any] = {}
+        gradient = pairs = trace = None
+        if wanted & q.NEED_GRADIENT:
+            loss, gradient = probe.loss_and_gradient()
+            out |= {"loss": loss} if "loss" in wanted else {}
+        if wanted & q.NEED_PAIRS:
+            last = self._spaces.last
+            pairs = probe.solve(
+                self.k,
+                self.count,
+                None if last is None else last.rows,
+                None if last is None else last.layout,
+            )
+            if "trace" in wanted:
+                trace = probe.trace(pairs, self.trace_matvecs, self.count)
+        weights, layout = probe.weights()
+        with probe.ranks.together("the quantities of a measurement"):
+            mask = None
+            if wanted & q.NEED_MASK:
+                mask = top_k_mask(weights.abs(), self._mask_entries(len(weights)))
+            if pairs is not None:
+                out |= self._of_pairs(pairs, weights, mask, layout)
+                if gradient is not None and "gradient_share" in wanted:
+                    out |= q.gradient_share(pairs, gradient)
+                if trace is not None:
+                    out |= q.trace_and_rank(pairs, *trace)
+            if mask is not None and "mask_iou" in wanted:
+                out |= q.mask_overlaps(self._masks, mask, layout)
+            if "sparsity" in wanted:
+                out |= q.sparsities(weights == 0, layout)
+            self._keep(step, layout, pairs, mask)
+        return out
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain values and tensors: what the next measurement starts from."""
+        pairs = None
+        if self.pairs is not None:
+            pairs = {
+                "eigenvalues": self.pairs.eigenvalues.clone(),
+                "residuals": self.pairs.residuals.clone(),
+                "converged": self.pairs.converged.clone(),
+                "num_matvecs": self.pairs.num_matvecs,
+                "method": self.pairs.method,
+                "info": dict(self.pairs.info),
+            }
+        return {
+            "count": self.count,
+            "pairs": pairs,  # whose eigenvectors are the last ones of spaces
+            "spaces": self._spaces.state_dict(),
+            "masks": self._masks.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up `state_dict`'s result."""
+        self._spaces.load_state_dict(state["spaces"])
+        self._masks.load_state_dict(state["masks"])
+        self.count = int(state["count"])
+        self.mask = None if self._masks.last is None else self._masks.last.rows
+        last, pairs = self._spaces.last, state["pairs"]
+        self.pairs = None
+        if last is not None and pairs is not None:
+            tensors = {
+                name: pairs[name].cpu() for name in ("eigenvalues", "residuals", "converged")
+            }
+            plain = {name: pairs[name] for name in ("num_matvecs", "method", "info")}
+            self.pairs = Eigenpairs(eigenvectors=last.rows, layout=last.layout, **tensors, **plain)
+
+    def _of_pairs(
+        self, pairs: Eigenpairs, weights: Tensor, mask: Tensor | None, layout: ParameterLayout
+    ) -> dict[str, Any]:
+        wanted = self.quantities
+        out: dict[str, Any] = {}
+        if "eigenvalues" in wanted:
+            out |= q.spectrum(pairs)
+        if "sharpness" in wanted:
+            out |= q.sharpness(pairs, self.optimizer)
+        if "overlap" in wanted and mask is not None:
+            out |= q.mask_overlap(mask, pairs)
+        if "overlap_by_parameter" in wanted and mask is not None:
+            out |= q.overlaps_by_parameter(mask, pairs, layout)
+        if "overlap_by_k" in wanted:
+            out |= q.overlaps_by_k(weights.abs(), pairs)
+        if "space_overlap" in wanted:
+            out |= q.space_overlaps(self._spaces, pairs, layout)
+        return out
+
+    def _keep(
+        self, step: int, layout: ParameterLayout, pairs: Eigenpairs | None, mask: Tensor | None
+    ) -> None:
+        if pairs is not None:
+            on_cpu = pairs.to("cpu")
+            vectors = on_cpu.eigenvectors.detach().to(torch.float32, copy=False)
+            self._spaces.add(step, layout, vectors)
+            self.pairs = replace(on_cpu, layout=layout)
+        if mask is not None:
+            self.mask = mask.cpu()
+            self._masks.add(step, layout, self.mask)
+
+    def _mask_entries(self, dim: int) -> int:
+        size = self.k if self.mask_size is None else self.mask_size
+        return max(1, min(dim, math.ceil(size * dim) if isinstance(size, float) else size))

@@ -1,0 +1,286 @@
+"""Prune while training, once the mask of the largest weights and the eigenspace have settled."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from hesscurv.hooks.monitor import CurvatureMonitor
+from hesscurv.hooks.rank_pruning import prune_on_first_rank
+from hesscurv.hooks.stability import Stability, relative_change
+from hesscurv.metrics import intersection_over_union, magnitude_mask
+from hesscurv.operators.parameters import unwrap
+from hesscurv.pruning import mask_optimizer_state_, masks_of, prune_model
+from hesscurv.pruning.weights import (
+    WeightSelection,
+    current_mask,
+    current_parameter,
+    find_weights,
+)
+
+logger = logging.getLogger(__name__)
+
+Prune = Callable[[nn.Module, float], Any]
+
+
+class PruneWhenStable:
+    r"""Prune a model in training as soon as its magnitude mask and top eigenspace are stable.
+
+    After each measurement of a `CurvatureMonitor` three things are compared with the measurement
+    before: the mask of the weights that magnitude pruning would keep (intersection over union), the
+    top eigenspace (overlap), and the overlap of mask and eigenspace (relative change). When all are
+    within their bounds for `patience` measurements in a row, the model is pruned to the first
+    sparsity; further ones follow every `every` steps, or whenever it has become stable again. The
+    optimizer's momentum of pruned weights is set to zero, a `PreconditionedOptimizer` computes its
+    eigenspace anew, and the monitor goes on with the pruned model::
+
+        monitor = CurvatureMonitor(model, task, probe, schedule=every(50), quantities="overlap")
+        trigger = PruneWhenStable(monitor, batches, sparsity=0.8, optimizer=optimizer)
+        for step, (inputs, targets) in enumerate(loader):
+            ...
+            optimizer.step()
+            monitor.step(step)
+            trigger.step(step)
+
+    Args:
+        monitor: Measures the eigenspace and its overlap with the mask of the largest parameters.
+            The quantities that `stability` has bounds on must be on.
+        batches: Re-iterable batches for `prune_model`; some 1000 samples or more, best not the
+            monitor's few. None is allowed with `prune` alone.
+        sparsity: Fraction of the selected weights to prune, in (0, 1); or several, rising.
+        stability: The bounds; default `Stability()`. None: prune at `deadline` alone.
+        every: Steps from one sparsity to the next; default None: each waits until it is stable.
+        not_before: The first step at which pruning is allowed; default 0.
+        deadline: The step at which the first sparsity is due even if nothing is stable; default
+            None: never.
+        optimizer: The optimizer that trains the model, to be told; default None.
+        prune: Prunes in place, ``prune(model, sparsity) -> anything``; default `prune_model` with
+            the monitor's task, `batches` and `options`. Masks must be those of
+            ``torch.nn.utils.prune``.
+        weights: Which weights, see `find_weights`; default those of all layers that can be.
+        on_prune: Called after each pruning with the step and what `prune` returned.
+        **options: More arguments of `prune_model`, such as ``method="magnitude"`` or ``stages=4``.
+
+    Attributes:
+        signals: A dict for each measurement looked at: ``step``, ``mask_iou``, ``space_overlap``,
+            ``overlap_change`` (None without an earlier one), ``stable``, ``in_a_row``.
+        pruned: The steps and sparsities of the prunings so far, as (int, float).
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If one is out of range, no weight can be pruned, or the monitor does not measure
+            what is needed.
+
+    Cost:
+        D bits for the mask, a selection in O(D) for each measurement; that of `prune_model` when it
+        prunes.
+
+    Small steps change little: with a learning rate near zero everything is stable. Bounds belong
+    to the interval between measurements and to the learning rate.
+
+    References:
+        You et al., "Drawing early-bird tickets", ICLR 2020, for the distance of masks as a signal;
+        Fernandez et al., TMLR 2025, for that of eigenspaces.
+    """
+
+    def __init__(
+        self,
+        monitor: CurvatureMonitor,
+        batches: Iterable[Any] | None = None,
+        sparsity: float | Sequence[float] = 0.8,
+        *,
+        stability: Stability | None = Stability(),  # noqa: B008, frozen
+        every: int | None = None,
+        not_before: int = 0,
+        deadline: int | None = None,
+        optimizer: Optimizer | None = None,
+        prune: Prune | None = None,
+        weights: WeightSelection = None,
+        on_prune: Callable[[int, Any], None] | None = None,
+        **options: Any,
+    ) -> None:
+        if not isinstance(monitor, CurvatureMonitor):
+            raise TypeError(f"expected a CurvatureMonitor, got {type(monitor).__name__}")
+        if stability is not None and not isinstance(stability, Stability):
+            raise TypeError(
+                f"expected stability=Stability(...) or None, got {type(stability).__name__}"
+            )
+        if optimizer is not None and not isinstance(optimizer, Optimizer):
+            raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        self.sparsities = _as_sparsities(sparsity)
+        for name, value, least in (
+            ("every", every, 1),
+            ("not_before", not_before, 0),
+            ("deadline", deadline, 0),
+        ):
+            _check_int(name, value, least)
+        if stability is None and deadline is None:
+            raise ValueError("expected a stability or a deadline, got None for both")
+        if prune is None and batches is None:
+            raise ValueError(
+                "expected batches for prune_model, got None; pass some 1000 samples of the "
+                "training set, or a function `prune`"
+            )
+        if prune is not None and options:
+            raise TypeError(
+                f"expected no arguments of prune_model beside `prune`, got {sorted(options)}; bind "
+                "them to your function"
+            )
+        missing = set(stability.needs if stability else ()) - set(monitor.quantities)
+        if missing:
+            raise ValueError(
+                f"expected a monitor with the quantities {sorted(missing)}, got one with "
+                f"{sorted(monitor.quantities)}; use quantities='overlap', or leave their bounds "
+                "out by Stability(space_overlap=None, overlap_change=None)"
+            )
+        find_weights(unwrap(monitor.model), weights)
+        self.monitor, self.batches, self.stability = monitor, batches, stability
+        self.every, self.not_before, self.deadline = every, not_before, deadline
+        self.optimizer, self.weights, self.on_prune = optimizer, weights, on_prune
+        self._prune, self._options = prune or self._prune_model, options
+        self.signals: list[dict[str, Any]] = []
+        self.pruned: list[tuple[int, float]] = []
+        self._mask: Tensor | None = None
+        self._overlap: float | None = None
+        self._seen = -1  # step of the last record that was looked at
+        self._in_a_row = 0
+
+    @property
+    def done(self) -> bool:
+        """Whether the last sparsity has been reached."""
+        return len(self.pruned) == len(self.sparsities)
+
+    def step(self, step: int) -> Any:
+        """Look at what the monitor has measured since, and prune if it is time; after its `step`.
+
+        Args:
+            step: The number of the training step, as for the monitor.
+
+        Returns:
+            What pruning returned, a `PruningReport` by default; None where nothing was pruned.
+
+        Raises:
+            Exception: What pruning raises. The model and the trigger are as they were then.
+        """
+        if self.done:
+            return None
+        self._look()
+        if step < self.not_before or not self._is_due(step):
+            return None
+        sparsity, model = self.sparsities[len(self.pruned)], unwrap(self.monitor.model)
+        report = prune_on_first_rank(model, lambda: self._prune(model, sparsity))
+        self.pruned.append((step, sparsity))
+        logger.info("pruned to %.4g at step %d", sparsity, step)
+        self._mask, self._overlap, self._in_a_row = None, None, 0
+        if self.optimizer is not None:
+            mask_optimizer_state_(self.optimizer, model)
+        self.monitor.notify(f"pruned to {sparsity:g}")
+        if self.on_prune is not None:
+            self.on_prune(step, report)
+        return report
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a run needs to go on, of tensors and plain values; not the model's masks."""
+        return {
+            "signals": [dict(signal) for signal in self.signals],
+            "pruned": [list(event) for event in self.pruned],
+            "mask": self._mask,
+            "overlap": self._overlap,
+            "seen": self._seen,
+            "in_a_row": self._in_a_row,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken; load the pruned model by `load_pruned_` before.
+
+        Raises:
+            ValueError: If the state is of other sparsities than this trigger's, or its model is
+                not pruned where the state's was.
+        """
+        pruned = [(int(step), float(sparsity)) for step, sparsity in state["pruned"]]
+        if [s for _, s in pruned] != self.sparsities[: len(pruned)]:
+            raise ValueError(
+                f"expected a state with the sparsities {self.sparsities}, got one that has pruned "
+                f"to {[s for _, s in pruned]}"
+            )
+        if pruned and not masks_of(self.monitor.model):
+            raise ValueError(
+                f"expected a model pruned to {pruned[-1][1]:g}, got a dense one; load it by "
+                "hesscurv.pruning.load_pruned_ before the trigger's state"
+            )
+        self.pruned, self.signals = pruned, [dict(signal) for signal in state["signals"]]
+        self._mask, self._overlap = state["mask"], state["overlap"]
+        self._seen, self._in_a_row = int(state["seen"]), int(state["in_a_row"])
+
+    def _is_due(self, step: int) -> bool:
+        if self.pruned and self.every is not None:
+            return step >= self.pruned[-1][0] + self.every
+        if not self.pruned and self.deadline is not None and step >= self.deadline:
+            return True
+        return self.stability is not None and self._in_a_row >= self.stability.patience
+
+    def _look(self) -> None:
+        """Compare the records that are new with those before."""
+        for record in self.monitor.records:
+            if record["step"] <= self._seen or record["status"] != "ok":
+                continue
+            self._seen = record["step"]
+            if self.stability is not None:
+                self._compare(record, self.stability)
+
+    def _compare(self, record: dict[str, Any], stability: Stability) -> None:
+        mask = self._magnitude_mask()
+        iou = None if self._mask is None else intersection_over_union(self._mask, mask)
+        overlap = record.get("overlap")
+        signal = {
+            "step": record["step"],
+            "mask_iou": iou,
+            "space_overlap": record.get("space_overlap"),
+            "overlap_change": relative_change(self._overlap, overlap),
+        }
+        self._mask, self._overlap = mask, overlap
+        stable = stability.holds(signal)
+        self._in_a_row = self._in_a_row + 1 if stable else 0
+        self.signals.append(signal | {"stable": stable, "in_a_row": self._in_a_row})
+
+    def _magnitude_mask(self) -> Tensor:
+        """Return the mask that magnitude pruning to the next sparsity would give, on the CPU."""
+        found = find_weights(unwrap(self.monitor.model), self.weights).values()
+        values = []
+        for weight in found:
+            value, mask = current_parameter(*weight).detach(), current_mask(*weight)
+            values.append((value if mask is None else value * mask).flatten().cpu())
+        flat = torch.cat(values)
+        sparsity = self.sparsities[len(self.pruned)]
+        return magnitude_mask(flat, max(1, round((1 - sparsity) * len(flat))))
+
+    def _prune_model(self, model: nn.Module, sparsity: float) -> Any:
+        assert self.batches is not None
+        return prune_model(
+            model, self.monitor.task, self.batches, sparsity, weights=self.weights, **self._options
+        )
+
+
+def _as_sparsities(sparsity: float | Sequence[float]) -> list[float]:
+    """Return sparsities that rise within (0, 1)."""
+    given = [sparsity] if isinstance(sparsity, (int, float)) else list(sparsity)
+    if not all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in given):
+        raise TypeError(f"expected sparsity as a number or several, got {sparsity!r}")
+    rising = all(a < b for a, b in zip([0.0, *given], [*given, 1.0], strict=True))
+    if not given or not rising:
+        raise ValueError(f"expected sparsities that rise within (0, 1), got {sparsity!r}")
+    return [float(s) for s in given]
+
+
+def _check_int(name: str, value: Any, least: int) -> None:
+    if value is None and name != "not_before":
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"expected {name} to be an int, got {value!r}")
+    if value < least:
+        raise ValueError(f"expected {name} >= {least}, got {value}")

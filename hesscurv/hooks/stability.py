@@ -1,0 +1,84 @@
+"""Whether what is measured along training has settled: the mask, the eigenspace, their overlap."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Stability:
+    """What counts as settled, between one measurement and the next.
+
+    Each bound compares with the measurement before, so that it belongs to the interval between
+    two: over more steps, or at a larger learning rate, more changes. None leaves a quantity out.
+
+    Args:
+        mask_iou: The least intersection over union of the magnitude mask with its earlier self, in
+            (0, 1]; default .95.
+        space_overlap: The least overlap of the eigenspace with its earlier self, in (0, 1]; default
+            .7.
+        overlap_change: The largest change of the mask's overlap with the eigenspace, relative to
+            the larger of the two; default .2.
+        patience: How many measurements in a row have to be settled; default 3.
+
+    Raises:
+        TypeError: If a bound is no number, or `patience` no int.
+        ValueError: If one is out of range, or all are None.
+    """
+
+    mask_iou: float | None = 0.95
+    space_overlap: float | None = 0.7
+    overlap_change: float | None = 0.2
+    patience: int = 3
+
+    def __post_init__(self) -> None:
+        """Check the bounds."""
+        for name, most in (("mask_iou", 1.0), ("space_overlap", 1.0), ("overlap_change", math.inf)):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise TypeError(f"expected {name} to be a number or None, got {value!r}")
+            if not 0 < value <= most:
+                raise ValueError(f"expected {name} in (0, {most:g}], got {value}")
+        if isinstance(self.patience, bool) or not isinstance(self.patience, int):
+            raise TypeError(f"expected patience to be an int, got {self.patience!r}")
+        if self.patience < 1:
+            raise ValueError(f"expected patience >= 1, got {self.patience}")
+        if self.mask_iou is self.space_overlap is self.overlap_change is None:
+            raise ValueError(
+                "expected a bound on mask_iou, space_overlap or overlap_change, got None for all"
+            )
+
+    @property
+    def needs(self) -> list[str]:
+        """The quantities that records have to hold."""
+        wanted = {"space_overlap": self.space_overlap, "overlap": self.overlap_change}
+        return [key for key, bound in wanted.items() if bound is not None]
+
+    def holds(self, signals: dict[str, Any]) -> bool:
+        """Return whether one measurement is settled; not where a quantity has no earlier self.
+
+        Args:
+            signals: ``mask_iou``, ``space_overlap`` and ``overlap_change``, each a number or None.
+        """
+        bounds = [
+            (self.mask_iou, signals["mask_iou"], 1),
+            (self.space_overlap, signals["space_overlap"], 1),
+            (self.overlap_change, signals["overlap_change"], -1),
+        ]
+        return all(
+            value is not None and sign * value >= sign * bound
+            for bound, value, sign in bounds
+            if bound is not None
+        )
+
+
+def relative_change(before: float | None, after: float | None) -> float | None:
+    """Return ``|after - before| / max(|before|, |after|)``; None where one is missing."""
+    if before is None or after is None:
+        return None
+    largest = max(abs(before), abs(after))
+    return abs(after - before) / largest if largest else 0.0

@@ -1,0 +1,297 @@
+"""When a model in training is pruned, how far, and who is told."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import hesscurv
+from hesscurv.hooks import CurvatureMonitor, PruneWhenStable, Stability, every
+from hesscurv.optim import PreconditionedOptimizer
+from hesscurv.pruning import find_weights, masks_of
+
+TASK = hesscurv.supervised(nn.CrossEntropyLoss())
+SETTLED = {"status": "ok", "overlap": 0.2, "space_overlap": 0.99}
+FEW = {"stages": 1, "gradients_per_stage": 16}
+
+
+def net(seed=0):
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+
+
+def data(seed=0, count=4):
+    g = torch.Generator().manual_seed(seed)
+    out = []
+    for _ in range(count):
+        x = torch.randn(16, 6, generator=g).double()
+        out.append((x, x[:, :3].argmax(1)))
+    return out
+
+
+def monitor_of(model, **options):
+    options = {"quantities": "overlap", "k": 4, "schedule": every(1)} | options
+    return CurvatureMonitor(model, TASK, data(1, 1), **options)
+
+
+def sgd(model):
+    return torch.optim.SGD(model.parameters(), 0.05, momentum=0.9)
+
+
+def train_step(model, optimizer, step):
+    optimizer.zero_grad()
+    TASK(model, data()[step % 4]).backward()
+    optimizer.step()
+
+
+def settle(monitor, trigger, steps, first=0):
+    """Let the trigger see measurements that are settled; return the steps at which it pruned."""
+    pruned = []
+    for step in range(first, first + steps):
+        monitor.records.append({"step": step, **SETTLED})
+        if trigger.step(step) is not None:
+            pruned.append(step)
+    return pruned
+
+
+def sparsity_of(model):
+    weights = find_weights(model)
+    masks = masks_of(model)
+    numel = sum(getattr(*w).numel() for w in weights.values())
+    return sum(int((~m).sum()) for m in masks.values()) / numel
+
+
+def test_prunes_after_as_many_settled_measurements_in_a_row_as_asked_for():
+    model = net()
+    monitor = monitor_of(model)
+    trigger = PruneWhenStable(monitor, data(), 0.5, stability=Stability(patience=3), **FEW)
+    # The first has no earlier self; the three after it are settled.
+    assert settle(monitor, trigger, 3) == []
+    assert not trigger.done
+    assert settle(monitor, trigger, 5, first=3) == [3]
+    assert trigger.done
+    assert trigger.pruned == [(3, 0.5)]
+    assert sparsity_of(model) == pytest.approx(0.5, abs=1e-12)
+    assert [s["in_a_row"] for s in trigger.signals] == [0, 1, 2, 3]
+    assert [s["mask_iou"] for s in trigger.signals] == [None, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "unsettled", [{"space_overlap": 0.1}, {"overlap": 0.9}, {"status": "failed"}, "weights"]
+)
+def test_what_moves_begins_the_count_anew_and_a_failure_does_not_count(unsettled):
+    model = net()
+    monitor = monitor_of(model)
+    trigger = PruneWhenStable(monitor, data(), 0.5, stability=Stability(patience=3), **FEW)
+    settle(monitor, trigger, 3)
+    if unsettled == "weights":
+        with torch.no_grad():
+            model[0].weight.copy_(net(seed=5)[0].weight)
+        monitor.records.append({"step": 3, **SETTLED})
+    else:
+        monitor.records.append({"step": 3, **SETTLED, **unsettled})
+    assert trigger.step(3) is None
+    # After the failure one more is enough. After the others it takes three; an overlap that has
+    # jumped jumps back at once, and counts from there.
+    more = {"failed": 4, 0.1: 6, 0.9: 7, "weights": 6}
+    key = unsettled if unsettled == "weights" else next(iter(unsettled.values()))
+    assert settle(monitor, trigger, 8, first=4) == [more[key]]
+
+
+def test_not_before_and_deadline_bound_the_step():
+    model = net()
+    monitor = monitor_of(model)
+    trigger = PruneWhenStable(monitor, data(), 0.5, not_before=7, **FEW)
+    assert settle(monitor, trigger, 10) == [7]
+    model = net()
+    monitor = monitor_of(model)
+    trigger = PruneWhenStable(monitor, data(), 0.5, stability=None, deadline=2, **FEW)
+    assert settle(monitor, trigger, 5) == [2]
+
+
+def test_a_schedule_goes_on_by_steps_or_waits_for_stability_again():
+    for between, steps in ((4, [3, 7, 11]), (None, [3, 7, 11])):
+        model = net()
+        monitor = monitor_of(model)
+        trigger = PruneWhenStable(monitor, data(), [0.3, 0.5, 0.7], every=between, **FEW)
+        # Without `every` each takes a first measurement of the new mask, and three settled ones.
+        assert settle(monitor, trigger, 14) == steps
+        assert [s for _, s in trigger.pruned] == [0.3, 0.5, 0.7]
+        assert sparsity_of(model) == pytest.approx(0.7, abs=1 / 108)
+
+
+@pytest.mark.parametrize("method", ["obs", "obd", "magnitude"])
+def test_any_method_of_prune_model_gives_what_it_gives_alone(method):
+    model = net()
+    expected = copy.deepcopy(model)
+    monitor = monitor_of(model)
+    trigger = PruneWhenStable(monitor, data(), 0.6, method=method, **FEW)
+    settle(monitor, trigger, 4)
+    hesscurv.pruning.prune_model(expected, TASK, data(), 0.6, method=method, **FEW)
+    for (name, ours), (other, theirs) in zip(
+        model.state_dict().items(), expected.state_dict().items(), strict=True
+    ):
+        assert name == other
+        assert torch.equal(ours, theirs)
+
+
+def test_a_function_of_ones_own_prunes_and_is_followed():
+    model = net()
+    monitor, seen = monitor_of(model), []
+
+    def magnitude(pruned, sparsity):
+        torch.nn.utils.prune.global_unstructured(
+            list(find_weights(pruned).values()), torch.nn.utils.prune.L1Unstructured, amount=sparsity
+        )
+        return "done"
+
+    trigger = PruneWhenStable(
+        monitor, sparsity=0.5, prune=magnitude, on_prune=lambda *told: seen.append(told)
+    )
+    settle(monitor, trigger, 4)
+    assert seen == [(3, "done")]
+    assert sparsity_of(model) == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:there is little to gain")
+def test_optimizer_and_monitor_go_on_with_the_pruned_model():
+    model = net()
+    optimizer = PreconditionedOptimizer(sgd(model), model, TASK, data(2), 2, refresh_every=50)
+    monitor = monitor_of(model, optimizer=optimizer)
+    stable = Stability(mask_iou=0.3, space_overlap=None, overlap_change=None, patience=1)
+    trigger = PruneWhenStable(
+        monitor, data(), 0.5, stability=stable, not_before=5, optimizer=optimizer, **FEW
+    )
+    for step in range(12):
+        train_step(model, optimizer, step)
+        monitor.step(step)
+        report = trigger.step(step)
+        if report is not None:
+            masks = masks_of(model)
+            momentum = optimizer.state[model[0].weight_orig]["momentum_buffer"]
+            assert not bool(momentum[~masks["0.weight"]].any())
+    assert trigger.pruned == [(5, 0.5)]
+    assert optimizer.report().refreshes == 2  # of the dense parameters, and of the pruned ones
+    assert [r["status"] for r in monitor.records] == ["ok"] * 12
+    for name, mask in masks_of(model).items():
+        assert torch.equal(mask, masks[name])
+    # The curvature of what is pruned is zero: no eigenvector has a part in it.
+    rows = monitor.pairs.layout.split(monitor.pairs.eigenvectors)["0.weight_orig"]
+    assert bool((rows[~masks["0.weight"]].abs() < 1e-5).all())
+
+
+def test_training_is_bitwise_the_same_until_it_prunes():
+    plain, watched = net(), net()
+    optimizers = sgd(plain), sgd(watched)
+    monitor = monitor_of(watched)
+    trigger = PruneWhenStable(monitor, data(), 0.5, not_before=10**6, optimizer=optimizers[1])
+    for step in range(6):
+        train_step(plain, optimizers[0], step)
+        train_step(watched, optimizers[1], step)
+        monitor.step(step)
+        trigger.step(step)
+    assert len(trigger.signals) == 6
+    for a, b in zip(plain.parameters(), watched.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_error_in_pruning_leaves_all_as_it_was_and_is_tried_again():
+    model = net()
+    monitor = monitor_of(model)
+    calls = []
+
+    def fails_once(pruned, sparsity):
+        calls.append(sparsity)
+        if len(calls) == 1:
+            raise RuntimeError("no memory")
+        hesscurv.pruning.prune_model(pruned, TASK, data(), sparsity, method="magnitude", stages=1)
+        return "done"
+
+    trigger = PruneWhenStable(monitor, sparsity=0.5, prune=fails_once)
+    settle(monitor, trigger, 3)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match="no memory"):
+        settle(monitor, trigger, 1, first=3)
+    assert trigger.pruned == []
+    assert before.keys() == model.state_dict().keys()
+    assert settle(monitor, trigger, 1, first=4) == [4]
+
+
+@pytest.mark.parametrize("stop", [2, 5])
+def test_a_resumed_run_prunes_at_the_same_steps(stop, tmp_path):
+    def parts():
+        model = net()
+        monitor = monitor_of(model)
+        return model, monitor, PruneWhenStable(monitor, data(), [0.3, 0.6], **FEW)
+
+    model, monitor, trigger = parts()
+    settle(monitor, trigger, 12)
+    expected = trigger.pruned, trigger.signals
+    model, monitor, trigger = parts()
+    settle(monitor, trigger, stop)
+    torch.save({"model": model.state_dict(), "trigger": trigger.state_dict()}, tmp_path / "run.pt")
+    saved = torch.load(tmp_path / "run.pt", weights_only=True)
+    model, monitor, trigger = parts()
+    hesscurv.pruning.load_pruned_(model, saved["model"])
+    trigger.load_state_dict(saved["trigger"])
+    settle(monitor, trigger, 12 - stop, first=stop)
+    assert (trigger.pruned, trigger.signals) == expected
+
+
+def test_refuses_a_state_of_other_sparsities_or_of_a_pruned_model():
+    model = net()
+    monitor = monitor_of(model)
+    trigger = PruneWhenStable(monitor, data(), 0.5, **FEW)
+    settle(monitor, trigger, 4)
+    state = trigger.state_dict()
+    with pytest.raises(ValueError, match=r"expected a state with the sparsities \[0\.6\]"):
+        PruneWhenStable(monitor, data(), 0.6).load_state_dict(state)
+    dense = monitor_of(net())
+    with pytest.raises(ValueError, match=r"expected a model pruned to 0\.5, got a dense one"):
+        PruneWhenStable(dense, data(), 0.5).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 1.0}, r"expected sparsities that rise within \(0, 1\)"),
+        ({"sparsity": [0.5, 0.3]}, "expected sparsities that rise"),
+        ({"sparsity": []}, "expected sparsities that rise"),
+        ({"every": 0}, "expected every >= 1, got 0"),
+        ({"not_before": -1}, "expected not_before >= 0, got -1"),
+        ({"stability": None}, "expected a stability or a deadline"),
+        ({"batches": None}, "expected batches for prune_model, got None"),
+        ({"weights": "nowhere"}, "nowhere"),
+    ],
+)
+def test_refuses_values_out_of_range(arguments, message):
+    arguments = {"batches": data()} | arguments
+    with pytest.raises(ValueError, match=message):
+        PruneWhenStable(monitor_of(net()), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": "half"}, "expected sparsity as a number"),
+        ({"optimizer": 3}, r"expected a torch\.optim\.Optimizer, got int"),
+        ({"stability": 0.9}, r"expected stability=Stability\(...\) or None, got float"),
+        ({"every": 1.5}, "expected every to be an int"),
+        ({"prune": lambda model, s: None, "stages": 3}, r"expected no arguments .* got \['stages'\]"),
+    ],
+)
+def test_refuses_wrong_types(arguments, message):
+    with pytest.raises(TypeError, match=message):
+        PruneWhenStable(monitor_of(net()), data(), **arguments)
+
+
+def test_refuses_a_monitor_that_does_not_measure_what_is_needed():
+    cheap = monitor_of(net(), quantities="cheap")
+    with pytest.raises(ValueError, match=r"expected a monitor with the quantities \['overlap'"):
+        PruneWhenStable(cheap, data())
+    only_mask = Stability(space_overlap=None, overlap_change=None)
+    PruneWhenStable(cheap, data(), stability=only_mask)
+    with pytest.raises(TypeError, match="expected a CurvatureMonitor, got Sequential"):
+        PruneWhenStable(net(), data())
