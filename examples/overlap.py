@@ -78,9 +78,9 @@ def load_data(folder, size):
     return (resized(x[train]), y[train]), (resized(x_test[test]), y_test[test])
 
 
-def make_net(num_inputs):
+def make_net(num_inputs, widths=WIDTHS):
     layers = []
-    for fan_in, fan_out in itertools.pairwise((num_inputs, *WIDTHS)):
+    for fan_in, fan_out in itertools.pairwise((num_inputs, *widths)):
         layers += [nn.Linear(fan_in, fan_out), nn.Tanh()]
     return nn.Sequential(*layers[:-1])
 
@@ -88,6 +88,17 @@ def make_net(num_inputs):
 def random_batches(count, size, generator):
     while True:
         yield from torch.randperm(count, generator=generator).split(size)
+
+
+def train(net, data, optimizer, num_steps, seed):
+    """Yield the steps 0 to num_steps, each when the net has been trained for so many."""
+    x, y = data
+    batches = random_batches(len(y), 500, torch.Generator().manual_seed(seed))
+    for step, batch in zip(range(num_steps + 1), batches, strict=False):
+        yield step
+        optimizer.zero_grad()
+        F.cross_entropy(net(x[batch]), y[batch]).backward()
+        optimizer.step()
 
 
 def exact_eigenpairs(net, batches, k):
@@ -204,23 +215,19 @@ def main():
 
     # More threads gain little on so small a net, and their rounding leads training elsewhere.
     torch.set_num_threads(1)
-    (x, y), test = load_data(args.data, size)
+    data, test = load_data(args.data, size)
     torch.manual_seed(args.seed)
     net = make_net(size * size)
     D = sum(p.numel() for p in net.parameters())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
-    batches = random_batches(len(y), 500, torch.Generator().manual_seed(args.seed))
 
-    print(f"{D:,} parameters, {len(y):,} training images, Hessian of 500 others, k = {k}.")
+    print(f"{D:,} parameters, {len(data[1]):,} training images, Hessian of 500 others, k = {k}.")
     print(f"The exact overlap takes most of the time.\n\n{'':29} block_krylov         single_pass")
     print(" step   loss   acc   exact  overlap  HVPs  secs   k / 2k 2k / 4k   chance  ratio     z")
     rows = []
-    for step, batch in zip(range(num_steps + 1), batches, strict=False):
+    for step in train(net, data, optimizer, num_steps, args.seed):
         if step % 100 == 0:
             rows.append(measure(step, net, test, k, with_exact=step in (0, 100, num_steps)))
-        optimizer.zero_grad()
-        F.cross_entropy(net(x[batch]), y[batch]).backward()
-        optimizer.step()
 
     def largest_error(name):
         return max(abs(row[name] - row["exact"]) for row in exact)
