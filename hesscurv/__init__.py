@@ -1,6 +1,6 @@
 """The top eigenspace of a network's loss Hessian: compute it, compare it, use it."""
 
-from hesscurv import hooks, optim, pruning
+from hesscurv import hooks, optim, plots, pruning
 from hesscurv.distributed import DistributedError
 from hesscurv.eigensolvers import (
     ConvergenceWarning,
@@ -39,6 +39,7 @@ __all__ = [
     "hooks",
     "optim",
     "pruning",
+    "plots",
     # Operators
     "HessianOperator",
     "GGNOperator",

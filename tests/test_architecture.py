@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "plots": {"eigensolvers", "metrics", "plots"},
     "hooks": FOUNDATION | {"pruning", "optim", "plots", "hooks"},
     "integrations": FOUNDATION | {"pruning", "optim", "hooks", "integrations", "hesscurv"},
-    "hesscurv": FOUNDATION | {"pruning", "optim", "hooks"},
+    "hesscurv": FOUNDATION | {"pruning", "optim", "plots", "hooks"},
 }
 # Libraries that each part stands on. Optional ones are imported inside the functions that need
 # them; those that an integration adapts are imported by integrations alone.

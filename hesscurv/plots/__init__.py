@@ -1,0 +1,30 @@
+"""Figures of eigenpairs, and of what a monitor recorded; they need matplotlib, an optional extra.
+
+Each function draws into the axes it is given, or into those of a new figure, and returns them:
+``ax.figure.savefig(path)`` writes the figure. pyplot is not used and no setting of matplotlib is
+changed. Records of failed measurements are marked.
+"""
+
+from hesscurv.plots.curves import by_step, sharpness
+from hesscurv.plots.matrices import mask_ious, space_overlaps
+from hesscurv.plots.overlaps import overlap_by_k, overlap_by_step
+from hesscurv.plots.parameters import by_parameter, leverage, sparsity
+from hesscurv.plots.spectra import eigenvalues, spectrum
+
+__all__ = [
+    # Spectra
+    "spectrum",
+    "eigenvalues",
+    # Mask and eigenspace
+    "overlap_by_k",
+    "overlap_by_step",
+    # By parameter
+    "leverage",
+    "sparsity",
+    "by_parameter",
+    # While training
+    "sharpness",
+    "space_overlaps",
+    "mask_ious",
+    "by_step",
+]

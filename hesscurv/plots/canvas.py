@@ -1,0 +1,142 @@
+"""Axes with quiet looks, without pyplot: no global state of matplotlib is read late or changed."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# Okabe and Ito's colours, told apart with each of the common colour blindnesses; where two kinds
+# of things share an axes they differ in marker or dash too.
+BLUE, RED, GREEN = "#0072B2", "#D55E00", "#009E73"
+SKY, ORANGE, PURPLE, GREY = "#56B4E9", "#E69F00", "#CC79A7", "#888888"
+SEQUENTIAL = "viridis"  # even in lightness, hence the same for every eye
+MISSING = "#BBBBBB"
+WIDTH = 1.8
+SMALL = 9  # points: legends and notes
+
+
+def matplotlib_parts() -> Any:
+    """Return the matplotlib package, with what is used of it imported.
+
+    Raises:
+        ImportError: If it is missing.
+    """
+    try:
+        import matplotlib
+        import matplotlib.axes
+        import matplotlib.figure
+        import matplotlib.ticker
+    except ImportError as error:
+        raise ImportError("plots need matplotlib: pip install 'hesscurv[plots]'") from error
+    return matplotlib
+
+
+def axes_or_new(ax: Any, size: tuple[float, float] = (6.0, 4.0)) -> Any:
+    """Return axes with quiet looks: the given ones, or those of a new figure.
+
+    A new figure is unknown to pyplot: ``ax.figure.savefig(path)`` writes it.
+
+    Args:
+        ax: Axes of matplotlib, or None.
+        size: Width and height of a new figure, in inches.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        TypeError: If `ax` is something else.
+    """
+    matplotlib = matplotlib_parts()
+    if ax is None:
+        ax = matplotlib.figure.Figure(figsize=size, layout="constrained").subplots()
+    elif not isinstance(ax, matplotlib.axes.Axes):
+        raise TypeError(f"expected ax to be one matplotlib Axes or None, got {type(ax).__name__}")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_axisbelow(True)
+    return ax
+
+
+def grid(ax: Any) -> None:
+    """Draw faint horizontal lines."""
+    ax.grid(axis="y", which="major", color=GREY, alpha=0.25, linewidth=0.8)
+
+
+def title(ax: Any, text: str) -> None:
+    """Set the title, to the left."""
+    ax.set_title(text, loc="left", fontsize=11)
+
+
+def legend(ax: Any, **options: Any) -> None:
+    """Draw the legend, if there are names, where the data leaves most room."""
+    if ax.get_legend_handles_labels()[1]:
+        ax.legend(fontsize=SMALL, handlelength=1.6, framealpha=0.75, edgecolor="none", **options)
+
+
+def step_axis(ax: Any) -> None:
+    """Name the x axis for training steps, with whole numbers that stay short."""
+    matplotlib = matplotlib_parts()
+    ax.set_xlabel("training step")
+    if ax.get_xscale() == "linear":
+        ax.xaxis.set_major_locator(
+            matplotlib.ticker.MaxNLocator(
+                nbins="auto", integer=True, steps=[1, 2, 2.5, 5, 10], min_n_ticks=1
+            )
+        )
+    ax.xaxis.set_major_formatter(lambda step, _: short(step))
+
+
+def short(step: float, digits: int = 10) -> str:
+    """Return a step as text, 900, 12.5k, 3M, to so many digits."""
+    for least, unit, name in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if abs(step) >= least:
+            return f"{step / unit:.{digits}g}{name}"
+    return f"{step:.10g}"
+
+
+def short_steps(steps: list[int]) -> list[str]:
+    """Return steps as text, to as few digits, but three, as tell them apart."""
+    for digits in range(3, 10):
+        texts = [short(step, digits) for step in steps]
+        if len(set(texts)) == len(set(steps)):
+            return texts
+    return [str(step) for step in steps]
+
+
+def mark_events(ax: Any, records: Iterable[Mapping[str, Any]]) -> None:
+    """Mark what the records tell beside numbers: failures by crosses on the x axis, events."""
+    records = list(records)
+    events: dict[str, list[int]] = {}
+    for record in records:
+        if record.get("event"):
+            events.setdefault(str(record["event"]), []).append(record["step"])
+    for (name, steps), dash in zip(events.items(), itertools.cycle([":", "-.", "--"])):
+        for i, step in enumerate(steps):
+            look = {"linestyle": dash, "color": GREY, "linewidth": 1.2, "zorder": 1}
+            ax.axvline(step, **look, **({} if i else {"label": name}))
+    steps = [record["step"] for record in records if record.get("status", "ok") != "ok"]
+    if steps:
+        ax.plot(
+            steps,
+            [0.0] * len(steps),
+            linestyle="none",
+            marker="x",
+            markersize=6,
+            markeredgewidth=1.8,
+            color=RED,
+            clip_on=False,
+            zorder=5,
+            transform=ax.get_xaxis_transform(),
+            label="measurement failed",
+        )
+
+
+def band(ax: Any, x: Any, mean: Any, std: Any, label: str) -> None:
+    """Draw a mean as a dashed line, and three standard deviations around it."""
+    ax.fill_between(
+        x,
+        [max(m - 3 * s, 0.0) for m, s in zip(mean, std, strict=True)],
+        [m + 3 * s for m, s in zip(mean, std, strict=True)],
+        color=GREY,
+        alpha=0.3,
+        linewidth=0,
+    )
+    ax.plot(x, mean, "--", color=GREY, linewidth=1.4, label=label, zorder=1.5)
