@@ -5,10 +5,15 @@ from hesscurv.hooks.monitor import CurvatureMonitor
 from hesscurv.hooks.pruning_trigger import PruneWhenStable
 from hesscurv.hooks.schedules import dense_then_sparse, every, logarithmic
 from hesscurv.hooks.stability import Stability
+from hesscurv.hooks.writers import CSVWriter, JSONLinesWriter, read_records
 
 __all__ = [
     "CurvatureMonitor",
     "MonitorWarning",
+    # Where records go
+    "JSONLinesWriter",
+    "CSVWriter",
+    "read_records",
     # Pruning
     "PruneWhenStable",
     "Stability",

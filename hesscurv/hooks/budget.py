@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -42,15 +41,10 @@ class Budget:
         """Take note that training goes on."""
         self._left = self.clock()
 
-    def measured(self, seconds: float, cost: float) -> None:
-        """Take note of a measurement.
-
-        Args:
-            seconds: Of it and of its loggers.
-            cost: What the next one is expected to take.
-        """
+    def measured(self, seconds: float) -> None:
+        """Take note of the seconds of a measurement and its loggers."""
         self.measuring += seconds
-        self._last_cost = cost
+        self._last_cost = seconds
 
     def fraction(self, seconds: float = 0.0) -> float:
         """Return the share of the time so far that was spent in measurements.
@@ -63,7 +57,7 @@ class Budget:
 
     def wait(self) -> int:
         """Return in how many steps to ask again: 0 if a measurement is affordable now."""
-        if self.max_fraction is None or self.measuring == 0:
+        if self.max_fraction is None or self._last_cost == 0:
             return 0
         missing = (self.measuring + self._last_cost) / self.max_fraction - self.training
         if missing <= 0:
@@ -87,5 +81,4 @@ class Budget:
         self._left = None
 
 
-CLOCK = time.perf_counter
 _LONGEST = 1000  # steps after which to ask again: their time may change

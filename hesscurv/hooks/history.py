@@ -34,7 +34,7 @@ class Earlier:
 
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and a tensor."""
-        return {"step": self.step, "layout": self.layout.to_dict(), "rows": self.rows}
+        return {"step": self.step, "layout": self.layout.to_dict(), "rows": self.rows.clone()}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Earlier:
@@ -61,8 +61,8 @@ class History:
         self.kept: deque[Earlier] = deque(maxlen=most)
 
     def add(self, step: int, layout: ParameterLayout, rows: Tensor) -> None:
-        """Add the value of a step, copied to the CPU."""
-        self.last = Earlier(step, layout, rows.detach().to("cpu", copy=True))
+        """Add the value of a step, which lies on the CPU and is not written to any more."""
+        self.last = Earlier(step, layout, rows)
         rounded = self.last
         if rows.is_floating_point():
             rounded = Earlier(step, layout, self.last.rows.to(torch.float16))

@@ -6,7 +6,6 @@ import math
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from hesscurv.eigensolvers import Eigenpairs
@@ -153,8 +152,7 @@ class Measurements:
     ) -> None:
         if pairs is not None:
             on_cpu = pairs.to("cpu")
-            vectors = on_cpu.eigenvectors.detach().to(torch.float32, copy=False)
-            self._spaces.add(step, layout, vectors)
+            self._spaces.add(step, layout, on_cpu.eigenvectors)
             self.pairs = replace(on_cpu, layout=layout)
         if mask is not None:
             self.mask = mask.cpu()

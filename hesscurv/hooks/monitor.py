@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import os
+import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,20 +13,117 @@ from torch import Tensor, nn
 
 from hesscurv.distributed.steps import is_known
 from hesscurv.eigensolvers import Eigenpairs
-from hesscurv.hooks import quantities as q
-from hesscurv.hooks.budget import CLOCK, Budget
-from hesscurv.hooks.history import History
+from hesscurv.hooks import arguments
+from hesscurv.hooks.budget import Budget
 from hesscurv.hooks.loggers import Logger, Loggers, warn
-from hesscurv.hooks.probe import OPERATORS, Probe
-from hesscurv.hooks.schedules import Schedule, every
+from hesscurv.hooks.measurement import Measurements
+from hesscurv.hooks.probe import Probe
+from hesscurv.hooks.quantities import QUANTITIES, choose_quantities
+from hesscurv.hooks.schedules import Schedule, dense_then_sparse
 from hesscurv.hooks.unchanged import unchanged_random_states
-from hesscurv.metrics import top_k_mask
-from hesscurv.operators.parameters import ParameterLayout, ParamSelection
+from hesscurv.operators.parameters import ParamSelection
 from hesscurv.operators.summed_operator import device_of
+
+_VERSION = 1
 
 
 class CurvatureMonitor:
-    """TODO."""
+    r"""Measures a model's top Hessian eigenspace, and what follows from it, in a training loop.
+
+    Call `step` after the optimizer's step. A run with a monitor has the same weights, buffers,
+    gradients, random numbers and losses, bit for bit, as one without: the model's code runs on
+    copies of weights and buffers, in eval mode by default, with autocast and inference mode off,
+    and random generators are put back. This holds also when a measurement fails, which is recorded,
+    warned of once, and survived. Forward hooks run in a measurement too, since they may compute.
+
+    Curvature is that of the mean loss on a fixed probe set, read once and kept, never of the batch
+    in training, whose noise would hide it. Each solve starts from the last eigenspace, so that a
+    refresh costs at most three products for each eigenpair.
+
+    A record is a flat dict of plain values. Always there: ``step``, ``status`` ("ok" or "failed",
+    then with ``error``), ``seconds``, ``num_matvecs``, ``fraction`` (of the time so far that was
+    spent in measurements), and after `notify` ``event``. The quantities, each on or off:
+
+    - "loss": ``loss``, on the probe set.
+    - "eigenvalues": ``eigenvalues`` (k, largest magnitude first), ``residuals``, and how many have
+      ``converged`` to `tol`.
+    - "sharpness": ``sharpness``, the largest signed one; with an optimizer ``learning_rate`` (the
+      largest of its groups), ``stable_rate``, up to which gradient descent is stable (2 /
+      sharpness, more with momentum), ``sharpness_ratio`` = sharpness x rate / 2.
+    - "gradient_share": ``gradient_share``, :math:`\|U^T g\|^2 / \|g\|^2` of the probe's gradient.
+    - "overlap": ``overlap`` of the mask of largest weights with the eigenspace,
+      ``overlap_chance``, ``overlap_chance_std`` and ``overlap_z_score``.
+    - "overlap_by_k": ``overlap_by_k``, of the j largest with the first j eigenvectors, by str(j).
+    - "overlap_by_parameter": by name, ``overlap_by_parameter`` (they sum to the overlap),
+      ``leverage_by_parameter`` (shares of the eigenspace, sum 1), ``mask_by_parameter`` (fraction
+      of each that the mask keeps).
+    - "space_overlap": ``space_overlap`` of the eigenspace with that of the last measurement,
+      ``space_overlap_first`` with the first one, and with `history` ``space_overlaps``, lists of
+      [earlier step, overlap].
+    - "mask_iou": the same for the mask by intersection over union, ``mask_iou``,
+      ``mask_iou_first``, ``mask_ious``.
+    - "trace": ``trace``, ``trace_standard_error`` and ``effective_rank``, that is
+      :math:`\operatorname{tr} H / |\lambda_1|`.
+    - "sparsity": ``sparsity``, the fraction of weights that are zero, and
+      ``sparsity_by_parameter``.
+
+    Presets: "cheap" is loss, eigenvalues, sharpness and gradient share; "overlap" adds overlap (by
+    parameter too), space overlap, mask IoU and sparsity; "full" is all.
+
+    On many ranks, where `torch.distributed` is initialised, each passes its own share of the probe
+    set, all call `step` with the same number after each step, and rank 0 logs.
+
+    Args:
+        model: The module that is trained; torch.compile and DDP wrappers are looked through.
+        task: A callable ``(model, batch) -> scalar mean loss`` such as `supervised(loss)`; without
+            batches a closure.
+        batches: The probe set: re-iterable batches, read here; None for a closure.
+        k: Number of eigenpairs; default 10.
+        quantities: A preset, or names; default "cheap".
+        schedule: Called with the step, returns whether to measure: `every`, `logarithmic`,
+            `dense_then_sparse` (default), or a function of yours, of the step alone.
+        optimizer: For the learning rate; default none is recorded.
+        loggers: Objects with ``log(record, step)``, such as `JSONLinesWriter`; a list.
+        max_fraction: The most time for measurements, as a share of the training time, which is the
+            time between calls; one that is due and would take more waits. None: no limit.
+        params: Which parameters, as for the operators; pruned ones stay selected.
+        curvature: "hessian" (default), "ggn" or "fisher".
+        samples: Take at most so many from the front of the batches; default all.
+        tol: Relative residual with which an eigenpair counts as converged; default 1e-2.
+        mask_size: Entries of the mask of largest weights, or as a float their fraction; default k.
+        trace_matvecs: Products for the trace; default 16.
+        history: Earlier spaces and masks to compare with, the latest, beside the last and the
+            first; default 16 with "full", else 0.
+        training: Mode during measurements: False (default) as in inference, True, None as found.
+        seed: Of random vectors, and of the order of a loader that shuffles.
+        clock: Returns seconds; default `time.perf_counter`.
+        **options: More arguments of the operator: compute_dtype, way, memory_budget, check,
+            process_group.
+
+    Attributes:
+        records: All records, a list of dicts.
+        pairs: The last `Eigenpairs`, on the CPU, in the dense model's parameter names; or None.
+        mask: The last mask (D,), bool, on the CPU; or None.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If one is out of range, or the probe set is empty.
+
+    Cost: with "cheap" a gradient over the probe set and, after the first time, k to 3 k products;
+    16 more with "trace". During a measurement some 4 k D floats on the device; between them the
+    probe set, and on the CPU k D floats for each space that is kept, half as much for earlier ones.
+
+    References:
+        Fernandez et al., TMLR 2025, arXiv 2504.14701, for overlap and crystallisation.
+        Cohen et al., ICLR 2021, for sharpness; Gur-Ari et al., arXiv 1812.04754, for the gradient.
+
+    Example:
+        >>> monitor = CurvatureMonitor(model, task, probe, schedule=every(100))
+        >>> for step, batch in enumerate(batches):
+        ...     ...
+        ...     optimizer.step()
+        ...     monitor.step(step)
+    """
 
     def __init__(
         self,
@@ -36,7 +133,7 @@ class CurvatureMonitor:
         k: int = 10,
         *,
         quantities: str | Iterable[str] = "cheap",
-        schedule: Schedule | None = None,
+        schedule: Schedule = dense_then_sparse(),  # noqa: B008, frozen
         optimizer: Any = None,
         loggers: Iterable[Logger] = (),
         max_fraction: float | None = None,
@@ -49,43 +146,76 @@ class CurvatureMonitor:
         history: int | None = None,
         training: bool | None = False,
         seed: int = 0,
-        clock: Callable[[], float] = CLOCK,
+        clock: Callable[[], float] = time.perf_counter,
         **options: Any,
     ) -> None:
-        self.model, self.task = model, task
-        self.quantities = q.choose_quantities(quantities)
-        self.k, self.mask_size, self.trace_matvecs = k, mask_size, trace_matvecs
-        self.schedule = every(100) if schedule is None else schedule
-        self.optimizer = optimizer
+        arguments.check_model(model, task, curvature, batches)
+        arguments.check_numbers(k=k, samples=samples, trace_matvecs=trace_matvecs, history=history)
+        arguments.check_tol(tol)
+        arguments.check_mask_size(mask_size)
+        arguments.check_callables(schedule=schedule, clock=clock)
+        arguments.check_optimizer(optimizer)
+        arguments.check_options(options)
+        if max_fraction is not None:
+            arguments.check_share("max_fraction", max_fraction, open_above=True)
+        self.quantities = choose_quantities(quantities)
+        self.model, self.task, self.schedule = model, task, schedule
         self.records: list[dict[str, Any]] = []
-        self.pairs: Eigenpairs | None = None
-        self.mask: Tensor | None = None
-        if history is None:
-            history = 16 if set(self.quantities) >= set(q.QUANTITIES) else 0
         self._loggers = Loggers(loggers)
         self._budget = Budget(max_fraction, clock)
-        self._spaces, self._masks = History(history), History(history)
-        self._probe = Probe(
-            model,
-            task,
-            batches,
-            params,
-            curvature=curvature,
-            samples=samples,
-            tol=tol,
-            seed=seed,
-            options={"training": training, **options},
+        if history is None:
+            history = _HISTORY if len(self.quantities) == len(QUANTITIES) else 0
+        with unchanged_random_states(device_of(model) or torch.device("cpu")):
+            self._probe = Probe(
+                model,
+                task,
+                batches,
+                params,
+                curvature=curvature,
+                samples=samples,
+                tol=tol,
+                seed=seed,
+                options={"training": training, **options},
+            )
+        self._measurements = Measurements(
+            self._probe,
+            self.quantities,
+            k,
+            mask_size=mask_size,
+            trace_matvecs=trace_matvecs,
+            history=history,
+            optimizer=optimizer,
         )
-        self._count = 0
-        self._last: int | None = None
-        self._ask_again: int | None = None
+        self._last: int | None = None  # the step that was measured last
+        self._ask_again: int | None = None  # the step at which one that is due is looked at again
         self._event: str | None = None
-        self._warned = False
+        self._has_warned = False
+
+    @property
+    def pairs(self) -> Eigenpairs | None:
+        """The last eigenpairs, on the CPU."""
+        return self._measurements.pairs
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The last mask of largest weights, (D,), bool, on the CPU."""
+        return self._measurements.mask
 
     # -- called from training -------------------------------------------------------------------
 
     def step(self, step: int) -> dict[str, Any] | None:
-        """Measure, if it is time to."""
+        """Measure if it is time to; call it after the optimizer's step.
+
+        Args:
+            step: The number of the step. Another call with the number of a step that has been
+                measured does nothing, as with accumulated gradients.
+
+        Returns:
+            The record of a measurement, or None.
+
+        Raises:
+            TypeError: If the step is no integer.
+        """
         step = operator.index(step)
         self._budget.enter()
         try:
@@ -94,18 +224,34 @@ class CurvatureMonitor:
             self._budget.leave()
 
     def due(self, step: int) -> bool:
-        """Return whether to measure after this step."""
+        """Return whether to measure after this step: the schedule says so, and there is time.
+
+        On many ranks what rank 0 says, to be called on all.
+        """
         if step == self._last:
             return False
-        waiting = self._ask_again is not None and step >= self._ask_again
-        if not waiting and not (self._ask_again is None and self.schedule(step)):
+        if self._ask_again is None and not self.schedule(step):
             return False
-        wait = self._decide()
+        if self._ask_again is not None and step < self._ask_again:
+            return False
+        wait, ranks = self._budget.wait(), self._probe.ranks
+        if ranks.size > 1 and self._budget.max_fraction is not None:
+            wait = int(ranks.broadcast_(torch.tensor(wait, device="cpu")))
         self._ask_again = step + wait if wait else None
         return not wait
 
     def measure(self, step: int) -> dict[str, Any]:
-        """Measure now, whatever schedule and budget say."""
+        """Measure now, whatever schedule and budget say; on many ranks all call it.
+
+        Args:
+            step: The number of the step.
+
+        Returns:
+            The record.
+
+        Raises:
+            TypeError: If the step is no integer.
+        """
         step = operator.index(step)
         self._budget.enter()
         try:
@@ -114,32 +260,74 @@ class CurvatureMonitor:
             self._budget.leave()
 
     def notify(self, event: str) -> None:
-        """Say that the model was changed from outside."""
-        self._event = event
+        """Say that the model was changed from outside: the next record has ``event``.
+
+        Where parameters were pruned, renamed or replaced, this is seen without it.
+
+        Args:
+            event: A word for it, such as "pruned".
+        """
+        self._event = str(event)
         self._probe.forget()
 
     def notify_pruned(self) -> None:
-        """Say that weights of the model were pruned."""
+        """Say that weights of the model were pruned: the next record has ``event`` "pruned"."""
         self.notify("pruned")
 
     def report(self, path: str | os.PathLike[str], **options: Any) -> Any:
-        """Write a page about the records."""
-        from hesscurv.hooks.report import write_report  # type: ignore[import-not-found]
+        """Write the records as a page with figures; see `hesscurv.hooks.report.write_report`.
+
+        Args:
+            path: The file, such as "run.html".
+            **options: Further arguments of `write_report`.
+        """
+        from hesscurv.hooks.report import write_report  # type: ignore[import-not-found,unused-ignore]
 
         return write_report(self.records, path, **options)
 
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next measurement starts from, and all records.
+
+        Of tensors and plain values, so that ``torch.load(weights_only=True)`` reads it. The probe
+        set is not in it: the resumed monitor is given the same batches.
+        """
+        return {
+            "version": _VERSION,
+            "records": [dict(record) for record in self.records],
+            "measurements": self._measurements.state_dict(),
+            "budget": self._budget.state_dict(),
+            "last": self._last,
+            "ask_again": self._ask_again,
+            "event": self._event,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        The time since then counts neither as training nor as measuring.
+
+        Raises:
+            ValueError: If it is no state of a monitor, or of another version; nothing is changed.
+        """
+        version = state.get("version") if isinstance(state, dict) else None
+        if version != _VERSION or not {"records", "measurements", "budget"} <= set(state):
+            raise ValueError(
+                f"expected the state dict of a CurvatureMonitor, version {_VERSION}, got "
+                f"{f'version {version}' if version else type(state).__name__}"
+            )
+        self._measurements.load_state_dict(state["measurements"])
+        self._budget.load_state_dict(state["budget"])
+        self.records[:] = [dict(record) for record in state["records"]]
+        self._last, self._ask_again = state["last"], state["ask_again"]
+        self._event = state["event"]
+
     # -- measuring ------------------------------------------------------------------------------
 
-    def _decide(self) -> int:
-        """Return in how many steps to ask again, 0 for now: rank 0's word."""
-        ranks = self._probe.ranks
-        if self._budget.max_fraction is None or ranks.size == 1:
-            return self._budget.wait()
-        return int(ranks.broadcast_(torch.tensor(self._budget.wait(), device="cpu")))
-
     def _measure(self, step: int) -> dict[str, Any]:
-        device = device_of(self._probe.model) or torch.device("cpu")
-        _synchronize(device)
+        device = device_of(self.model) or torch.device("cpu")
+        _synchronize(device)  # the steps before are not the measurement's
         start = self._budget.clock()
         record: dict[str, Any] = {"step": step, "status": "ok"}
         messages: list[str] = []
@@ -151,107 +339,39 @@ class CurvatureMonitor:
                 torch.no_grad(),
                 torch.autocast(device.type, enabled=False),
             ):
-                record |= self._quantities(step)
+                record |= self._measurements.take(step)
         except Exception as error:
-            record |= {"status": "failed", "error": f"{type(error).__name__}: {error}"}
-            messages += self._failed(step, error)
-        record["num_matvecs"] = self._probe.end()
+            text = f"{type(error).__name__}: {error}"
+            record |= {"status": "failed", "error": text}
+            messages += self._failed(step, error, text)
+        finally:
+            record["num_matvecs"] = self._probe.end()
+        if record["status"] == "failed":
+            self._probe.forget()
         _synchronize(device)
         record["seconds"] = self._budget.clock() - start
         record["fraction"] = self._budget.fraction(record["seconds"])
         if self._event is not None:
             record["event"], self._event = self._event, None
         self.records.append(record)
-        self._count += 1
         self._last, self._ask_again = step, None
         if self._probe.ranks.rank == 0:
             messages += self._loggers.log(record, step)
-        self._budget.measured(self._budget.clock() - start, record["seconds"])
+        self._budget.measured(self._budget.clock() - start)
         warn(messages)
         return record
 
-    def _quantities(self, step: int) -> dict[str, Any]:
-        probe, wanted = self._probe, set(self.quantities)
-        out: dict[str, Any] = {}
-        gradient = pairs = None
-        trace: tuple[float, float] | None = None
-        if wanted & q.NEED_GRADIENT:
-            loss, gradient = probe.loss_and_gradient()
-            if "loss" in wanted:
-                out["loss"] = loss
-        if wanted & q.NEED_PAIRS:
-            last = self._spaces.last
-            pairs = probe.solve(
-                self.k,
-                self._count,
-                None if last is None else last.rows,
-                None if last is None else last.layout,
-            )
-            if "trace" in wanted:
-                trace = probe.trace(pairs, self.trace_matvecs, self._count)
-        weights, kept, layout = probe.weights()
-        with probe.ranks.together("the quantities of a measurement"):
-            return out | self._local(step, pairs, gradient, trace, weights, kept, layout)
-
-    def _local(
-        self,
-        step: int,
-        pairs: Eigenpairs | None,
-        gradient: Tensor | None,
-        trace: tuple[float, float] | None,
-        weights: Tensor,
-        kept: Tensor,
-        layout: ParameterLayout,
-    ) -> dict[str, Any]:
-        """Return what is computed without a word to other ranks, and keep it once all is done."""
-        wanted, mask = set(self.quantities), None
-        out: dict[str, Any] = {}
-        magnitudes = weights.abs()
-        if wanted & q.NEED_MASK:
-            mask = top_k_mask(magnitudes, self._mask_entries(len(magnitudes)))
-        if pairs is not None:
-            if "eigenvalues" in wanted:
-                out |= q.spectrum(pairs)
-            if "sharpness" in wanted:
-                out |= q.sharpness(pairs, self.optimizer)
-            if "gradient_share" in wanted and gradient is not None:
-                out |= q.gradient_share(pairs, gradient)
-            if "overlap" in wanted and mask is not None:
-                out |= q.mask_overlap(mask, pairs)
-            if "overlap_by_parameter" in wanted and mask is not None:
-                out |= q.overlaps_by_parameter(mask, pairs, layout)
-            if "overlap_by_k" in wanted:
-                out |= q.overlaps_by_k(magnitudes, pairs)
-            if "space_overlap" in wanted:
-                out |= q.space_overlaps(self._spaces, pairs, layout)
-        if trace is not None and pairs is not None:
-            out["trace"], out["trace_standard_error"] = trace
-            out["effective_rank"] = trace[0] / float(pairs.eigenvalues[0].abs())
-        if "mask_iou" in wanted and mask is not None:
-            out |= q.mask_overlaps(self._masks, mask, layout)
-        if "sparsity" in wanted:
-            out |= q.sparsities(weights == 0, layout)
-        if pairs is not None:
-            self._spaces.add(step, layout, pairs.eigenvectors)
-            self.pairs = pairs.to("cpu")
-        if mask is not None:
-            self._masks.add(step, layout, mask)
-            self.mask = self._masks.last.rows if self._masks.last else None
-        return out
-
-    def _mask_entries(self, dim: int) -> int:
-        size = self.k if self.mask_size is None else self.mask_size
-        return max(1, min(dim, math.floor(size * dim) if isinstance(size, float) else size))
-
-    def _failed(self, step: int, error: Exception) -> list[str]:
-        self._probe.ranks.announce(error) if not is_known(error) else None
-        self._probe.forget()
-        if self._warned:
+    def _failed(self, step: int, error: Exception, text: str) -> list[str]:
+        """Tell the other ranks; return what to warn of, the first time."""
+        ranks = self._probe.ranks
+        if ranks.size > 1 and not is_known(error):
+            ranks.announce(error)
+        if self._has_warned:
             return []
-        self._warned = True
+        self._has_warned = True
         return [
-            f"the measurement at step {step} failed with {type(error).__name__}: {error}; training "
-            "goes on, the record says status='failed', and further failures are not warned of"
+            f"the measurement at step {step} failed with {text}; training goes on, its record has "
+            "status='failed', and the next ones that fail are not warned of"
         ]
 
 
@@ -260,4 +380,4 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-_ = OPERATORS
+_HISTORY = 16

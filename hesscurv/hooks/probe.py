@@ -98,27 +98,26 @@ class Probe:
             found = {n: found[n] for n, d in zip(found, dense, strict=True) if d in self._wanted}
         return select_parameters(self.model, list(found) or None)
 
-    def weights(self) -> tuple[Tensor, Tensor, ParameterLayout]:
-        """Return the present weights, where pruning has them masked, and the dense layout.
+    def weights(self) -> tuple[Tensor, ParameterLayout]:
+        """Return the present weights (D,), zero where they are pruned, and the dense layout.
 
-        Returns:
-            The weights (D,), zero where a mask is; True where they are kept (D,); the layout. On
-            many ranks the same on all, which all call it where parameters are sharded.
+        On many ranks the same on all, which all call it: sharded parameters are gathered.
         """
-        buffers = dict(unwrap(self.model).named_buffers())
-        selected = self.selected()
-        values, kept = [], []
+        selected, values = self.selected(), []
         for name, p in selected.items():
-            value = whole(p.detach()).flatten()
-            mask = buffers.get(name.removesuffix("_orig") + "_mask")
-            if name.endswith("_orig") and mask is not None:
-                flags = whole(mask).flatten() != 0
-                value = value * flags
-            else:
-                flags = torch.ones_like(value, dtype=torch.bool)
+            value, mask = whole(p.detach()), self._mask_of(name)
+            value = (value if mask is None else value * mask).flatten()
             values.append(value.to(torch.promote_types(value.dtype, torch.float32)))
-            kept.append(flags)
-        return torch.cat(values), torch.cat(kept), dense_layout(layout_of(selected))
+        return torch.cat(values), dense_layout(layout_of(selected))
+
+    def _mask_of(self, name: str) -> Tensor | None:
+        """Return the mask that torch.nn.utils.prune has for a parameter of this name, if any."""
+        path, _, own = name.rpartition(".")
+        if not own.endswith("_orig"):
+            return None
+        module = unwrap(self.model).get_submodule(path)
+        mask = module._buffers.get(own.removesuffix("_orig") + "_mask")
+        return None if mask is None else whole(mask)
 
     @property
     def operator(self) -> CurvatureOperator:
@@ -202,15 +201,17 @@ class Probe:
         self._operator = None
 
     def _start(self, initial: Tensor, source: ParameterLayout) -> Tensor | None:
-        """Return vectors to start from, zero where weights are new or pruned."""
-        _, kept, layout = self.weights()
+        """Return vectors to start from, over the present parameters: zero where pruned or new."""
+        selected, H = self.selected(), self.operator
+        masks = [self._mask_of(name) for name in selected]
         with self.ranks.together("carrying the eigenspace over"):
-            start = carry_over(initial, source, layout, partly=True)
+            start = carry_over(initial, source, dense_layout(layout_of(selected)), partly=True)
             if start is None:
                 return None
-            start = start.to(self.operator.device, self.operator.dtype)
-            if not bool(kept.all()):
-                start = start * kept[:, None]
+            start = start.to(H.device, H.dtype, copy=any(m is not None for m in masks))
+            for part, mask in zip(H.layout.slices().values(), masks, strict=True):
+                if mask is not None:
+                    start[part] *= mask.reshape(-1, 1).to(start)
             return start if bool(start.any()) else None
 
 

@@ -103,6 +103,18 @@ def gradient_share(pairs: Eigenpairs, gradient_D: Tensor) -> dict[str, Any]:
     return {"gradient_share": float(inside.double().square().sum())}
 
 
+def trace_and_rank(pairs: Eigenpairs, value: float, error: float) -> dict[str, Any]:
+    r"""Return the trace with its standard error, and the effective rank.
+
+    That is :math:`\operatorname{tr} H / |\lambda_1|`, the intrinsic dimension of a positive
+    semi-definite matrix (Tropp, "An introduction to matrix concentration inequalities", 2015,
+    definition 7.1.1). Negative eigenvalues lower it.
+    """
+    out = {"trace": value, "trace_standard_error": error}
+    largest = float(pairs.eigenvalues[0].abs())
+    return out | ({"effective_rank": value / largest} if largest > 0 else {})
+
+
 def mask_overlap(mask_D: Tensor, pairs: Eigenpairs) -> dict[str, Any]:
     """Return the overlap of the magnitude mask with the eigenspace, and what chance gives."""
     value = overlap(mask_D, pairs)
