@@ -4,7 +4,8 @@ Each module adapts one library. Only torch-pruning, which hesscurv depends on, i
 others import theirs when they are used, so that importing this package needs none of them.
 """
 
+from hesscurv.integrations.channel_compensation import compensate_channels_
 from hesscurv.integrations.channel_costs import macs_per_entry
 from hesscurv.integrations.pruning_importance import EigenspaceImportance, FisherImportance
 
-__all__ = ["EigenspaceImportance", "FisherImportance", "macs_per_entry"]
+__all__ = ["EigenspaceImportance", "FisherImportance", "compensate_channels_", "macs_per_entry"]

@@ -36,7 +36,7 @@ _AXES: dict[Any, tuple[tuple[str, int], ...]] = {
     tp.function.prune_prelu_out_channels: (("weight", 0),),
     tp.function.prune_embedding_out_channels: (("weight", 1),),
 }
-_READERS = (tp.function.prune_conv_in_channels, tp.function.prune_linear_in_channels)
+READERS = (tp.function.prune_conv_in_channels, tp.function.prune_linear_in_channels)
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,7 +119,7 @@ def read_group(group: Any, names: Mapping[int, str], readers_only: bool = False)
     found = GroupChannels(root.dep.target.name, len(root.idxs))
     items = list(group)
     if readers_only:
-        items = [item for item in items if item.dep.handler in _READERS] or items
+        items = [item for item in items if item.dep.handler in READERS] or items
     for item in items:
         # Where torch-pruning does not say the channel (grouped-query attention), it leaves the
         # layer out of its own importances as well.

@@ -41,6 +41,8 @@ def input_covariances(
     samples: Iterable[WeighedBatch],
     weights: Mapping[str, Weight],
     largest: int,
+    *,
+    constant: bool = False,
 ) -> dict[str, Tensor]:
     """Return the covariances of layers' inputs at some parameters, in blocks of limited size.
 
@@ -50,6 +52,8 @@ def input_covariances(
         samples: Batches on the device, from `weigh`.
         weights: The weights by name, each with `has_covariance`.
         largest: The most coordinates of one block.
+        constant: Whether to count a last input that is always 1, for the layer's intercept: its row
+            holds the sums of the others, and how many places a sample has.
 
     Returns:
         By name shape (c, i/c, i/c), not centred: c blocks of neighbouring inputs, of equal size.
@@ -66,6 +70,8 @@ def input_covariances(
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = args[0] if args else kwargs["input"]
             rows = _unfolded(module, given.detach())
+            if constant:
+                rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
             c = num_blocks(rows.shape[1], largest)
             rows_cri = rows.view(len(rows), c, -1).transpose(0, 1)
             product = (rows_cri.mT @ rows_cri).mul_(weight)
