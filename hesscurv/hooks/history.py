@@ -46,7 +46,7 @@ class Earlier:
 class History:
     """The first measured value of a kind, the last one, and some between.
 
-    Bases other than the last are kept in float16: its rounding changes an overlap by some 1e-7.
+    Bases other than the last are kept in float16: its rounding changes an overlap by some 1e-5 at most.
 
     Args:
         most: How many earlier ones to keep, the latest, beside the first and the last.

@@ -79,7 +79,8 @@ class CurvatureMonitor:
             batches a closure.
         batches: The probe set: re-iterable batches, read here; None for a closure.
         k: Number of eigenpairs; default 10.
-        quantities: A preset, or names; default "cheap".
+        quantities: A preset or a quantity, or several of either, default "cheap"; "overlap" by
+            itself is the preset, ("overlap",) the quantity.
         schedule: Called with the step, returns whether to measure: `every`, `logarithmic`,
             `dense_then_sparse` (default), or a function of yours, of the step alone.
         optimizer: For the learning rate; default none is recorded.
@@ -90,6 +91,8 @@ class CurvatureMonitor:
         curvature: "hessian" (default), "ggn" or "fisher".
         samples: Take at most so many from the front of the batches; default all.
         tol: Relative residual with which an eigenpair counts as converged; default 1e-2.
+        max_matvecs: The most products of a refresh; default 3 k. Pairs that have not converged by
+            then are recorded as they are.
         mask_size: Entries of the mask of largest weights, or as a float their fraction; default k.
         trace_matvecs: Products for the trace; default 16.
         history: Earlier spaces and masks to compare with, the latest, beside the last and the
@@ -141,6 +144,7 @@ class CurvatureMonitor:
         curvature: str = "hessian",
         samples: int | None = None,
         tol: float = 1e-2,
+        max_matvecs: int | None = None,
         mask_size: int | float | None = None,
         trace_matvecs: int = 16,
         history: int | None = None,
@@ -150,7 +154,13 @@ class CurvatureMonitor:
         **options: Any,
     ) -> None:
         arguments.check_model(model, task, curvature, batches)
-        arguments.check_numbers(k=k, samples=samples, trace_matvecs=trace_matvecs, history=history)
+        arguments.check_numbers(
+            k=k,
+            samples=samples,
+            max_matvecs=max_matvecs,
+            trace_matvecs=trace_matvecs,
+            history=history,
+        )
         arguments.check_tol(tol)
         arguments.check_mask_size(mask_size)
         arguments.check_callables(schedule=schedule, clock=clock)
@@ -174,6 +184,7 @@ class CurvatureMonitor:
                 curvature=curvature,
                 samples=samples,
                 tol=tol,
+                max_matvecs=max_matvecs,
                 seed=seed,
                 options={"training": training, **options},
             )

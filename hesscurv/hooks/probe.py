@@ -51,6 +51,8 @@ class Probe:
         curvature: "hessian", "ggn" or "fisher".
         samples: At most so many samples, from the front of the batches; None takes all.
         tol: Of the eigenpairs, relative to the eigenvalue.
+        max_matvecs: The most products of a solve that starts from an earlier one; None: three for
+            each pair.
         seed: Of random vectors, and of the order of a loader that shuffles.
         options: Further arguments of the operator.
 
@@ -68,10 +70,11 @@ class Probe:
         curvature: str,
         samples: int | None,
         tol: float,
+        max_matvecs: int | None,
         seed: int,
         options: dict[str, Any],
     ) -> None:
-        self.model, self.task = model, task
+        self.model, self.task, self.max_matvecs = model, task, max_matvecs
         self._kind = OPERATORS[curvature]
         self.tol, self.seed, self.options = tol, seed, options
         selected = select_parameters(model, params)
@@ -155,7 +158,8 @@ class Probe:
         block = min(count, max(4, min(16, count // 4)))
         options: dict[str, Any] = {}
         if initial is not None:
-            options = {"max_matvecs": 3 * count, "verify": False, "initial": initial}
+            most = max(count, self.max_matvecs or 3 * count)
+            options = {"max_matvecs": most, "verify": False, "initial": initial}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the record says so
             pairs = eigsh(

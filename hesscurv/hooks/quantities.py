@@ -39,7 +39,7 @@ def choose_quantities(quantities: str | Iterable[str]) -> tuple[str, ...]:
     """Return quantities by name, in the order of `QUANTITIES`.
 
     Args:
-        quantities: A preset, a quantity, or several of either.
+        quantities: A preset or a quantity; or several of either, where "overlap" is the quantity.
 
     Raises:
         TypeError: If it is no text, nor texts.
@@ -55,7 +55,8 @@ def choose_quantities(quantities: str | Iterable[str]) -> tuple[str, ...]:
                 f"expected quantities among {list(QUANTITIES)} or a preset of {list(PRESETS)}, got "
                 f"{name!r}"
             )
-        chosen |= set(PRESETS.get(name, (name,)))
+        is_preset = name in PRESETS and (names == [quantities] or name not in QUANTITIES)
+        chosen |= set(PRESETS[name]) if is_preset else {name}
     if not chosen:
         raise ValueError(f"expected at least one quantity of {list(QUANTITIES)}, got none")
     return tuple(name for name in QUANTITIES if name in chosen)
