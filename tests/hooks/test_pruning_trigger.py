@@ -178,7 +178,7 @@ def test_optimizer_and_monitor_go_on_with_the_pruned_model():
     for name, mask in masks_of(model).items():
         assert torch.equal(mask, masks[name])
     # The curvature of what is pruned is zero: no eigenvector has a part in it.
-    rows = monitor.pairs.layout.split(monitor.pairs.eigenvectors)["0.weight_orig"]
+    rows = monitor.pairs.layout.split(monitor.pairs.eigenvectors)["0.weight"]
     assert bool((rows[~masks["0.weight"]].abs() < 1e-5).all())
 
 
