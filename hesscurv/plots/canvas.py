@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -71,10 +72,28 @@ def legend(ax: Any, **options: Any) -> None:
         ax.legend(fontsize=SMALL, handlelength=1.6, framealpha=0.75, edgecolor="none", **options)
 
 
-def step_axis(ax: Any) -> None:
-    """Name the x axis for training steps, with whole numbers that stay short."""
+def legend_above(ax: Any) -> None:
+    """Draw the legend at the top left, with the upper limit raised so that no data is below it."""
+    rows = len(ax.get_legend_handles_labels()[1])
+    height = ax.get_window_extent().height / ax.figure.dpi
+    share = min(0.5, (0.19 * rows + 0.1) / height)  # 9 points and their spacing are 0.19 inches
+    low, high = ax.get_ylim()
+    to, back = (math.log, math.exp) if ax.get_yscale() == "log" else (float, float)
+    ax.set_ylim(low, back(to(low) + (to(high) - to(low)) / (1 - share)))
+    legend(ax, loc="upper left")
+
+
+def step_axis(ax: Any, steps: list[int]) -> None:
+    """Name the x axis for training steps, with whole numbers that stay short.
+
+    Where the measurements get sparse as a logarithmic schedule's do, so that half of them would
+    stand in the first tenth, the scale is logarithmic, down to the first step after 0.
+    """
     matplotlib = matplotlib_parts()
     ax.set_xlabel("training step")
+    steps = sorted(steps)
+    if len(steps) >= 6 and 0 <= steps[0] and steps[len(steps) // 2] < 0.1 * steps[-1]:
+        ax.set_xscale("symlog", linthresh=next(step for step in steps if step > 0))
     if ax.get_xscale() == "linear":
         ax.xaxis.set_major_locator(
             matplotlib.ticker.MaxNLocator(

@@ -66,7 +66,7 @@ def by_step(records: Iterable[Record], quantity: str, ax: Any = None, *, label: 
         )
     canvas.mark_events(ax, as_records(records))
     ax.set_ylabel(name_of(quantity))
-    canvas.step_axis(ax)
+    canvas.step_axis(ax, found.steps)
     canvas.grid(ax)
     canvas.legend(ax)
     return ax
@@ -117,20 +117,16 @@ def sharpness(records: Iterable[Record], ax: Any = None) -> Any:
     canvas.mark_events(ax, as_records(records))
     heights = [v for v in (*found.values, *edges, *own) if math.isfinite(v)]
     low, high = min(heights), max(heights)
-    where = {}
-    if low > 0:
-        # Above the curves there is room for the legend.
-        where = {"loc": "upper left"}
-        if high > 30 * low:
-            ax.set_yscale("log")
-            ax.set_ylim(low / 1.3, high * (high / low) ** 0.35)
-        else:
-            ax.set_ylim(0, 1.35 * high)
+    if low > 0 and high > 30 * low:
+        ax.set_yscale("log")
+        ax.set_ylim(low / 1.5, 1.2 * high)
+    elif low > 0:
+        ax.set_ylim(0, 1.02 * high)
     ax.set_ylabel("curvature")
     canvas.title(ax, "Sharpness and the edge of stability")
-    canvas.step_axis(ax)
+    canvas.step_axis(ax, found.steps)
     canvas.grid(ax)
-    canvas.legend(ax, **where)
+    canvas.legend_above(ax)
     return ax
 
 

@@ -133,9 +133,9 @@ def overlap_by_step(records: Iterable[Record], ax: Any = None, *, label: str = "
     ax.set(ylabel="overlap", ylim=(0, None))
     canvas.mark_events(ax, as_records(records))
     canvas.title(ax, "Largest weights and top eigenspace")
-    canvas.step_axis(ax)
+    canvas.step_axis(ax, found.steps)
     canvas.grid(ax)
-    canvas.legend(ax)
+    canvas.legend_above(ax)
     return ax
 
 
@@ -155,4 +155,5 @@ def _colors(count: int, again: int) -> list[Any]:
         one_by_one = (canvas.BLUE, canvas.RED, canvas.GREEN, canvas.PURPLE, canvas.ORANGE)
         return [one_by_one[max(0, again - 1) % len(one_by_one)]]
     scale = canvas.matplotlib_parts().colormaps[canvas.SEQUENTIAL]
-    return [scale(0.88 * i / (count - 1)) for i in range(count)]  # its yellow end is too light
+    # Its ends are lost on dark and on white paper.
+    return [scale(0.2 + 0.7 * i / (count - 1)) for i in range(count)]

@@ -119,7 +119,7 @@ def by_parameter(
     label = quantity.replace("_", " ") if label is None else label
     if len(found) == 1:
         ax = _bars({n: number(v) for n, v in found[0][quantity].items()}, label, ax, limits=limits)
-        canvas.title(ax, f"{label}, step {found[0]['step']:,}")
+        canvas.title(ax, f"{_capital(label)}, step {found[0]['step']:,}")
         return ax
     names = list(dict.fromkeys(name for record in found for name in record[quantity]))
     columns = [r for r in as_records(records) if failed(r) or r.get(quantity)]
@@ -127,7 +127,7 @@ def by_parameter(
         [math.nan if failed(r) else number(r[quantity].get(name)) for r in columns]
         for name in names
     ]
-    ax = canvas.axes_or_new(ax, (_width(len(columns)), _height(len(names))))
+    ax = canvas.axes_or_new(ax, (_width(names, len(columns)), _height(len(names))))
     low, high = limits or (min(0.0, _finite(rows, min)), _finite(rows, max))
     scale = canvas.matplotlib_parts().colormaps[canvas.SEQUENTIAL].with_extremes(bad=canvas.MISSING)
     image = ax.imshow(rows, cmap=scale, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
@@ -139,7 +139,7 @@ def by_parameter(
         if _inches(ax, "width") / len(columns) < 0.14:
             break  # no room: grey alone
         ax.text(column, (len(names) - 1) / 2, "failed", color="black", fontsize=8, **place)
-    canvas.title(ax, label)
+    canvas.title(ax, _capital(label))
     return ax
 
 
@@ -184,7 +184,7 @@ def _bars(
     """Draw horizontal bars, the first name on top, with marks across them."""
     if not values:
         raise ValueError("expected a number for at least one parameter, got an empty dict")
-    ax = canvas.axes_or_new(ax, (6.0, _height(len(values))))
+    ax = canvas.axes_or_new(ax, (_width(values, 13), _height(len(values))))
     places = range(len(values))
     ax.barh(places, list(values.values()), height=0.7, color=canvas.BLUE)
     if marks:
@@ -215,12 +215,17 @@ def _inches(ax: Any, side: str) -> float:
     return float(getattr(ax.get_window_extent(), side) / ax.figure.dpi)
 
 
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
 def _height(rows: int) -> float:
     return min(_TALLEST, max(2.6, 1.1 + _ROW * rows))
 
 
-def _width(columns: int) -> float:
-    return min(10.0, max(6.0, 4.0 + 0.25 * columns))
+def _width(names: Iterable[str], columns: int) -> float:
+    longest = max(map(len, shorten(names)))
+    return min(10.0, max(4.8, 1.5 + 0.07 * longest + 0.18 * columns))
 
 
 def _finite(rows: list[list[float]], choose: Any) -> float:

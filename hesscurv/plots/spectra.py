@@ -130,13 +130,13 @@ def eigenvalues(records: Iterable[Record], ax: Any = None) -> Any:
         if residuals:
             floor.append((record["step"], max(residuals)))
     bottom = _draw_floor(ax, floor, min(heights)) if floor else min(heights)
-    ax.set_ylim(min(bottom, min(heights)) / 1.6, 1.8 * max(heights))
+    ax.set_ylim(min(bottom, min(heights)) / 1.6, 1.3 * max(heights))
     canvas.mark_events(ax, as_records(records))
     ax.set_ylabel("|eigenvalue|")
     canvas.title(ax, "Eigenvalues while training")
-    canvas.step_axis(ax)
+    canvas.step_axis(ax, [record["step"] for record in found])
     canvas.grid(ax)
-    canvas.legend(ax)
+    canvas.legend_above(ax)
     return ax
 
 
