@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import itertools
 import json
 import os
 import signal
@@ -14,10 +15,14 @@ from pathlib import Path
 import pytest
 import torch
 
+import hesscurv
+from hesscurv.hooks import CurvatureMonitor
+
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 FOLDER, BENCHMARKS = EXAMPLES / "reproduce", EXAMPLES / "benchmarks"
 RESULTS = BENCHMARKS / "results.jsonl"
 SCRIPTS = {"cifar10_3c3d": [0, 3], "resnet18": [2], "gpt2": [3]}  # steps of --quick
+FIGURES = ["mlp_crystallisation", "mlp_metrics", "mlp_overlap", "cifar10_monitor", "beyond"]
 
 
 @pytest.fixture
@@ -114,6 +119,70 @@ def test_every_epoch_takes_every_sample_at_most_once(load):
     assert all(torch.equal(a, b) for a, b in zip(batches, again, strict=True))
 
 
+# -- the paper's figures ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small():
+    """A net, its task and data, its eigenpairs, and the mask of its largest parameters."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh(), torch.nn.Linear(2, 2))
+    net.double()
+    task = hesscurv.supervised(torch.nn.CrossEntropyLoss())
+    batches = [(torch.randn(20, 3, dtype=torch.float64), torch.randint(2, (20,)))]
+    pairs = hesscurv.eigsh(hesscurv.HessianOperator(net, task, batches), 4)
+    return net, task, batches, pairs, hesscurv.magnitude_mask(net, 4)
+
+
+def test_chance_by_layer_is_the_mean_over_all_masks_with_as_many_entries_of_each(load, small):
+    _, _, _, pairs, mask = small
+    parts = pairs.layout.slices().values()
+    choices = [
+        list(itertools.combinations(range(part.start, part.stop), int(mask[part].sum())))
+        for part in parts
+    ]
+    overlaps = []
+    for kept in itertools.product(*choices):
+        other = torch.zeros_like(mask)
+        other[list(itertools.chain(*kept))] = True
+        overlaps.append(hesscurv.overlap(other, pairs))
+    assert len(overlaps) > 10
+    expected = sum(overlaps) / len(overlaps)
+    assert load("mlp").chance_by_layer(mask, pairs) == pytest.approx(expected, rel=1e-10)
+
+
+def test_a_record_gives_the_chance_by_layer_too(load, small, monkeypatch):
+    net, task, batches, *_ = small
+    script = load("cifar10_monitor")
+    monkeypatch.setattr(script, "SIZE", sum(p.numel() for p in net.parameters()))
+    monitor = CurvatureMonitor(net, task, batches, k=4, quantities="overlap")
+    record = monitor.measure(0)
+    expected = load("mlp").chance_by_layer(monitor.mask, monitor.pairs) / record["overlap_chance"]
+    # The record's fractions are of the same masks and shares: equal but for rounding to float32.
+    assert script.derived(record)["layers"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_nets_of_a_comparison_are_kept_and_found_for_the_same_settings_alone(load, tmp_path):
+    beyond = load("beyond")
+    options = argparse.Namespace(data=None, fixed=3, rows=tmp_path / "rows.jsonl")
+    case = beyond.Case(seed=0, width=10)
+    row = {**vars(case), "data": "scikit-learn's digits", "fixed": 3, "moment": "start"}
+    options.rows.write_text(json.dumps(row) + "\n")
+    assert beyond.found(case, options) == [row]
+    assert beyond.found(beyond.Case(seed=1, width=10), options) == []
+    options.fixed = 4
+    assert beyond.found(case, options) == []
+
+
+def test_nets_that_serve_several_parts_are_trained_once(load):
+    beyond = load("beyond")
+    options = argparse.Namespace(seeds=[0, 1], widths=[10, 20], parts=list(beyond.PARTS))
+    cases = beyond.cases(options)
+    assert len(cases) == len(set(cases)) == 2 * 3  # two widths, and AdamW
+    options.parts = ["optimizers"]
+    assert {case.optimizer for case in beyond.cases(options)} == {"SGD", "AdamW"}
+
+
 # -- resuming -----------------------------------------------------------------------------------
 
 
@@ -180,6 +249,20 @@ def test_missing_data_is_said_before_any_work(tmp_path):
         assert missing in message
         assert "Traceback" not in message
     assert not work.exists()
+    for name, missing in [
+        ("cifar10_monitor", "data_batch_1"),
+        ("mlp_overlap", "train-images-idx3-ubyte"),
+    ]:
+        message = run(name, "--quick", "--data", tmp_path, cwd=tmp_path, fails=True)
+        assert missing in message
+        assert "Traceback" not in message
+
+
+def test_a_figure_that_cannot_be_written_is_said_before_any_work(tmp_path):
+    where = tmp_path / "none" / "figure.png"
+    message = run("mlp_metrics", "--figure", where, cwd=tmp_path, fails=True)
+    assert "--figure: there is no folder" in message
+    assert "Traceback" not in message
 
 
 # -- the scripts --------------------------------------------------------------------------------
@@ -206,6 +289,28 @@ def test_a_script_runs_and_finds_its_work_done(name, tmp_path):
     second = run(name, "--quick", "--folder", work, cwd=cwd)
     assert second.count("done before") == len(SCRIPTS[name])
     assert contents(work) == before
+    assert list(cwd.iterdir()) == []
+    assert (RESULTS.read_bytes() if RESULTS.exists() else None) == kept
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_a_figure_is_drawn_and_its_table_printed(name, tmp_path):
+    kept = RESULTS.read_bytes() if RESULTS.exists() else None
+    cwd = tmp_path / "cwd"
+    cwd.mkdir()
+    options = ("--quick", "--figure", tmp_path / "figure.png")
+    options += ("--rows", tmp_path / "rows") if name == "beyond" else ()
+    out = run(name, *options, cwd=cwd)
+    verdicts = [line for line in out.splitlines() if line.startswith(("PASS", "MISS", "n/a"))]
+    assert len(verdicts) >= 2
+    assert not any(line.startswith("MISS") for line in verdicts)
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    if name == "beyond":
+        again = run(name, *options, cwd=cwd)
+        assert "seed 0, start" in out
+        assert "seed 0, start" not in again
+        assert out.partition("widths: ")[2] == again.partition("widths: ")[2]
     assert list(cwd.iterdir()) == []
     assert (RESULTS.read_bytes() if RESULTS.exists() else None) == kept
 

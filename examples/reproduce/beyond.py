@@ -14,17 +14,19 @@ kind, data and k/D as well. Here its MLP, all else equal, with three seeds:
                 of three after as many steps
 
 Each is measured at the start, at equal training loss, and after equally many steps, in times of
-chance: at the fixed share k/D = .01 (.05 too, as in the paper, where the width is 20), and at the k
-that this is for the narrowest net. "Layers" is what random masks reach that keep as many entries of
-each weight matrix and bias, in times of chance, and "within" the overlap in times of that: their
-product is the overlap in times of chance.
+chance: at the fixed share k/D = .01, and at the k that this is for the narrowest net. "Layers" is
+what random masks reach that keep as many entries of each weight matrix and bias, in times of
+chance, and "within" the overlap in times of that: their product is the overlap in times of chance.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
@@ -45,8 +47,9 @@ CURVATURES = {
     "empirical Fisher": hesscurv.EmpiricalFisherOperator,
 }
 SGD_RATE, ADAMW_RATES = 0.3, (1e-3, 3e-3, 1e-2)
-SHARES = (0.01, 0.05)
+SHARE = 0.01  # k/D
 MOMENTS = ("start", "equal loss", "equal steps")
+KINDS = {"share": f"k/D = {SHARE}", "k": "fixed k"}
 PARTS = {"widths": "width", "curvatures": "curvature", "optimizers": "optimizer"}
 
 
@@ -55,25 +58,20 @@ def main() -> None:
     report = Report("reproduce beyond", options)
     data, test = load_data(options.data, options.side)
     print(f"{len(data[1]):,} training images of {source(options)}, curvature of {len(test[1])}.")
-    cases = {"widths": width_cases, "curvatures": curvature_cases, "optimizers": optimizer_cases}
+    for case in cases(options):
+        rows = found(case, options)
+        report.rows += rows if rows else measure(case, options, data, test)
     for part in options.parts:
-        for case in cases[part](options, data):
-            for row in measured(case, options, data, test):
-                report.rows.append({"part": part, **row})
-                print(
-                    f"{part}: {row[PARTS[part]]}, seed {row['seed']}, {row['moment']} (step "
-                    f"{row['step']}, loss {row['loss']:.3f}): {row['ratio .01']:.2f} times chance"
-                )
-    for part in options.parts:
-        show(part, [row for row in report.rows if row["part"] == part])
+        show(part, rows_of(part, report.rows))
     print()
     done, asked = (sum(row[n] for row in report.rows) for n in ("converged", "pairs"))
     report.judge("every eigenpair converged to tol 1e-2", done == asked, f"{done} of {asked}")
-    expected = len(options.seeds) * sum(count(part, options) for part in options.parts)
+    reached = sum(row["moment"] == "equal loss" for row in report.rows)
+    runs = sum(row["moment"] == "start" for row in report.rows)
     report.judge(
         f"the loss {options.loss} was reached in every run",
-        None if options.quick else len(report.rows) == expected,
-        f"{len(report.rows)} of {expected} measurements",
+        None if options.quick else reached == runs,
+        f"{reached} of {runs} measurements",
     )
     if options.figure:
         draw(options, report.rows)
@@ -83,27 +81,60 @@ def main() -> None:
 # -- the runs -----------------------------------------------------------------------------------
 
 
-def width_cases(options: argparse.Namespace, data: Any) -> Iterator[dict[str, Any]]:
+@dataclass(frozen=True)
+class Case:
+    seed: int
+    width: int = 20
+    optimizer: str = "SGD"
+
+
+def cases(options: argparse.Namespace) -> list[Case]:
+    """Return the nets to train, small ones first; some serve several parts."""
+    out = []
     for seed in options.seeds:
-        for width in options.widths:
-            yield {"seed": seed, "width": width, "shares": SHARES[:1]}
+        out += [Case(seed, width) for width in options.widths if "widths" in options.parts]
+        out += [Case(seed)] if {"curvatures", "optimizers"} & set(options.parts) else []
+        out += [Case(seed, optimizer="AdamW")] if "optimizers" in options.parts else []
+    return sorted(set(out), key=lambda case: (case.width, case.optimizer == "AdamW", case.seed))
 
 
-def curvature_cases(options: argparse.Namespace, data: Any) -> Iterator[dict[str, Any]]:
-    for seed in options.seeds:
-        yield {"seed": seed, "curvatures": list(CURVATURES)}
+def rows_of(part: str, rows: list[dict]) -> list[dict]:
+    """Return the rows in which nothing else varies."""
+    normal = {"width": 20, "curvature": "Hessian", "optimizer": "SGD"}
+    del normal[PARTS[part]]
+    return [row for row in rows if all(row[key] == value for key, value in normal.items())]
 
 
-def optimizer_cases(options: argparse.Namespace, data: Any) -> Iterator[dict[str, Any]]:
-    rate = best_rate(options, data)
-    for seed in options.seeds:
-        yield {"seed": seed, "optimizer": "SGD"}
-        yield {"seed": seed, "optimizer": "AdamW", "rate": rate}
+def found(case: Case, options: argparse.Namespace) -> list[dict]:
+    """Return the rows of a case that an earlier call has left in --rows."""
+    if options.rows is None or not options.rows.is_file():
+        return []
+    same = {**vars(case), "data": source(options), "fixed": options.fixed}
+    rows = map(json.loads, options.rows.read_text().splitlines())
+    return [row for row in rows if all(row[key] == value for key, value in same.items())]
 
 
-def count(part: str, options: argparse.Namespace) -> int:
-    """Return how many measurements a seed has."""
-    return 3 * {"widths": len(options.widths), "curvatures": 3, "optimizers": 2}[part]
+def measure(case: Case, options: argparse.Namespace, data: Any, test: Any) -> list[dict]:
+    """Train the net of a case, and return what is measured at each moment."""
+    rate = SGD_RATE if case.optimizer == "SGD" else best_rate(options, data)
+    torch.manual_seed(case.seed)
+    net = make_net(options.side**2, hidden(case.width))
+    optimizer = getattr(torch.optim, case.optimizer)(net.parameters(), lr=rate)
+    normal, rows = case.width == 20 and case.optimizer == "SGD", []
+    for moment, step in moments(net, optimizer, options, data, case.seed):
+        for curvature in CURVATURES if normal and "curvatures" in options.parts else ["Hessian"]:
+            row = {**vars(case), "curvature": curvature, "data": source(options), "rate": rate}
+            row |= {"moment": moment, "step": step, "loss": training_loss(net, data)}
+            row |= {"fixed": options.fixed, **overlaps(net, CURVATURES[curvature], test, options)}
+            rows.append(row)
+            print(
+                f"width {case.width}, {case.optimizer}, seed {case.seed}, {moment} (step {step}, "
+                f"loss {row['loss']:.3f}), {curvature}: {row['ratio, share']:.2f} times chance"
+            )
+    if options.rows is not None:  # a case at once, whole or not at all
+        with open(options.rows, "a", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def best_rate(options: argparse.Namespace, data: Any) -> float:
@@ -147,33 +178,13 @@ def moments(
             return
 
 
-def measured(
-    case: dict[str, Any], options: argparse.Namespace, data: Any, test: Any
-) -> Iterator[dict[str, Any]]:
-    """Train the net of a case, and yield what is measured at each moment."""
-    seed, width, name = case["seed"], case.get("width", 20), case.get("optimizer", "SGD")
-    torch.manual_seed(seed)
-    net = make_net(options.side**2, hidden(width))
-    make: Callable[..., Any] = getattr(torch.optim, name)
-    optimizer = make(net.parameters(), lr=case.get("rate", SGD_RATE))
-    for moment, step in moments(net, optimizer, options, data, seed):
-        for curvature in case.get("curvatures", ["Hessian"]):
-            yield {
-                **{"seed": seed, "width": width, "optimizer": name, "curvature": curvature},
-                **{"rate": optimizer.param_groups[0]["lr"], "moment": moment, "step": step},
-                "loss": training_loss(net, data),
-                **overlaps(net, CURVATURES[curvature], test, options, case.get("shares", SHARES)),
-            }
-
-
 def overlaps(
-    net: nn.Module, operator: Any, test: Any, options: argparse.Namespace, shares: tuple
+    net: nn.Module, operator: Any, test: Any, options: argparse.Namespace
 ) -> dict[str, Any]:
     """Return the overlaps of magnitude masks and eigenspaces, in times of chance."""
     H = operator(net, TASK, [test])
     D = H.shape[0]
-    sizes = {f" {str(share)[1:]}": round(share * D) for share in shares}
-    sizes |= {" k": options.fixed}
+    sizes = {"share": round(SHARE * D), "k": options.fixed}
     pairs = hesscurv.eigsh(H, max(sizes.values()), tol=1e-2)
     row: dict[str, Any] = {"D": D, "pairs": len(pairs), "converged": int(pairs.converged.sum())}
     row["last / first"] = float((pairs.eigenvalues[-1] / pairs.eigenvalues[0]).abs())
@@ -181,8 +192,8 @@ def overlaps(
         mask, top = hesscurv.magnitude_mask(net, k), pairs.truncate(k)
         value, chance = hesscurv.overlap(mask, top), hesscurv.chance_overlap(k, D).mean
         by_layer = chance_by_layer(mask, top)
-        row |= {f"k{name}": k, f"ratio{name}": value / chance}
-        row |= {f"layers{name}": by_layer / chance, f"within{name}": value / by_layer}
+        row |= {f"k, {name}": k, f"ratio, {name}": value / chance}
+        row |= {f"layers, {name}": by_layer / chance, f"within, {name}": value / by_layer}
     return row
 
 
@@ -208,71 +219,70 @@ def spread(rows: list[dict], name: str) -> tuple[float, float]:
 
 def show(part: str, rows: list[dict]) -> None:
     key = PARTS[part]
-    kinds = [n for n in (" .01", " .05", " k") if f"ratio{n}" in rows[0]]
     print(f"\n{part}: times chance, mean ± standard deviation over {count_seeds(rows)} seeds")
     table = []
-    for (moment, value), found in grouped(rows, key).items():
-        cells = [moment, str(value), found[0]["D"], mean(r["step"] for r in found)]
-        cells.append(mean(r["loss"] for r in found))
-        for kind in kinds:
-            cells.append(found[0][f"k{kind}"])
-            cells += ["{:.2f} ± {:.2f}".format(*spread(found, f"{n}{kind}"))
-                      for n in ("ratio", "layers", "within")]  # fmt: skip
+    for (moment, value), group in grouped(rows, key).items():
+        cells = [moment, str(value), group[0]["D"], round(mean(r["step"] for r in group))]
+        cells.append(mean(r["loss"] for r in group))
+        for kind in KINDS:
+            cells.append(group[0][f"k, {kind}"])
+            for name in ("ratio", "layers", "within"):
+                cells.append("{:.2f} ± {:.2f}".format(*spread(group, f"{name}, {kind}")))
         table.append(cells)
     columns = ["moment", key, "D", "step", "loss"]
-    for kind in kinds:
-        columns += ["k", f"ratio{kind}", "layers", "within"]
+    for _ in KINDS:
+        columns += ["k", "overlap", "layers", "within"]
     print_table(columns, table)
-    compare(key, rows, kinds)
+    compare(key, rows)
 
 
 def count_seeds(rows: list[dict]) -> int:
     return len({row["seed"] for row in rows})
 
 
-def compare(key: str, rows: list[dict], kinds: list[str]) -> None:
+def compare(key: str, rows: list[dict]) -> None:
     """Print the quotient of the last and the first value, seed by seed."""
     values = list(dict.fromkeys(row[key] for row in rows))
     for other in values[1:] if key != "width" else values[-1:]:
         for moment in MOMENTS:
             parts = []
-            for kind in kinds:
+            for kind, name in KINDS.items():
                 quotients = []
                 for seed in {row["seed"] for row in rows}:
-                    found = {
-                        r[key]: r[f"ratio{kind}"]
+                    ratios = {
+                        r[key]: r[f"ratio, {kind}"]
                         for r in rows
                         if r["seed"] == seed and r["moment"] == moment
                     }
-                    if values[0] in found and other in found:
-                        quotients.append(found[other] / found[values[0]])
+                    if values[0] in ratios and other in ratios:
+                        quotients.append(ratios[other] / ratios[values[0]])
                 if quotients:
                     error = stdev(quotients) if len(quotients) > 1 else 0.0
-                    parts.append(f"{kind.strip()}: {mean(quotients):.2f} ± {error:.2f}")
+                    parts.append(f"{name}: {mean(quotients):.2f} ± {error:.2f}")
             print(f"{other} over {values[0]}, {moment}: {', '.join(parts)}")
 
 
 def draw(options: argparse.Namespace, rows: list[dict]) -> None:
-    parts = [part for part in PARTS if any(row["part"] == part for row in rows)]
-    shapes = {"widths": 2, "curvatures": 1, "optimizers": 1}
-    axes = list(np.atleast_1d(panels(sum(shapes[part] for part in parts), width=3.9)))
-    colors, left = dict(zip(MOMENTS, (GREY, BLUE, RED), strict=True)), iter(axes)
-    for part in parts:
-        found = [row for row in rows if row["part"] == part]
-        if part == "widths":
-            for kind, title in ((" .01", "fixed k/D = .01"), (" k", f"fixed k = {options.fixed}")):
-                draw_widths(next(left), found, kind, f"Width, {title}", colors)
-        else:
-            title = f"{part.capitalize()}, k/D = .05"
-            draw_choices(next(left), found, PARTS[part], colors, title)
+    columns = [(part, kind) for part in options.parts for kind in KINDS]
+    axes = np.atleast_1d(panels(len(columns), width=4.4)) if len(options.parts) < 3 else None
+    if axes is None:  # widths above, choices below
+        axes = panels(3, 2, width=4.6).T.flatten()
+    colors = dict(zip(MOMENTS, (GREY, BLUE, RED), strict=True))
+    for ax, (part, kind) in zip(axes, columns, strict=True):
+        rows_here = rows_of(part, rows)
+        at = KINDS[kind] if kind == "share" else f"k = {options.fixed}"
+        shown = draw_widths if part == "widths" else draw_choices
+        shown(ax, rows_here, PARTS[part], kind, f"{part.capitalize()}, {at}", colors)
     save(axes[0], options.figure)
 
 
-def draw_widths(ax: Any, rows: list[dict], kind: str, title: str, colors: dict[str, str]) -> None:
+def draw_widths(
+    ax: Any, rows: list[dict], key: str, kind: str, title: str, colors: dict[str, str]
+) -> None:
     for name, look in (("ratio", "o-"), ("layers", ":")):
         for moment, color in colors.items():
-            groups = {v: f for (m, v), f in grouped(rows, "width").items() if m == moment}
-            values = [spread(f, f"{name}{kind}") for f in groups.values()]
+            groups = {v: f for (m, v), f in grouped(rows, key).items() if m == moment}
+            values = [spread(f, f"{name}, {kind}") for f in groups.values()]
             error = [s for _, s in values] if name == "ratio" else None
             label = moment if name == "ratio" else None
             ax.errorbar(groups.keys(), [m for m, _ in values], error, fmt=look, color=color,
@@ -286,12 +296,14 @@ def draw_widths(ax: Any, rows: list[dict], kind: str, title: str, colors: dict[s
     ax.minorticks_off()
 
 
-def draw_choices(ax: Any, rows: list[dict], key: str, colors: dict[str, str], title: str) -> None:
+def draw_choices(
+    ax: Any, rows: list[dict], key: str, kind: str, title: str, colors: dict[str, str]
+) -> None:
     groups, values = grouped(rows, key), list(dict.fromkeys(row[key] for row in rows))
     for i, (moment, color) in enumerate(colors.items()):
         places = [(j, v) for j, v in enumerate(values) if (moment, v) in groups]
         for name in ("ratio", "layers"):
-            found = [spread(groups[moment, v], f"{name} .05") for _, v in places]
+            found = [spread(groups[moment, v], f"{name}, {kind}") for _, v in places]
             x = [j + 0.25 * (i - 1) for j, _ in places]
             heights = [m for m, _ in found]
             if name == "ratio":
@@ -309,8 +321,14 @@ def draw_choices(ax: Any, rows: list[dict], key: str, colors: dict[str, str], ti
 def parse() -> argparse.Namespace:
     out = parser(__doc__)
     figure_options(out)
+    out.add_argument(
+        "--rows", type=Path, metavar="FILE", help="keep each net's rows there, or find them there"
+    )
     out.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     out.add_argument("--widths", type=int, nargs="+", help="default 10 20 40 80; 5 10 20 40 digits")
+    out.add_argument(
+        "--k", type=int, dest="fixed", help="the fixed k; default .01 D, narrowest net"
+    )
     out.add_argument("--seeds", type=int, nargs="+", default=None, help="default 0 1 2")
     options = out.parse_args()
     check_figure(out, options)
@@ -322,8 +340,9 @@ def parse() -> argparse.Namespace:
         options.widths = [5, 10, 20, 40] if options.data is None else [10, 20, 40, 80]
         options.widths = [5, 10] if options.quick else options.widths
     options.widths = sorted(set(options.widths))
-    narrowest = make_net(options.side**2, hidden(options.widths[0]))
-    options.fixed = max(1, round(SHARES[0] * parameter_count(narrowest)))
+    if options.fixed is None:
+        narrowest = make_net(options.side**2, hidden(options.widths[0]))
+        options.fixed = max(1, round(SHARE * parameter_count(narrowest)))
     return options
 
 
