@@ -1,11 +1,30 @@
 """Adapters between hesscurv and other libraries, imported as ``hesscurv.integrations``.
 
 Each module adapts one library. Only torch-pruning, which hesscurv depends on, is imported here; the
-others import theirs when they are used, so that importing this package needs none of them.
+others import theirs when they are used, so that importing this package needs none of them. That is
+why `CurvatureCallback` (Lightning) and `CurvatureTrainerCallback` (Transformers), whose bases are
+classes of those libraries, are not in ``__all__``: they are imported when asked for.
 """
 
+from hesscurv.integrations.causal_lm_task import CausalLMTask, ModelLossTask
 from hesscurv.integrations.channel_compensation import compensate_channels_
 from hesscurv.integrations.channel_costs import macs_per_entry
+from hesscurv.integrations.optional_names import __dir__, __getattr__  # noqa: F401
 from hesscurv.integrations.pruning_importance import EigenspaceImportance, FisherImportance
+from hesscurv.integrations.training_loggers import TensorBoardLogger, WandbLogger
+from hesscurv.integrations.training_step_task import TrainingStepTask
 
-__all__ = ["EigenspaceImportance", "FisherImportance", "compensate_channels_", "macs_per_entry"]
+__all__ = [
+    # torch-pruning
+    "EigenspaceImportance",
+    "FisherImportance",
+    "compensate_channels_",
+    "macs_per_entry",
+    # Tasks: Lightning's training step, and the models of Transformers
+    "TrainingStepTask",
+    "ModelLossTask",
+    "CausalLMTask",
+    # Where a monitor's records go
+    "TensorBoardLogger",
+    "WandbLogger",
+]

@@ -42,8 +42,8 @@ def preserved(
     the plain tensors that pruning, weight normalisation and recurrent layers set in every forward;
     and the state of the CPU's and the device's random number generators. Parameters and buffers are
     not touched: the caller runs the model on substitutes. The modules' backward hooks are off, so
-    are FSDP's, which would gather the very parameters that are substituted, and torch.compile is
-    suspended, since compiled code cannot be differentiated twice.
+    are FSDP's, which would gather the very parameters that are substituted; torch.compile is
+    suspended, since compiled code cannot be differentiated twice, and accelerate's autocast.
 
     Args:
         model: The module.
@@ -69,6 +69,8 @@ def preserved(
                     m.training = training
                 # Hooks on gradients see and change what is not theirs to see here.
                 m._backward_hooks, m._backward_pre_hooks = OrderedDict(), OrderedDict()
+                if has_own_autocast(m):
+                    vars(m)["forward"] = vars(m)["_original_forward"]
                 for name in ("_forward_pre_hooks", "_forward_hooks"):
                     hooks = vars(m)[name]
                     if any(map(is_sharding_hook, hooks.values())):
@@ -92,6 +94,11 @@ def has_weight_norm(module: nn.Module) -> bool:
 def is_compiled(module: nn.Module) -> bool:
     """Whether a module runs compiled: wrapped by torch.compile, or by its own `compile()`."""
     return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in vars(module)
+
+
+def has_own_autocast(module: nn.Module) -> bool:
+    """Whether accelerate has wrapped a module's forward in autocast, for mixed precision."""
+    return "_original_forward" in vars(module) and "forward" in vars(module)
 
 
 class _PlainWeightNorm(TorchFunctionMode):

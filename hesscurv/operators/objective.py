@@ -20,6 +20,7 @@ from hesscurv.distributed.sharded import (
 from hesscurv.operators.batches import Batches
 from hesscurv.operators.environment import (
     differentiable,
+    has_own_autocast,
     has_weight_norm,
     is_compiled,
     preserved,
@@ -248,7 +249,9 @@ class Objective:
             and all(p.requires_grad == (n in self._selected) for n, p in self._named())
             and not any(m.training and m._buffers for m in modules)
             and not any(m._backward_hooks or m._backward_pre_hooks for m in modules)
-            and not any(is_compiled(m) or has_weight_norm(m) for m in modules)
+            and not any(
+                is_compiled(m) or has_weight_norm(m) or has_own_autocast(m) for m in modules
+            )
         )
 
     def leaves(self) -> tuple[Tensor, ...]:

@@ -1,0 +1,38 @@
+"""The adapters whose libraries are optional, imported when they are asked for."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import Any
+
+_PACKAGE = "hesscurv.integrations"
+# Each with its module, its library's name, and the extra that installs it.
+_HOMES = {
+    "CurvatureCallback": ("lightning_callback", "Lightning", "lightning"),
+    "CurvatureTrainerCallback": ("trainer_callback", "Transformers", "transformers"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import an adapter, as an attribute of the package.
+
+    Raises:
+        AttributeError: If there is none of this name.
+        ImportError: If its library is not installed.
+    """
+    if name not in _HOMES:
+        raise AttributeError(f"module {_PACKAGE!r} has no attribute {name!r}")
+    home, library, extra = _HOMES[name]
+    try:
+        return getattr(importlib.import_module(f"{_PACKAGE}.{home}"), name)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"{name} needs {library}, and {error.name} is not installed; install it with "
+            f"pip install 'hesscurv[{extra}]'"
+        ) from error
+
+
+def __dir__() -> list[str]:
+    """Return the package's names, with those that are imported when asked for."""
+    return sorted({*vars(sys.modules[_PACKAGE]), *_HOMES})
