@@ -24,6 +24,7 @@ from hesscurv.optim import PreconditionedOptimizer
 
 TOP = 100  # kappa is lambda_1 / lambda_100
 EPOCHS, CHECKS = 40, 20  # looks at the loss in an epoch
+BATCH = 256  # as SketchySGD's authors have it
 
 
 @dataclass
@@ -79,7 +80,7 @@ def planted(kind: str, kappa: float, samples: int, features: int, seed: int = 0)
             :, None
         ]
         loss = F.binary_cross_entropy_with_logits
-    return LinearProblem(f"{kind}, {kappa:.0e}", x.float(), y, loss, 1, 128, 1e-2 / kappa)
+    return LinearProblem(f"{kind}, {kappa:.0e}", x.float(), y, loss, 1, BATCH, 1e-2 / kappa)
 
 
 def random_features(data: Path | None, features: int, samples: int) -> LinearProblem:
@@ -96,7 +97,7 @@ def random_features(data: Path | None, features: int, samples: int) -> LinearPro
     weights = torch.randn(images.shape[1], features, generator=generator)
     x = F.relu((images - images.mean()) / images.std() @ weights / math.sqrt(images.shape[1]))
     target = 2.0 * (y[:samples] % 2)[:, None] - 1  # odd or even: one output, no repeated spectrum
-    return LinearProblem(f"ridge, features of {source}", x, target, _half_squares, 1, 128, 1e-6)
+    return LinearProblem(f"ridge, features of {source}", x, target, _half_squares, 1, BATCH, 1e-6)
 
 
 def _half_squares(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -126,14 +127,27 @@ def train(
     make: Callable[[nn.Module], torch.optim.Optimizer],
     epochs: float,
     stop_at: float = -math.inf,
+    seconds: float = math.inf,
+    looks: int = CHECKS,
 ) -> Curve:
-    """Train by mini-batches; looking at the loss costs no time on the clock."""
+    """Train by mini-batches; looking at the loss costs no time on the clock.
+
+    Seconds are the process's own, of all its threads: other processes do not count.
+
+    Args:
+        problem: What to train.
+        make: Returns the optimizer of a model.
+        epochs: When to end,
+        stop_at: or at this loss,
+        seconds: or after so many.
+        looks: At the loss, in an epoch.
+    """
     model = problem.model()
     generator = torch.Generator().manual_seed(1)
     path = Curve([], [], [])
     per_epoch = math.ceil(len(problem.x) / problem.batch)
-    every, steps, spent = max(1, per_epoch // CHECKS), 0, 0.0
-    start = time.perf_counter()
+    every, steps, spent = max(1, per_epoch // looks), 0, 0.0
+    start = time.process_time()
     optimizer = make(model)
     while steps < epochs * per_epoch:
         for batch in problem.batches(generator):
@@ -142,17 +156,18 @@ def train(
             optimizer.step()
             steps += 1
             if steps % every == 0:
-                spent += time.perf_counter() - start
+                spent += time.process_time() - start
                 loss = problem.total(model)
                 path.seconds.append(spent)
                 path.epochs.append(steps / per_epoch)
                 path.losses.append(loss)
-                if not math.isfinite(loss) or loss <= stop_at or steps >= epochs * per_epoch:
+                done = loss <= stop_at or steps >= epochs * per_epoch
+                if not math.isfinite(loss) or done or spent > seconds:
                     if isinstance(optimizer, PreconditionedOptimizer):
                         path.report = str(optimizer.report())
                         path.spectrum = tuple(optimizer.report().eigenvalues)
                     return path
-                start = time.perf_counter()
+                start = time.process_time()
     return path
 
 

@@ -46,16 +46,27 @@ def damp_update(flat: FlatParameters, P: LowRankPreconditioner, step: Callable[[
         step: Takes the step.
     """
     moving = [p if p.grad is not None and not p.grad.is_sparse else None for p in flat.parameters]
-    before = flat.flatten(moving)
+    less_D = flat.flatten(moving)
     step()
-    correction = flat.split(P.correction_(flat.flatten(moving).sub_(before)))
     moved = [
-        (own_shard(p), part.to(p.dtype))
-        for p, part in zip(moving, correction, strict=True)
+        (own_shard(p), part, first)
+        for p, part, first in zip(moving, flat.split(less_D), flat.offsets, strict=True)
         if p is not None
     ]
-    if moved:
-        torch._foreach_add_([p for p, _ in moved], [part for _, part in moved])
+    if not moved:
+        return
+    # What was there less what is: the update's negative.
+    torch._foreach_sub_([part for _, part, _ in moved], [p for p, _, _ in moved])
+    coefficients_r = P.coefficients(less_D).neg_()
+    # Added where they belong; a GPU would have to be told of each parameter.
+    if flat.device.type == "cpu" and all(
+        p.is_contiguous() and p.dtype == flat.dtype for p, _, _ in moved
+    ):
+        for p, _, first in moved:
+            P.add_(p.view(-1), coefficients_r, first)
+        return
+    P.add_(less_D.zero_(), coefficients_r)
+    torch._foreach_add_([p for p, _, _ in moved], [part.to(p.dtype) for p, part, _ in moved])
 
 
 DAMPED_STEPS = {"gradient": damp_gradient, "update": damp_update}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ class FlatParameters:
 
     Attributes:
         numel: The length of this process's vector.
+        offsets: Where each parameter begins in it.
         dtype: At least float32, whatever the parameters' own.
 
     Raises:
@@ -46,6 +48,7 @@ class FlatParameters:
         self.shapes = [tuple(t.shape) for t in locals_]
         self.sizes = [t.numel() for t in locals_]
         self.numel = sum(self.sizes)
+        self.offsets = [0, *accumulate(self.sizes)][:-1]
         self.device = devices.pop()
         self.dtype = max(
             (torch.float32 if t.itemsize < 4 else t.dtype for t in locals_),

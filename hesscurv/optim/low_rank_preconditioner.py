@@ -105,17 +105,17 @@ class LowRankPreconditioner:
 
         One whose product with U has NaN or inf is left as it is: they would reach all entries.
         """
-        return flat_D.addmv_(self.basis_mD[: self.rank].mT, self._coefficients(flat_D))
+        return self.add_(flat_D, self.coefficients(flat_D))
 
-    def correction_(self, flat_D: Tensor) -> Tensor:
-        """Multiply a vector (D,) of the basis' dtype by P - I, in place."""
-        coefficients_r = self._coefficients(flat_D)
-        return torch.mv(self.basis_mD[: self.rank].mT, coefficients_r, out=flat_D)
-
-    def _coefficients(self, flat_D: Tensor) -> Tensor:
-        """Return (S - I) U^T x."""
+    def coefficients(self, flat_D: Tensor) -> Tensor:
+        """Return c = (S - I) U^T x, of shape (r,), with which P x = x + U c."""
         inside_r = self.basis_mD[: self.rank] @ flat_D
         if self._sum is not None:
             inside_r = self._sum(inside_r)
         # Without a look at the values, for which a GPU would have to be waited for.
         return torch.where(inside_r.isfinite().all(), inside_r * self._less_r, 0.0)
+
+    def add_(self, part_n: Tensor, coefficients_r: Tensor, first: int = 0) -> Tensor:
+        """Add the entries of U c from the one numbered `first` on to a vector (n,), in place."""
+        columns_rn = self.basis_mD[: self.rank, first : first + len(part_n)]
+        return part_n.addmv_(columns_rn.mT, coefficients_r)

@@ -132,7 +132,20 @@ def test_the_gain_outside_the_eigenspace_is_one():
     for gain, u in zip(P.gains, P.basis_mD, strict=True):
         close(P(u), gain * u, 1e-14)
     assert torch.equal(P(x), P.multiply_(x.clone()))
-    close(P.correction_(x.clone()), P(x) - x, 1e-14)
+    whole = P.add_(torch.zeros_like(x), P.coefficients(x))
+    close(whole, P(x) - x, 1e-14)
+
+
+def test_parts_of_a_vector_take_their_entries_of_the_product():
+    P = a_preconditioner([30.0, -8.0, 2.0, 1.0], 3)
+    U, x = P.basis_mD[:3].mT, torch.randn(DIM, dtype=torch.float64)
+    inside = (torch.tensor(P.gains, dtype=torch.float64) - 1) * (U.mT @ x)
+    close(P.coefficients(x), inside, 1e-14)
+    parts = [
+        P.add_(part.clone(), inside, a) for part, a in zip(x.split(5), (0, 5, 10), strict=True)
+    ]
+    close(torch.cat(parts), x + U @ inside, 1e-14)
+    close(P(x), x + U @ inside, 1e-14)
 
 
 def test_damping_is_a_tenth_of_the_last_eigenvalue_and_never_below_a_residual():
