@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hesscurv.hooks.probe import OPERATORS
+from hesscurv.operators.batches import check_source
 from hesscurv.operators.curvature_operator import CurvatureOperator
 
 
@@ -17,9 +18,9 @@ def check_model(model: Any, task: Any, curvature: Any, batches: Any) -> None:
     """Refuse what no curvature can be measured of.
 
     Raises:
-        TypeError: If the model is no module or the task not callable, or lacks the parts that the
-            curvature needs.
-        ValueError: If the curvature is unknown.
+        TypeError: If the model is no module, the task not callable or without the parts that the
+            curvature needs, or the batches cannot be read.
+        ValueError: If the curvature is unknown, or the batches are a single one.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -36,6 +37,7 @@ def check_model(model: Any, task: Any, curvature: Any, batches: Any) -> None:
             f"curvature={curvature!r} needs batches and a task with the parts outputs and loss, as "
             "hesscurv.supervised(loss) has; curvature='hessian' takes any callable"
         )
+    check_source(batches)
 
 
 def check_numbers(**counts: Any) -> None:

@@ -10,9 +10,9 @@ from typing import Any
 class Budget:
     """Adds up the seconds of training and of measuring, and says when the next one is affordable.
 
-    A measurement is affordable when, at the cost of the last one, all measurements take at most
-    `max_fraction` of the training time: the time between calls of the monitor. The first one always
-    is.
+    A measurement is affordable when, at the cost that is expected of it, all measurements take at
+    most `max_fraction` of the training time: the time between calls of the monitor. The first one
+    always is.
 
     Args:
         max_fraction: The share, of the training time; None for no limit.
@@ -27,7 +27,7 @@ class Budget:
         self.max_fraction = max_fraction
         self.clock = clock
         self.training = self.measuring = 0.0
-        self._last_cost = 0.0
+        self._next_cost = 0.0
         self._calls = 0
         self._left: float | None = None  # when the monitor was left
 
@@ -41,10 +41,15 @@ class Budget:
         """Take note that training goes on."""
         self._left = self.clock()
 
-    def measured(self, seconds: float) -> None:
-        """Take note of the seconds of a measurement and its loggers."""
+    def measured(self, seconds: float, share: float = 1.0) -> None:
+        """Take note of a measurement.
+
+        Args:
+            seconds: Of it and its loggers.
+            share: What the next one is expected to take of that.
+        """
         self.measuring += seconds
-        self._last_cost = seconds
+        self._next_cost = share * seconds
 
     def fraction(self, seconds: float = 0.0) -> float:
         """Return the share of the time so far that was spent in measurements.
@@ -57,9 +62,9 @@ class Budget:
 
     def wait(self) -> int:
         """Return in how many steps to ask again: 0 if a measurement is affordable now."""
-        if self.max_fraction is None or self._last_cost == 0:
+        if self.max_fraction is None or self._next_cost == 0:
             return 0
-        missing = (self.measuring + self._last_cost) / self.max_fraction - self.training
+        missing = (self.measuring + self._next_cost) / self.max_fraction - self.training
         if missing <= 0:
             return 0
         per_step = self.training / max(self._calls, 1)
@@ -70,14 +75,14 @@ class Budget:
         return {
             "training": self.training,
             "measuring": self.measuring,
-            "last_cost": self._last_cost,
+            "next_cost": self._next_cost,
             "calls": self._calls,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s seconds."""
         self.training, self.measuring = float(state["training"]), float(state["measuring"])
-        self._last_cost, self._calls = float(state["last_cost"]), int(state["calls"])
+        self._next_cost, self._calls = float(state["next_cost"]), int(state["calls"])
         self._left = None
 
 

@@ -46,7 +46,8 @@ class Earlier:
 class History:
     """The first measured value of a kind, the last one, and some between.
 
-    Bases other than the last are kept in float16: its rounding changes an overlap by some 1e-5 at most.
+    Bases other than the last are kept in float16: its rounding changes an overlap by
+    some 1e-5 at most.
 
     Args:
         most: How many earlier ones to keep, the latest, beside the first and the last.

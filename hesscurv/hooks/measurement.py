@@ -94,6 +94,12 @@ class Measurements:
             self._keep(step, layout, pairs, mask)
         return out
 
+    @property
+    def most_matvecs(self) -> int:
+        """The most products of a measurement that starts from an eigenspace."""
+        traced = self.trace_matvecs if "trace" in self.quantities else 0
+        return (self.probe.max_matvecs or 3 * self.k) + traced
+
     def state_dict(self) -> dict[str, Any]:
         """Return plain values and tensors: what the next measurement starts from."""
         pairs = None

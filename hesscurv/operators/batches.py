@@ -53,7 +53,7 @@ class Batches:
         keep_bytes: int,
         may_be_empty: bool = False,
     ) -> None:
-        _check_source(source)
+        check_source(source)
         self._source: Iterable[Any] = [None] if source is None else source
         self._listed = isinstance(self._source, (list, tuple))
         self._device = device
@@ -233,7 +233,13 @@ def _add_to(sums: tuple[float, float], index: int, batch: Any) -> tuple[float, f
     return sums[0] + total, sums[1] + index * total
 
 
-def _check_source(source: Any) -> None:
+def check_source(source: Any) -> None:
+    """Refuse what are no batches that can be read again; None passes.
+
+    Raises:
+        TypeError: If it is a one-shot iterator or not iterable.
+        ValueError: If it is a single batch.
+    """
     if source is None:
         return
     remedy = "pass a list of batches or a DataLoader"

@@ -1,0 +1,221 @@
+"""CurvatureMonitor: products of a refresh and its error, the share of time it keeps, its cost.
+
+    python examples/benchmarks/monitor.py --data DIR      # CIFAR-10 in DIR; about five minutes
+    python examples/benchmarks/monitor.py --quick         # digits, a small net
+
+Parts (`--parts`):
+
+    refresh   3c3d in training, the top 10 pairs of the Hessian on 64 images: products for each
+              eigenvector of refreshes 10 steps apart, and the largest relative error of an
+              eigenvalue against a cold solve of the same weights to tol 1e-3.
+    share     a conv net in training, measured every 10 steps where max_fraction=.1 allows: the
+              share of the training time that measurements took.
+    presets   the conv net: products and time of a refresh by preset, in training steps.
+
+Seconds are those of the processor, so that other processes do not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from models import RECIPES, Problem
+from results import Report, parser, print_table
+from samples import balanced
+from torch import nn
+
+import hesscurv
+from hesscurv.hooks import CurvatureMonitor, every
+
+K = 10
+APART = 10
+
+
+class Training:
+    """A network of `RECIPES` in training, step by step, and samples that it does not see."""
+
+    def __init__(self, name: str, folder: Path | None) -> None:
+        recipe = RECIPES[name]
+        torch.manual_seed(0)
+        self.model = recipe.model()
+        source, inputs, targets = recipe.data(folder)
+        chosen = balanced(targets, recipe.samples)
+        self.problem = Problem(
+            name, self.model, nn.CrossEntropyLoss(), [(inputs[chosen], targets[chosen])], source
+        )
+        self.task = hesscurv.supervised(self.problem.loss_fn)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), recipe.lr, momentum=recipe.momentum
+        )
+        self._seen, self._batch = (inputs[~chosen], targets[~chosen]), recipe.batch
+        self._generator = torch.Generator().manual_seed(1)
+        self.step = 0
+
+    def steps(self, count: int) -> Iterator[int]:
+        """Train, and yield the number of steps so far after each."""
+        inputs, targets = self._seen
+        self.model.train()
+        for _ in range(count):
+            part = torch.randint(len(inputs), (self._batch,), generator=self._generator)
+            self.optimizer.zero_grad()
+            self.task(self.model, (inputs[part], targets[part])).backward()
+            self.optimizer.step()
+            self.step += 1
+            yield self.step
+
+    def monitor(self, **options: object) -> CurvatureMonitor:
+        options = {"optimizer": self.optimizer, "clock": time.process_time} | options
+        return CurvatureMonitor(self.model, self.task, self.problem.batches, K, **options)
+
+
+def compare_refresh(report: Report, options: argparse.Namespace) -> None:
+    training = Training("small convnet" if options.quick else "3c3d", options.data)
+    monitor = training.monitor(schedule=every(APART))
+    for _ in training.steps(50 if options.quick else 300):
+        pass
+    H = hesscurv.HessianOperator(training.model, training.task, training.problem.batches)
+    rows = []
+    first = monitor.measure(training.step)
+    say(training, first, None)
+    for step in training.steps(APART * (3 if options.quick else options.refreshes)):
+        record = monitor.step(step)
+        if record is None:
+            continue
+        start = time.process_time()
+        cold = hesscurv.eigsh(H, K, tol=1e-3)
+        seconds = time.process_time() - start
+        exact = cold.eigenvalues
+        error = (torch.tensor(record["eigenvalues"]) - exact).abs() / exact.abs()
+        say(training, record, float(error.max()))
+        rows.append(
+            {
+                "part": "refresh",
+                "net": training.problem.name,
+                "data": training.problem.data,
+                "step": step,
+                "products per eigenvector": record["num_matvecs"] / K,
+                "converged": record["converged"],
+                "largest error": float(error.max()),
+                "seconds": record["seconds"],
+                "cold products per eigenvector": cold.num_matvecs / K,
+                "cold seconds": seconds,
+            }
+        )
+        H.release()
+    report.rows += rows
+    columns = [key for key in rows[0] if key not in ("part", "net", "data")]
+    print_table(columns, [[row[key] for key in columns] for row in rows])
+    products = max(row["products per eigenvector"] for row in rows)
+    error = max(row["largest error"] for row in rows)
+    report.judge("at most 3 products per eigenvector", products <= 3, f"{products:.2g} at most")
+    report.judge("eigenvalues within 1 % of a cold solve", error <= 0.01, f"{error:.2%} at most")
+
+
+def measure_share(report: Report, options: argparse.Namespace) -> None:
+    training = Training("small convnet" if options.quick else "convnet", options.data)
+    limit = 0.1
+    monitor = training.monitor(schedule=every(APART), max_fraction=limit)
+    start = time.process_time()
+    until = start + (8 if options.quick else options.seconds)
+    for step in training.steps(10**9):
+        monitor.step(step)
+        if time.process_time() > until:
+            break
+    total = time.process_time() - start
+    measuring = sum(record["seconds"] for record in monitor.records)
+    share = measuring / (total - measuring)
+    steps = [record["step"] for record in monitor.records]
+    report.rows.append(
+        {
+            "part": "share",
+            "net": training.problem.name,
+            "steps": training.step,
+            "measured at": steps,
+            "first seconds": monitor.records[0]["seconds"],
+            "refresh seconds": [record["seconds"] for record in monitor.records[1:]],
+            "share": share,
+        }
+    )
+    print(f"{training.step} steps, measured after {steps}")
+    print(f"first {monitor.records[0]['seconds']:.3g} s, all {measuring:.3g} s of {total:.3g} s")
+    report.judge(
+        f"measurements take at most {limit:.0%} of the training time",
+        len(steps) > 1 and share <= limit,
+        f"{share:.2%}, {len(steps)} measurements",
+    )
+
+
+def price_presets(report: Report, options: argparse.Namespace) -> None:
+    training = Training("small convnet" if options.quick else "convnet", options.data)
+    monitors = {name: training.monitor(quantities=name) for name in ("cheap", "overlap", "full")}
+    start = time.process_time()
+    for _ in training.steps(100):
+        pass
+    step_seconds = (time.process_time() - start) / 100
+    taken: dict[str, list[dict]] = {name: [] for name in monitors}
+    for _ in range(4):
+        for name, monitor in monitors.items():
+            taken[name].append(monitor.measure(training.step))
+        for _ in training.steps(APART):
+            pass
+    rows = []
+    for name, (first, *refreshes) in taken.items():
+        seconds = statistics.median(record["seconds"] for record in refreshes)
+        rows.append(
+            {
+                "part": "presets",
+                "net": training.problem.name,
+                "preset": name,
+                "first products": first["num_matvecs"],
+                "first seconds": first["seconds"],
+                "products": statistics.median(record["num_matvecs"] for record in refreshes),
+                "seconds": seconds,
+                "in steps": seconds / step_seconds,
+            }
+        )
+    report.rows += rows
+    columns = [key for key in rows[0] if key not in ("part", "net")]
+    print_table(columns, [[row[key] for key in columns] for row in rows])
+
+
+def say(training: Training, record: dict, error: float | None) -> None:
+    text = "" if error is None else f", largest error {error:.2%}"
+    print(
+        f"step {training.step}: {record['num_matvecs']} products, {record['converged']} of {K} "
+        f"converged, sharpness {record['sharpness']:.4g}, {record['seconds']:.3g} s{text}",
+        flush=True,
+    )
+
+
+PARTS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
+    "refresh": compare_refresh,
+    "share": measure_share,
+    "presets": price_presets,
+}
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--data", type=Path, metavar="DIR", help="has MNIST/raw and CIFAR-10")
+    options.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    options.add_argument("--refreshes", type=int, default=4, help="of 3c3d; default 4")
+    options.add_argument("--seconds", type=float, default=90.0, help="of the share; default 90")
+    options = options.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    warnings.simplefilter("ignore", hesscurv.ConvergenceWarning)
+    report = Report("monitor", options)
+    for part in options.parts:
+        print(f"\n{part}")
+        PARTS[part](report, options)
+    report.write()
+
+
+if __name__ == "__main__":
+    main()
