@@ -92,8 +92,10 @@ def step_axis(ax: Any, steps: list[int]) -> None:
     matplotlib = matplotlib_parts()
     ax.set_xlabel("training step")
     steps = sorted(steps)
-    if len(steps) >= 6 and 0 <= steps[0] and steps[len(steps) // 2] < 0.1 * steps[-1]:
-        ax.set_xscale("symlog", linthresh=next(step for step in steps if step > 0))
+    if len(steps) >= 6 and steps[0] >= 0 and steps[len(steps) // 2] < 0.1 * steps[-1]:
+        first = next(step for step in steps if step > 0)
+        ax.set_xscale("symlog", linthresh=first)
+        ax.set_xlim(first / 1.3 if steps[0] else -0.3 * first, 1.3 * steps[-1])
     if ax.get_xscale() == "linear":
         ax.xaxis.set_major_locator(
             matplotlib.ticker.MaxNLocator(
