@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -58,16 +59,24 @@ class ClosureHessian(LinearOperator):
         columns = [self._product(vector_D) for vector_D in vectors_Db.unbind(1)]
         return columns[0].unsqueeze(1) if len(columns) == 1 else torch.stack(columns, dim=1)
 
-    def _product(self, vector_D: Tensor) -> Tensor:
-        pieces = self._layout.split(vector_D)
-        products = torch.autograd.grad(
+    def _differentiate(self, pieces: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
+        """Return a product's part for each parameter, from the vector's for those with a graph."""
+        return torch.autograd.grad(
             self._slopes,
             self._params,
-            [pieces[i].to(self._params[i].dtype) for i in self._active],
+            pieces,
             retain_graph=True,
             allow_unused=True,
+            is_grads_batched=batched,
         )
-        return self._layout.flatten(products)
+
+    def _product(self, vector_D: Tensor) -> Tensor:
+        pieces = self._layout.split(vector_D)
+        return self._layout.flatten(
+            self._differentiate(
+                [pieces[i].to(self._params[i].dtype) for i in self._active], batched=False
+            )
+        )
 
     def _at_once(self, vectors_Db: Tensor) -> Tensor | None:
         """Return all products, or None where that does not work, or not rightly."""
@@ -78,16 +87,12 @@ class ClosureHessian(LinearOperator):
             with warnings.catch_warnings():
                 # Of operations that torch takes one by one.
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                products = torch.autograd.grad(
-                    self._slopes,
-                    self._params,
+                products = self._differentiate(
                     [
                         block.to(self._params[i].dtype)
                         for i, block in zip(self._active, blocks, strict=True)
                     ],
-                    retain_graph=True,
-                    allow_unused=True,
-                    is_grads_batched=True,
+                    batched=True,
                 )
         except RuntimeError as error:  # no rule for an operation, or no memory
             logger.info("products are computed one by one: %s", error)

@@ -26,6 +26,22 @@ Closure = Callable[[], Any]
 
 
 @dataclass
+class ResidualGraph:
+    r"""Residuals at one point, with the graph of their derivatives.
+
+    Args:
+        values: r, shape (N,), with its graph.
+        cotangent: c, shape (N,), at the values of r; requires grad.
+        pullback: :math:`J^T c`, one tensor for each parameter that r depends on, with the graph
+            that leads to c.
+    """
+
+    values: Tensor
+    cotangent: Tensor
+    pullback: list[Tensor]
+
+
+@dataclass
 class LossGraph:
     """The loss at one point, with the graph of its gradient.
 
@@ -34,12 +50,14 @@ class LossGraph:
         params: The parameters that the loss depends on.
         slopes: Its gradient, one tensor for each of these, with the graph that it came from.
         returned: What the closure returned, without a graph.
+        residuals: Where the loss is a sum of squares.
     """
 
     value: float
     params: list[nn.Parameter]
     slopes: list[Tensor]
     returned: Any
+    residuals: ResidualGraph | None = None
 
     @property
     def layout(self) -> FlatParameters:
@@ -65,12 +83,16 @@ class ClosureLoss:
     Args:
         closure: Takes nothing, computes the loss with the parameters' present values.
         params: The optimizer's parameters, on one device.
+        residuals: Whether the closure returns residuals, a tensor or several, of any shapes; the
+            loss is then the sum of all their squares.
 
     Attributes:
         num_evaluations: How often the closure has run.
     """
 
-    def __init__(self, closure: Closure, params: Sequence[nn.Parameter]) -> None:
+    def __init__(
+        self, closure: Closure, params: Sequence[nn.Parameter], *, residuals: bool = False
+    ) -> None:
         if not callable(closure):
             raise TypeError(
                 f"expected a closure that computes the loss, got {type(closure).__name__}; see "
@@ -82,7 +104,7 @@ class ClosureLoss:
                 "expected parameters that require grad, got none; call requires_grad_(True) on "
                 "those to train"
             )
-        self._device = params[0].device
+        self._residuals, self._device = residuals, params[0].device
         self._random = RandomState(self._device)
         self._gradients: list[Tensor | None] = []
         self.num_evaluations = 0
@@ -102,7 +124,11 @@ class ClosureLoss:
         recorder = _Recorder(self._params)
         with _refusing_wrappers():
             returned = self._run(recorder)
-        if not recorder.calls:
+        graph = None
+        if self._residuals:
+            graph = recorder.pull_back(_require_residuals(returned, recorder.calls))
+            returned = graph.values.detach().square().sum()
+        elif not recorder.calls:
             loss = _require_loss(returned)
             with torch.enable_grad():
                 recorder.add(loss, None, fill=False)
@@ -123,7 +149,7 @@ class ClosureLoss:
             )
         if isinstance(returned, Tensor):
             returned = returned.detach()
-        return LossGraph(value, [self._params[i] for i in used], slopes, returned)
+        return LossGraph(value, [self._params[i] for i in used], slopes, returned, graph)
 
     def evaluate(self) -> float:
         """Return the loss at the parameters' present values, NaN or infinite ones too.
@@ -137,7 +163,9 @@ class ClosureLoss:
         self._random.restore()
         reader = _Reader(self._params, self._gradients)
         returned = self._run(reader)
-        if not reader.calls:
+        if self._residuals:
+            reader.value = float(_require_residuals(returned, reader.calls).detach().square().sum())
+        elif not reader.calls:
             reader.value = float(_require_loss(returned).detach())
         return reader.value
 
@@ -244,6 +272,17 @@ class _Recorder(_Interception):
             if fill:
                 _accumulate(p, slope.detach())
 
+    def pull_back(self, values: Tensor) -> ResidualGraph:
+        """Differentiate the sum of squares, and keep the graph from a cotangent to its pullback."""
+        self.value = float(values.detach().square().sum())
+        with torch.enable_grad():
+            cotangent = values.detach().clone().requires_grad_()
+            parts = torch.autograd.grad(
+                values, self.params, cotangent, create_graph=True, allow_unused=True
+            )
+        self.slopes = [None if part is None else 2 * part.detach() for part in parts]
+        return ResidualGraph(values, cotangent, [part for part in parts if part is not None])
+
 
 class _Reader(_Interception):
     """Reads the loss off what backward is called on, and fills in a gradient known already."""
@@ -278,6 +317,21 @@ def _require_loss(returned: Any) -> Tensor:
         )
     _require_graph(returned, scalar=True)
     return returned
+
+
+def _require_residuals(returned: Any, calls: int) -> Tensor:
+    parts = returned if isinstance(returned, (tuple, list)) else (returned,)
+    if calls or not parts or not all(isinstance(part, Tensor) for part in parts):
+        got = "a call of backward" if calls else type(returned).__name__
+        raise TypeError(
+            "expected the closure to return the residuals, a tensor or several with their graph, "
+            f"whose squares add up to the loss, got {got}; return what you square and sum, each "
+            "divided by the square root of the number it is the mean over, and leave backward out"
+        )
+    with torch.enable_grad():
+        values = torch.cat([part.reshape(-1) for part in parts])
+    _require_graph(values, scalar=False)
+    return values
 
 
 def _require_graph(loss: Tensor, *, scalar: bool) -> None:

@@ -51,6 +51,7 @@ class EigenspacePreconditioner:
                 damped_r = torch.ones_like(damped_r)
             self.bulk = float(damped_r.min())
             self._change_r = self.bulk / damped_r - 1
+            self._root_change_r = (self.bulk / damped_r).sqrt() - 1
 
     @classmethod
     def identity(cls, like_D: Tensor) -> EigenspacePreconditioner:
@@ -59,10 +60,20 @@ class EigenspacePreconditioner:
 
     def __call__(self, vector_D: Tensor) -> Tensor:
         """Return P^-1 times a vector (D,)."""
-        if not self._basis_Dr.shape[1]:
-            return vector_D.clone()
+        return self._scale(vector_D, self._change_r) if self.rank else vector_D.clone()
+
+    def root(self, vector_D: Tensor) -> Tensor:
+        """Return P^-1/2 times a vector (D,), at the same cost."""
+        return self._scale(vector_D, self._root_change_r) if self.rank else vector_D.clone()
+
+    @property
+    def rank(self) -> int:
+        """The number of pairs, r."""
+        return self._basis_Dr.shape[1]
+
+    def _scale(self, vector_D: Tensor, change_r: Tensor) -> Tensor:
         inside_r = self._basis_Dr.mT @ vector_D
-        return torch.addmv(vector_D, self._basis_Dr, self._change_r * inside_r)
+        return torch.addmv(vector_D, self._basis_Dr, change_r * inside_r)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from hesscurv.optim.closure_gauss_newton import ClosureGaussNewton
 from hesscurv.optim.closure_hessian import ClosureHessian
 from hesscurv.optim.closure_loss import Closure, ClosureLoss, LossGraph
 from hesscurv.optim.conjugate_gradients import (
@@ -18,8 +18,7 @@ from hesscurv.optim.conjugate_gradients import (
     ensure_descent,
     newton_direction,
 )
-from hesscurv.optim.flat_parameters import FlatParameters
-from hesscurv.optim.line_search import Step, armijo, next_damping
+from hesscurv.optim.krylov_model import KrylovModel, krylov_model
 from hesscurv.optim.newton_eigenspace import (
     BASIS,
     EIGENVALUES,
@@ -29,9 +28,8 @@ from hesscurv.optim.newton_eigenspace import (
     write_eigenspace,
 )
 from hesscurv.optim.newton_options import check_options, check_parameters
+from hesscurv.optim.newton_steps import take_step
 from hesscurv.optim.snapshot import Snapshot
-
-logger = logging.getLogger(__name__)
 
 
 class NewtonCG(Optimizer):
@@ -61,6 +59,14 @@ class NewtonCG(Optimizer):
         for _ in range(100):
             optimizer.step(closure)
 
+    Where the loss is a sum of squares, as with these networks, the Gauss-Newton matrix does far
+    better than the Hessian: ``curvature="gauss_newton"``, with a closure that returns what is
+    squared and summed. It is positive, so that it needs little of a beginning by Adam, and its
+    model holds over longer steps::
+
+        optimizer = hesscurv.optim.NewtonCG(net.parameters(), curvature="gauss_newton")
+        optimizer.step(lambda: residual(net) / len(points) ** 0.5)
+
     Args:
         params: Parameters, or groups of them, named or not; real floating tensors on one device.
             All are moved together: hyperparameters are those of the first group.
@@ -79,7 +85,14 @@ class NewtonCG(Optimizer):
         damping_bounds: The least and the largest mu; default (1e-12, 1e6).
         sufficient_decrease: c of ``f(t) <= f(0) + c t g^T d``; default 0.1.
         backtracking: The factor between one t and the next; default 0.5.
-        max_backtracks: How often t is shortened before the step is refused; default 20.
+        max_backtracks: How often t is shortened, or another mu tried, before the step is refused;
+            default 20.
+        curvature: "hessian" (default), or "gauss_newton": H is then :math:`2 J^T J` for the loss
+            :math:`||r||^2`, and the closure returns r, a tensor or several, of any shapes.
+        damping_search: Whether the step length stays lr and mu is looked for instead, by factors of
+            4, from the last step's: one Krylov space has the steps of all mu, so that another one
+            costs a loss and no product (see `KrylovModel`). Default None: with "gauss_newton". With
+            the Hessian it came to no more than the line search.
         vectorize: Whether the products of a refresh are computed 8 at once where that works (vmap):
             two to four times faster for small networks, as fast for large ones, in more memory.
             Default True.
@@ -97,9 +110,9 @@ class NewtonCG(Optimizer):
     A run resumed from `state_dict` goes on with the same bits on a CPU.
 
     Cost of a step: one gradient; one product for each iteration of conjugate gradients, about two
-    gradients each; one loss for each t; every `refresh_every` steps 1.3 r products. Memory: the
-    graph of the gradient until the direction is found, 2 r D numbers for the basis (4 r D in a
-    refresh) and 12 D for vectors.
+    gradients each; one loss for each t or mu; every `refresh_every` steps 1.3 r products. Memory:
+    the graph of the gradient until the direction is found, 2 r D numbers for the basis (4 r D in a
+    refresh) and 12 D for vectors; with `damping_search` D for each iteration besides.
 
     Not supported: models wrapped in DDP or FSDP (NotImplementedError) and DTensors; sparse
     gradients; operations without a second derivative; several devices. What a closure does to
@@ -108,13 +121,14 @@ class NewtonCG(Optimizer):
 
     Deviations from NysNewton-CG: exact Ritz pairs of a block Krylov space instead of a Nystrom
     sketch; magnitudes of eigenvalues, since H is indefinite far from a minimum; conjugate gradients
-    stop at negative curvature; mu is adapted.
+    stop at negative curvature; mu is adapted, or looked for; the Gauss-Newton matrix is offered.
 
     References:
         Rathore, Lei, Frangella, Lu, Udell, "Challenges in training PINNs: a loss landscape
         perspective", ICML 2024 (NysNewton-CG). Frangella, Tropp, Udell, "Randomized Nystrom
         preconditioning", SIAM J. Matrix Anal. Appl. 44 (2023). Nocedal, Wright, "Numerical
-        optimization", 2nd edition, algorithm 7.1 (line search Newton-CG).
+        optimization", 2nd edition, algorithm 7.1 (line search Newton-CG), section 10.3
+        (Levenberg-Marquardt). Martens, "Deep learning via Hessian-free optimization", ICML 2010.
 
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
@@ -142,6 +156,8 @@ class NewtonCG(Optimizer):
         sufficient_decrease: float = 0.1,
         backtracking: float = 0.5,
         max_backtracks: int = 20,
+        curvature: str = "hessian",
+        damping_search: bool | None = None,
         vectorize: bool = True,
         seed: int = 0,
     ) -> None:
@@ -159,6 +175,8 @@ class NewtonCG(Optimizer):
             "sufficient_decrease": sufficient_decrease,
             "backtracking": backtracking,
             "max_backtracks": max_backtracks,
+            "curvature": curvature,
+            "damping_search": damping_search,
             "vectorize": vectorize,
             "seed": seed,
         }
@@ -197,7 +215,8 @@ class NewtonCG(Optimizer):
         ``loss.backward()`` fills ``.grad`` and keeps the graph, and once for each t that the line
         search tries, where backward fills in the same gradient again and computes nothing. A
         closure that only returns the loss does as well. With several calls of backward the loss is
-        the sum; what the closure returns counts only if there are none.
+        the sum; what the closure returns counts only if there are none. With "gauss_newton" it
+        returns residuals, calls no backward, and ``.grad`` stays as it is.
 
         In each run within a step torch's random numbers are the same, so that dropout or random
         points do not change while losses are compared; other random numbers (NumPy's, Python's) are
@@ -215,10 +234,11 @@ class NewtonCG(Optimizer):
 
         Returns:
             What the closure returned in its first run, at the weights before the step; a tensor
-            comes without its graph.
+            comes without its graph. Of residuals the sum of squares.
 
         Raises:
-            TypeError: If there is no closure, or it neither calls backward nor returns a tensor.
+            TypeError: If there is no closure, or it neither calls backward nor returns a tensor, or
+                returns no residuals where they are asked for.
             ValueError: If there is no scalar loss with a graph that reaches the parameters; if the
                 loss, its gradient or a product with the Hessian is not finite, or the gradient is
                 sparse.
@@ -268,7 +288,8 @@ class NewtonCG(Optimizer):
         options: dict[str, Any],
         before: Snapshot,
     ) -> Any:
-        loss = ClosureLoss(closure, params)
+        least_squares = options["curvature"] == "gauss_newton"
+        loss = ClosureLoss(closure, params, residuals=least_squares)
         graph = loss.differentiate()
         returned, moving = graph.returned, graph.params
         numbers = self._numbers(options)
@@ -278,8 +299,7 @@ class NewtonCG(Optimizer):
             solved, new_space = self._solve(graph, options, numbers)
         del graph  # before the line search builds others
         if solved is not None:
-            found = _search(loss, numbers["loss"], solved, moving, before, options)
-            _note_step(found, solved, options, numbers)
+            take_step(solved, loss, moving, before, options, numbers)
         numbers["step"] += 1
         numbers["num_evaluations"] += loss.num_evaluations
         # The state is written at the end, so that an error leaves it as it was.
@@ -291,9 +311,10 @@ class NewtonCG(Optimizer):
 
     def _solve(
         self, graph: LossGraph, options: dict[str, Any], numbers: dict[str, Any]
-    ) -> tuple[NewtonDirection, NewtonEigenspace | None]:
-        """Return the direction, and the eigenspace if it is a new one."""
-        H = ClosureHessian(graph, vectorize=options["vectorize"])
+    ) -> tuple[NewtonDirection | KrylovModel, NewtonEigenspace | None]:
+        """Return the direction, or a model of many, and the eigenspace if it is a new one."""
+        kind = ClosureHessian if graph.residuals is None else ClosureGaussNewton
+        H = kind(graph, vectorize=options["vectorize"])
         rank = min(options["rank"], H.shape[0])
         age = numbers["step"] - numbers["refreshed_at"]
         due = numbers["refreshed_at"] < 0 or age >= options["refresh_every"]
@@ -317,14 +338,15 @@ class NewtonCG(Optimizer):
             if space is None
             else space.preconditioner(damping, H.dtype)
         )
-        solved = newton_direction(
-            H,
-            gradient_D,
-            damping,
-            precondition,
-            tol=options["cg_tol"],
-            max_iterations=options["max_cg"],
-        )
+        how = {"tol": options["cg_tol"], "max_iterations": options["max_cg"]}
+        search = options["damping_search"]
+        if search if search is not None else graph.residuals is not None:
+            model = krylov_model(H, gradient_D, damping, precondition, **how)
+            numbers["cg_iterations"], numbers["fallback"] = model.num_matvecs, 0
+            numbers["negative_curvature"] = int(model.num_negative > 0)
+            numbers["num_matvecs"] += H.num_matvecs
+            return model, new_space
+        solved = newton_direction(H, gradient_D, damping, precondition, **how)
         numbers["num_matvecs"] += H.num_matvecs
         numbers["cg_iterations"] = solved.num_matvecs
         numbers["negative_curvature"] = int(solved.negative_curvature)
@@ -367,56 +389,3 @@ class NewtonCG(Optimizer):
                 self.state[p][BASIS] = p.new_zeros(*p.shape, rank)
                 self.state[p][EIGENVALUES] = p.new_zeros(rank)
             self.state[p].update(numbers)
-
-
-def _search(
-    loss: ClosureLoss,
-    start: float,
-    solved: NewtonDirection,
-    moving: Sequence[nn.Parameter],
-    before: Snapshot,
-    options: dict[str, Any],
-) -> Step | None:
-    """Go along the direction as far as the loss falls; not at all where it does not."""
-    weights = before.weights_of(moving)
-    direction = FlatParameters(moving).split(solved.direction)
-
-    def evaluate(t: float) -> float:
-        for p, weight, d in zip(moving, weights, direction, strict=True):
-            p.copy_(torch.add(weight, d, alpha=t))
-        return loss.evaluate()
-
-    found = armijo(
-        evaluate,
-        start,
-        solved.slope,
-        first=float(options["lr"]),
-        decrease=options["sufficient_decrease"],
-        shrink=options["backtracking"],
-        max_backtracks=options["max_backtracks"],
-    )
-    if found is None:
-        for p, weight in zip(moving, weights, strict=True):
-            p.copy_(weight)
-    return found
-
-
-def _note_step(
-    found: Step | None, solved: NewtonDirection, options: dict[str, Any], numbers: dict[str, Any]
-) -> None:
-    """Note what became of a direction, and the damping for the next one."""
-    if found is None:
-        numbers["num_refused"] += 1
-        logger.info("step %d is refused: no decrease was found", numbers["step"])
-    else:
-        t = numbers["step_length"] = found.length
-        predicted = -(t * solved.slope + t * t / 2 * solved.curvature)
-        # A fallback has no known curvature; and a model that predicts a rise deserves no trust.
-        numbers["ratio"] = (numbers["loss"] - found.loss) / predicted if predicted > 0 else 0.0
-    if options["adapt_damping"]:
-        numbers["damping"] = next_damping(
-            numbers["damping"],
-            numbers["ratio"],
-            refused=found is None,
-            bounds=options["damping_bounds"],
-        )

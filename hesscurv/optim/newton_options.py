@@ -33,6 +33,8 @@ def check_options(options: dict[str, Any]) -> None:
     check_positive("sufficient_decrease", options["sufficient_decrease"], below=1.0)
     check_positive("backtracking", options["backtracking"], below=1.0)
     check_choice("adapt_damping", options["adapt_damping"], (True, False))
+    check_choice("curvature", options["curvature"], ("hessian", "gauss_newton"))
+    check_choice("damping_search", options["damping_search"], (None, True, False))
     check_choice("vectorize", options["vectorize"], (True, False))
     bounds = options["damping_bounds"]
     if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:
