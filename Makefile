@@ -18,7 +18,7 @@ help:
 	@echo 'make test       the tests that take seconds'
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make lint       ruff and mypy'
-	@echo 'make bench      products, eigensolves, spectra beside other libraries; memory, storage, scaling, pruning, optimizers'
+	@echo 'make bench      products, eigensolves, spectra beside other libraries; memory, storage, scaling, pruning, optimizers, PINNs'
 	@echo 'make clean      remove the virtual environment, caches and build outputs'
 	@echo
 	@echo 'ARGS="..." is handed on to the command:  make demo ARGS="--quick"'
@@ -52,6 +52,7 @@ bench: $(VENV)/.has-bench
 	@$(IN_VENV) examples/benchmarks/equal_time.py $(or $(PRUNING),--quick)
 	@$(IN_VENV) examples/benchmarks/pruning_memory.py $(filter --quick,$(ARGS))
 	@$(IN_VENV) examples/benchmarks/optimizers.py $(ARGS)
+	@$(IN_VENV) examples/benchmarks/pinns.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

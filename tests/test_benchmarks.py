@@ -32,7 +32,7 @@ def load(monkeypatch):
     "name",
     [
         *("products", "eigensolvers", "memory", "spectra", "storage", "scaling"),
-        *("pruning", "structured", "equal_time", "optimizers"),
+        *("pruning", "structured", "equal_time", "optimizers", "pinns"),
     ],
 )
 def test_benchmark_runs(name, tmp_path):
