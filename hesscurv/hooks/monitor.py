@@ -292,9 +292,9 @@ class CurvatureMonitor:
             path: The file, such as "run.html".
             **options: Further arguments of `write_report`.
         """
-        from hesscurv.hooks.report import write_report  # type: ignore[import-not-found,unused-ignore]
+        from hesscurv.hooks.report import write_report
 
-        return write_report(self.records, path, **options)
+        return write_report(self.records, path, **{"pairs": self.pairs} | options)
 
     # -- state ----------------------------------------------------------------------------------
 
