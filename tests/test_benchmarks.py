@@ -32,7 +32,7 @@ def load(monkeypatch):
     "name",
     [
         *("products", "eigensolvers", "memory", "spectra", "storage", "scaling"),
-        *("pruning", "structured", "equal_time", "optimizers", "pinns"),
+        *("pruning", "structured", "equal_time", "optimizers", "pinns", "monitor"),
     ],
 )
 def test_benchmark_runs(name, tmp_path):
