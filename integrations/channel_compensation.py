@@ -77,7 +77,7 @@ def compensate_channels_(
         task: Says how the model is run on a batch, see `hesscurv.supervised`.
         batches: A list or DataLoader of batches, targets unused but for the samples' weights.
         groups: `torch_pruning.Group`s with the channels that go, not pruned yet.
-        damping: mu, relative to the mean of the diagonal of C_KK; default 1e-3. Directions of less
+        damping: mu, relative to the mean of the diagonal of C; default 1e-3. Directions of less
             variance hardly move.
 
     Returns:
@@ -179,7 +179,7 @@ def _fit(reader: _Reader, moments: Tensor, damping: float) -> _Update:
     # A convolution's inputs are unfolded channel by channel.
     gone = reader.gone.repeat_interleave(W.shape[1] // len(reader.gone))
     W_P, C_PK, C_KK = W[:, gone], C[gone][:, ~gone], C[~gone][:, ~gone]
-    mu = damping * C_KK.diagonal().mean().clamp(min=torch.finfo(C.dtype).tiny)
+    mu = damping * C.diagonal().mean().clamp(min=torch.finfo(C.dtype).tiny)
     C_KK.diagonal().add_(mu)
     new = torch.zeros_like(W)
     new[:, ~gone] = W[:, ~gone] + torch.linalg.solve(C_KK, C_PK.mT @ W_P.mT).mT

@@ -69,7 +69,7 @@ def input_covariances(
     def read(name: str, module: nn.Module) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = args[0] if args else kwargs["input"]
-            rows = _unfolded(module, given.detach())
+            rows = unfolded(module, given.detach())
             if constant:
                 rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
             c = num_blocks(rows.shape[1], largest)
@@ -96,7 +96,7 @@ def num_blocks(inputs: int, largest: int) -> int:
     return next(c for c in range(1, inputs + 1) if inputs % c == 0 and inputs // c <= largest)
 
 
-def _unfolded(module: nn.Module, x: Tensor) -> Tensor:
+def unfolded(module: nn.Module, x: Tensor) -> Tensor:
     """Return a layer's inputs as rows (r, i), such that its outputs are rows times W^T."""
     if isinstance(module, nn.Conv2d):
         x = x if x.ndim == 4 else x[None]  # without a batch

@@ -83,7 +83,7 @@ def test_weights_and_intercept_are_those_of_dense_ridge_regression(
     # Rows for the data, and rows that hold the kept weights where they were; the last column is
     # the intercept, which nothing holds.
     K, n = X[:, ~gone], len(X)
-    variance = (K - K.mean(0)).square().mean(0).mean()
+    variance = (X - X.mean(0)).square().mean(0).mean()
     pull = (n * damping * variance).sqrt() * torch.eye(K.shape[1], K.shape[1] + 1).double()
     rows = torch.cat([torch.cat([K, torch.ones(n, 1).double()], 1), pull])
     wanted = torch.cat([X @ W.T + b, pull[:, :-1] @ W[:, ~gone].T])

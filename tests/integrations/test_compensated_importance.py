@@ -1,0 +1,201 @@
+"""Scores are what the loss still feels of a channel once `compensate_channels_` has been called."""
+
+import copy
+
+import pytest
+import torch
+import torch_pruning as tp
+from channels import EXAMPLE, TASK, build, data, graph_of
+from torch.func import functional_call
+
+import hesscurv
+from hesscurv.integrations import (
+    CompensatedImportance,
+    compensate_channels_,
+    macs_per_entry,
+)
+
+# Network and the layer whose outputs are a group.
+GROUPS = [("plain", "conv1"), ("plain", "conv2"), ("residual", "inner")]
+
+
+class Logits(hesscurv.Task):
+    def outputs(self, model, batch):
+        return model(batch[0])
+
+    def loss(self, outputs, batch):
+        return 0.5 * outputs.square().sum(1).mean()
+
+
+def going(model, layer, channels):
+    graph, module = graph_of(model), model.get_submodule(layer)
+    prune = graph.get_pruner_of_module(module).prune_out_channels
+    return graph.get_pruning_group(module, prune, channels)
+
+
+def whole(model, layer):
+    return going(model, layer, list(range(model.get_submodule(layer).out_channels)))
+
+
+def compensated(model, batches, gone):
+    """State of a copy after compensation for channels (layer -> indices)."""
+    other = copy.deepcopy(model)
+    compensate_channels_(other, TASK, batches, [going(other, n, c) for n, c in gone.items() if c])
+    return dict(other.state_dict())
+
+
+def effect(model, batches, state, function, step=1e-6):
+    """Derivative of a function of outputs and targets, by sample, towards another state."""
+    now = {k: t.detach() for k, t in model.state_dict().items() if t.is_floating_point()}
+
+    def at(t, x, y):
+        values = {k: v + t * (state[k] - v) for k, v in now.items()}
+        with torch.no_grad():
+            return function(functional_call(model, values, (x,)), y)
+
+    # torch's batch norm has no derivative by its running mean.
+    return torch.cat([(at(step, x, y) - at(-step, x, y)) / (2 * step) for x, y in batches])
+
+
+def losses(out, y):
+    return torch.nn.functional.cross_entropy(out, y, reduction="none")
+
+
+@pytest.mark.parametrize(("network", "layer"), GROUPS)
+def test_scores_are_the_fisher_along_what_compensation_changes(network, layer):
+    model, batches = build(network), data((12, 8))
+    group = whole(model, layer)
+    scores = CompensatedImportance(model, TASK, batches, rows="fisher")(group)
+    for c in range(len(scores)):
+        change = effect(model, batches, compensated(model, batches, {layer: [c]}), losses)
+        assert float(scores[c]) == pytest.approx(
+            float(0.5 * change.square().mean()), rel=1e-5, abs=1e-15
+        )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_random_signs_have_the_gauss_newton_matrix_as_their_mean(seed):
+    model, batches = build("plain"), data((6,))
+    draws = 400
+    scores = CompensatedImportance(
+        model, Logits(), batches, draws=draws, generator=torch.Generator().manual_seed(seed)
+    )(whole(model, "conv1"))
+    for c in range(5):
+        change = effect(
+            model, batches, compensated(model, batches, {"conv1": [c]}), lambda out, y: out
+        )
+        # Outputs' squares, whose mean over signs has a relative deviation below sqrt(2 / draws).
+        wanted = 0.5 * change.square().sum(1).mean()
+        assert float(scores[c]) == pytest.approx(float(wanted), rel=5 * (2 / draws) ** 0.5)
+
+
+def pruner_of(model, importance):
+    return tp.pruner.BasePruner(
+        model,
+        EXAMPLE.double(),
+        importance,
+        global_pruning=True,
+        pruning_ratio=0.4,
+        ignored_layers=[model.fc2],
+    )
+
+
+@pytest.mark.parametrize("costly", [False, True])
+def test_a_joint_ranking_chooses_each_channel_given_those_that_are_gone(costly):
+    model, batches = build("plain"), data((12, 8))
+    costs = macs_per_entry(model, EXAMPLE.double()) if costly else None
+    importance = CompensatedImportance(
+        model, TASK, batches, rows="fisher", exact=1.0, costs=costs, params=lambda n, p: n != "fc2"
+    )
+    pruner = pruner_of(model, importance)
+    importance.rank_jointly(pruner)
+    widths = {"conv1": 5, "conv2": 4, "fc1": 6}
+    own = {g[0].dep.target.module: importance(g) for g in pruner.DG.get_all_groups([model.fc2])}
+    ranks = {n: own[model.get_submodule(n)] for n in widths}
+    per = {"conv1": 1.0, "conv2": 1.0, "fc1": 1.0}
+    if costs:
+        # What a channel takes along, its bias and batch norm for nothing.
+        per["conv1"] = 18 * costs["conv1.weight"] + 36 * costs["conv2.weight"]
+        per["conv2"] = 45 * costs["conv2.weight"] + 24 * costs["fc1.weight"]
+        per["fc1"] = 16 * costs["fc1.weight"] + 3 * costs["fc2.weight"]
+    gone = {n: [] for n in widths}
+    value, order = 0.0, []
+    for _ in range(6):
+        tried = {}
+        for n, width in widths.items():
+            for c in set(range(width)) - set(gone[n]):
+                if len(gone[n]) + 1 < width:
+                    trial = {**gone, n: [*gone[n], c]}
+                    change = effect(model, batches, compensated(model, batches, trial), losses)
+                    tried[n, c] = float(0.5 * change.square().mean())
+        best = min(tried, key=lambda key: (tried[key] - value) / per[key[0]])
+        value = tried[best]
+        gone[best[0]].append(best[1])
+        order.append(best)
+    place = sorted((float(r), n, c) for n in widths for c, r in enumerate(ranks[n].tolist()))
+    assert [(n, c) for _, n, c in place[:6]] == order
+
+
+def test_of_two_channels_that_stand_in_for_each_other_one_goes_first_and_one_stays():
+    model, batches = build("plain"), data((12, 8))
+    with torch.no_grad():
+        model.bn1.weight.fill_(1.0)
+        model.bn1.bias.fill_(0.5)
+        model.bn1.running_mean.zero_()  # so that no channel is always off
+        for layer in (model.conv1, model.bn1):
+            for tensor in layer.state_dict().values():
+                if tensor.ndim:
+                    tensor[4] = tensor[1]
+    importance = CompensatedImportance(model, TASK, batches, damping=1e-8, exact=1.0)
+    scores = importance(whole(model, "conv1"))
+    assert float(scores[[1, 4]].max()) < 1e-6 * float(scores[[0, 2, 3]].min())
+    pruner = pruner_of(model, importance)
+    importance.rank_jointly(pruner)
+    (group,) = [
+        g for g in pruner.DG.get_all_groups([model.fc2]) if g[0].dep.target.module is model.conv1
+    ]
+    ranks = importance(group)
+    assert {float(ranks[1]) == 0, float(ranks[4]) == 0} == {True, False}
+    assert float(ranks[[1, 4]].max()) > 1
+
+
+def test_it_measures_again_after_a_step_and_leaves_the_model_alone():
+    model, batches = build("plain"), data((12, 8))
+    before = copy.deepcopy(model.state_dict())
+    importance = CompensatedImportance(model, TASK, batches)
+    pruner = pruner_of(model, importance)
+    importance.rank_jointly(pruner)
+    groups = list(pruner.step(interactive=True))
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    compensate_channels_(model, TASK, batches, groups)
+    for group in groups:
+        group.prune()
+    fresh = CompensatedImportance(model, TASK, batches, rows="fisher")
+    again = CompensatedImportance(model, TASK, batches, rows="fisher")
+    again(whole(model, "conv1"))
+    with torch.no_grad():
+        model.conv2.weight.mul_(1.5)
+    assert torch.equal(again(whole(model, "conv1")), fresh(whole(model, "conv1")))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"damping": 0.0}, "positive finite damping"),
+        ({"exact": 0.0}, "exact in"),
+        ({"draws": 0}, "draws"),
+        ({"rows": "hessian"}, "rows"),
+        ({"costs": {"conv1.weight": -1.0}}, "costs"),
+    ],
+)
+def test_options_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        CompensatedImportance(build("plain"), TASK, data(), **options)
+
+
+def test_a_group_that_nothing_measured_reads_is_refused():
+    model = build("plain")
+    importance = CompensatedImportance(model, TASK, data(), params="fc1")
+    with pytest.raises(ValueError, match="was measured"):
+        importance(whole(model, "conv1"))
