@@ -108,7 +108,7 @@ def reader_rows(
         sums = torch.cat([s for _, s in pieces]).mul_(scale_R[:, None])
         moment = moments[name] / moments[name][-1, -1]
         has_intercept = layers[name].bias is not None or name in followed
-        result[name] = ReaderRows(gradients, sums, moment[:-1, :-1], moment[:-1, -1], has_intercept)
+        result[name] = ReaderRows(by_weight, sums, moment[:-1, :-1], moment[:-1, -1], has_intercept)
     return result
 
 
