@@ -7,15 +7,20 @@ Parts (`--parts`; of the first, `--problems`):
 
     linear   ridge and logistic regression with planted spectra, lambda_1 / lambda_100 from 1e2 to
              1e8, and random features of MNIST: the time to the training loss of SGD after 40
-             epochs at its best rate. Either has six settings: SGD six rates, of which the two best
-             after 8 epochs go on to 40, the wrapped one six shares of the stable rate that it finds
-             (learning_rate="auto"), with rank 100.
+             epochs at its best rate. Either has six settings: SGD six rates, the wrapped one six
+             shares of the stable rate that it finds (learning_rate="auto"), with rank 100.
              Seconds of the processor (--threads 1: those of an idle machine's clock) hold all of
              the wrapper's work and none of looking at the loss.
-    step     the cost of a step with rank 20 on 3c3d, batch 128, beside the step of the base.
-    rate     full-batch gradient descent from a point of training: the largest learning rate at
-             which none of 40 steps raises the loss, plain and preconditioned (rank 20, refreshed
-             every 4 steps), beside what 2 / lambda predicts at the first point.
+    step     the cost of a step with rank 20 on 3c3d, batch 128, beside the step of the base; in
+             seconds of the processor.
+    refresh  3c3d in training at batch 128, all settings left alone, until the second refresh: the
+             share of the time that the report says refreshes took, by then.
+    rate     full-batch gradient descent (`--nets`): the largest learning rate at which none of 40
+             steps raises the loss, plain and preconditioned (rank 20, refreshed every 4 steps),
+             beside what 2 / lambda predicts at the first point. From two points: where training
+             by mini-batches ended, whose full gradient is large, so that the first step is as
+             large and leaves the region that the prediction is of; and after 50 full-batch steps
+             more, at half of the predicted rate, plain.
 """
 
 from __future__ import annotations
@@ -34,6 +39,7 @@ import torch
 from linear_models import EPOCHS, Curve, LinearProblem, ours, planted, random_features, sgd, train
 from models import Problem, build, three_c_three_d
 from results import Report, parser, print_table
+from samples import colour_images
 from torch import nn
 
 import hesscurv
@@ -45,6 +51,8 @@ PROBLEMS = ["ridge", "logistic", "features"]
 KAPPAS = (1e2, 1e5, 1e6, 1e8)
 MOST_EPOCHS = 10  # of ours: SGD has four times as many
 RANK = 100
+NETS = ["mlp", "convnet", "3c3d", "gpt", "resnet20"]
+SETTLING = 50
 
 
 # -- linear models ----------------------------------------------------------------------------
@@ -77,11 +85,11 @@ _COLUMNS = ("problem", "rate", "loss", "seconds", "ours", "epochs", "times", "sp
 def time_to_loss(problem: LinearProblem, quick: bool) -> dict[str, Any]:
     """Return seconds of tuned SGD and of ours, to the loss that SGD has in the end."""
     epochs = 4 if quick else EPOCHS
-    rates = RATES[::2] if quick else RATES
-    # Those that are best after a fifth of the way go on to its end.
-    begun = {r: train(problem, sgd(r), epochs / 5, looks=1).losses[-1] for r in rates}
-    finite = sorted((r for r in rates if math.isfinite(begun[r])), key=lambda r: begun[r])
-    tuned = {r: train(problem, sgd(r), epochs, looks=1) for r in finite[:2]}
+    tuned = {}
+    for rate in RATES[::2] if quick else RATES:
+        curve = train(problem, sgd(rate), epochs, looks=1)
+        if math.isfinite(curve.losses[-1]):
+            tuned[rate] = curve
     rate = min(tuned, key=lambda r: tuned[r].losses[-1])
     loss = tuned[rate].losses[-1]
     found: dict[float, Curve] = {}
@@ -175,28 +183,78 @@ def step(report: Report, options: argparse.Namespace) -> None:
     print_table(["base", "gradient, ms", "step, ms", "wrapped, ms", "more"], table)
 
 
+# -- refreshes --------------------------------------------------------------------------------
+
+
+def refresh(report: Report, options: argparse.Namespace) -> None:
+    """Train until the second refresh, and read what the first one has taken of the time."""
+    torch.manual_seed(0)
+    batch, most = (8, 400) if options.quick else (128, 2000)
+    model, task = three_c_three_d(), hesscurv.supervised(nn.CrossEntropyLoss())
+    _, x, y = colour_images(None if options.quick else options.data)
+    base = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
+    own = [(x[:256], y[:256])]
+    optimizer = PreconditionedOptimizer(
+        base, model, task, own, **({"samples": 8} if options.quick else {})
+    )
+    last = None
+    while optimizer.report().steps < most:
+        part = torch.randint(len(x), (batch,))
+        optimizer.zero_grad()
+        task(model, (x[part], y[part])).backward()
+        before = optimizer.report()
+        optimizer.step()
+        if optimizer.report().refreshes > 1:
+            break
+        last = before
+    last = last or before
+    print(last)
+    row = {"steps": last.steps, "seconds": last.seconds, "refresh": last.refresh_seconds}
+    report.rows.append({"part": "refresh", **row, "share": last.refresh_fraction})
+    report.judge(
+        f"3c3d, batch {batch}, by default: refreshes under 20 % of the time",
+        None if options.quick else last.refresh_fraction < 0.2,
+        f"{last.refresh_fraction:.1%} of {last.seconds:.3g} s, {last.steps} steps",
+    )
+
+
 # -- the stable learning rate -----------------------------------------------------------------
 
 
 def rate(report: Report, options: argparse.Namespace) -> None:
     """Compare predicted and measured stable rates of full-batch gradient descent."""
-    table = []
-    rank, names = (5, ("small mlp",)) if options.quick else (20, ("mlp", "convnet", "3c3d", "gpt"))
-    for name in names:
-        row = stable_rates(build(name, options.data), rank)
-        report.rows.append({"part": "rate", **row})
-        table.append(list(row.values()))
-        print(*(f"{key} {value}" for key, value in row.items()), flush=True)
-        report.judge(
-            f"{name}: the stable rate grows by at least half of lambda_1 / lambda_{rank + 1}",
-            None if options.quick else row["growth"] >= 0.5 * row["ratio"],
-            f"{row['growth']:.3g} times, lambda_1 / lambda_{rank + 1} = {row['ratio']:.3g}",
-        )
-    headers = ["net", "2/l_1", "measured", "2/l after", "measured", "l_1/l_k+1", "growth"]
-    print_table(headers, table)
+    table, rank = [], 5 if options.quick else 20
+    for name in ["small mlp"] if options.quick else options.nets:
+        problem = build(name, options.data)
+        for steps in (0, 10 if options.quick else SETTLING):
+            settle(problem, steps)
+            row = stable_rates(problem, rank, steps)
+            report.rows.append({"part": "rate", **row})
+            table.append(list(row.values()))
+            print(*(f"{key} {value}" for key, value in row.items()), flush=True)
+            report.judge(
+                f"{name}, {steps} steps on: the stable rate grows by at least half of lambda_1 / "
+                f"lambda_{rank + 1}",
+                None if options.quick else row["growth"] >= 0.5 * row["ratio"],
+                f"{row['growth']:.3g} times, lambda_1 / lambda_{rank + 1} = {row['ratio']:.3g}",
+            )
+    headers = ["net", "steps on", "loss", "2/l_1", "measured", "2/l after", "measured"]
+    print_table([*headers, "l_1/l_k+1", "growth"], table)
 
 
-def stable_rates(problem: Problem, rank: int) -> dict[str, Any]:
+def settle(problem: Problem, steps: int) -> None:
+    """Take full-batch steps at the rate 1 / lambda_1."""
+    task = hesscurv.supervised(problem.loss_fn)
+    H = hesscurv.HessianOperator(problem.model, task, problem.batches)
+    lr = 1 / float(hesscurv.eigsh(H, 4, tol=1e-2).eigenvalues[0].abs())
+    optimizer = torch.optim.SGD(problem.model.parameters(), lr)
+    for _ in range(steps):
+        task(problem.model, problem.batches[0]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def stable_rates(problem: Problem, rank: int, steps: int) -> dict[str, Any]:
     """Return one net's predicted and measured rates, with the eigenspace of its present weights."""
     task = hesscurv.supervised(problem.loss_fn)
 
@@ -207,7 +265,8 @@ def stable_rates(problem: Problem, rank: int) -> dict[str, Any]:
 
     model = copy.deepcopy(problem.model)
     first = wrapped(model, 0.0)
-    task(model, problem.batches[0]).backward()
+    loss = task(model, problem.batches[0])
+    loss.backward()
     first.step()
     found, state = first.report(), first.state_dict()
 
@@ -224,6 +283,8 @@ def stable_rates(problem: Problem, rank: int) -> dict[str, Any]:
     after = largest_stable(problem, resumed, found.stable_rate_after)
     return {
         "net": problem.name,
+        "steps": steps,
+        "loss": float(loss.detach()),
         "predicted": found.stable_rate,
         "measured": plain,
         "predicted_after": found.stable_rate_after,
@@ -264,13 +325,14 @@ def is_stable(
     return True
 
 
-PARTS = {"linear": linear, "step": step, "rate": rate}
+PARTS = {"linear": linear, "step": step, "refresh": refresh, "rate": rate}
 
 
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, metavar="DIR", help="has MNIST/raw; else digits")
     options.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    options.add_argument("--nets", nargs="+", choices=NETS, default=NETS[:4])
     options.add_argument("--problems", nargs="+", choices=PROBLEMS, default=PROBLEMS)
     options = options.parse_args()
     if options.threads:
