@@ -81,16 +81,37 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
 
 
 def tune(
-    model: nn.Module, images: Images, epochs: int, rate: float = 0.01, shifted: bool = True
+    model: nn.Module,
+    images: Images,
+    epochs: int,
+    rate: float = 0.01,
+    *,
+    shifted: bool = True,
+    part: Tensor | None = None,
 ) -> None:
-    """Train a model in place: the same images, order and shifts for every model."""
+    """Train a model in place, the same images, order and shifts for every model.
+
+    SGD with momentum, batches of 128; the rate falls in a straight line to zero.
+
+    Args:
+        model: The model.
+        images: The training images.
+        epochs: How often each is seen.
+        rate: The first step's.
+        shifted: Whether images are shifted and flipped at random.
+        part: Indices of the images; default all.
+    """
     generator = torch.Generator().manual_seed(0)
+    model.to(memory_format=torch.channels_last)  # a fifth faster, on CPUs
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
+    part = torch.arange(len(images.x)) if part is None else part
+    orders = [part[torch.randperm(len(part), generator=generator)] for _ in range(epochs)]
+    steps = [chosen for order in orders for chosen in order.split(128)]
     model.train()
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(images.x), generator=generator).split(128):
-            x = augmented(images.x[chosen], generator) if shifted else images.x[chosen]
-            optimizer.zero_grad()
-            F.cross_entropy(model(x), images.y[chosen]).backward()
-            optimizer.step()
+    for step, chosen in enumerate(steps):
+        optimizer.param_groups[0]["lr"] = rate * (1 - step / len(steps))
+        x = augmented(images.x[chosen], generator) if shifted else images.x[chosen]
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), images.y[chosen]).backward()
+        optimizer.step()
     model.eval()

@@ -1,4 +1,4 @@
-"""Channel pruning of ResNet-56 by torch-pruning: our importances beside its own, one shot.
+"""Channel pruning of ResNet-56 by torch-pruning: our importances beside its own.
 
     python examples/benchmarks/structured.py --data DIR --checkpoints DIR [--epochs 1]
     python examples/benchmarks/structured.py --quick
@@ -6,20 +6,31 @@
 The inner width of every residual block is pruned, globally, to 1.5 and 2 times fewer multiply-adds
 (MACs): the shortcuts, which pad with zeros, fix the width of the stream. The procedure is the same
 for all importances: in each of some stages the pruner's ratio is bisected until the model has the
-stage's MACs, the channels go, and scores are computed anew; no weight is trained. What looks at
-data sees the same training images, other ones for every seed. The settings of each kind, the number
-of stages among them, are chosen by accuracy on training images that no score has seen, the mean
-over seeds; test images choose nothing. That is hours of search: with `--seeds 1 --epochs 0` first,
-`--only` then takes a few settings of each kind into a run of all seeds. Kinds and settings:
+stage's MACs, the channels go, and scores are computed anew; nothing is trained. What looks at
+data sees the same training images, other ones for every seed. Kinds and settings:
 
     eigenspace   top eigenpairs of the GGN of a quarter of the images
-    fisher, ggn  `FisherImportance`'s two kinds of rows; all three of ours: each channel by itself,
-                 per loss or per MAC; or jointly, per MAC (`rank_jointly`)
+    fisher, ggn  `FisherImportance`'s two kinds of rows; all three: each channel by itself, per loss
+                 or per MAC; or jointly, per MAC (`rank_jointly`); or so and "compensated": in each
+                 stage `compensate_channels_` fits the convolutions that read the channels to what
+                 is left of their inputs, by least squares, without labels
+    compensated  `CompensatedImportance`, which counts on that: jointly, per MAC, compensated; of
+                 the loss, or of the logits' change
     magnitude, taylor, hessian
                  torch-pruning's, with its defaults, or with sums in the loss's own unit
+    both         torch-pruning's magnitude with our `compensate_channels_`; shown, not judged
 
 "hessian" is used as torch-pruning documents it. Its `accumulate_grad` never finds what it has
 accumulated, so that the last sample alone counts.
+
+The settings of each kind, the number of stages among them, are chosen by accuracy on training
+images that no score has seen, the mean over seeds; test images choose nothing. One shot they are
+chosen as the model is; for training, which measures the batch norms' statistics anew by itself,
+they are chosen after measuring these on the scores' images. Training is one epoch of SGD, its
+first rate chosen from `--rates` for each kind by the same held-out images, after a short training
+on `--part` others, the rate falling to zero in both. With `--work DIR` what has been pruned
+or trained is kept in a folder: a run that was stopped goes on, and several, each with some
+`--kinds`, can share the work. `--only` takes a few settings of each kind.
 
 Columns: fewer MACs (times), settings chosen, accuracy on the held-out training images and on the
 test images (mean over seeds, with the standard deviation), and after fine-tuning the first seed's
@@ -37,8 +48,7 @@ from statistics import mean, pstdev
 from typing import Any
 
 import torch
-import torch_pruning as tp
-from models import CIFARResNet
+from channel_pruning import OURS, THEIRS, contenders, macs, of_widths, shrunk, task
 from resnet56 import (
     BATCH,
     CHECKPOINT,
@@ -51,167 +61,15 @@ from resnet56 import (
     tune,
 )
 from results import Report, parser, print_table
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
-import hesscurv
-from hesscurv.integrations import EigenspaceImportance, FisherImportance, macs_per_entry
+from hesscurv.integrations import macs_per_entry
+from hesscurv.pruning import recalibrate_
 
 TARGETS = (1.5, 2.0)
-OURS = ("eigenspace", "fisher", "ggn")
-THEIRS = ("magnitude", "taylor", "hessian")
-JOINTLY = "per MAC, jointly"
-UNITS = {"group_reduction": "sum", "normalizer": None}
-Make = Callable[[nn.Module, Batches, int], Any]  # model, batches, seed -> an importance
-
-
-# -- contenders ---------------------------------------------------------------------------------
-
-
-def task() -> hesscurv.Task:
-    return hesscurv.supervised(nn.CrossEntropyLoss())
-
-
-def taylor(model: nn.Module, batches: Batches, **options: Any) -> Any:
-    """Return torch-pruning's Taylor importance, with the mean gradient in .grad as it asks for."""
-    model.zero_grad()
-    for x, y in batches:
-        (F.cross_entropy(model(x), y) / len(batches)).backward()
-    return tp.importance.GroupTaylorImportance(**options)
-
-
-def hessian(model: nn.Module, batches: Batches, **options: Any) -> Any:
-    """Return torch-pruning's Hessian importance, used as its documentation shows."""
-    importance = tp.importance.GroupHessianImportance(**options)
-    importance.zero_grad()
-    for x, y in batches:
-        for i in range(len(x)):
-            model.zero_grad()
-            F.cross_entropy(model(x[i : i + 1]), y[i : i + 1]).backward()
-            importance.accumulate_grad(model)
-    return importance
-
-
-def eigenspace(k: int, costs: dict[str, float] | None) -> Make:
-    known: dict[Any, hesscurv.Eigenpairs] = {}
-
-    def compute(model: nn.Module, batches: Batches, seed: int) -> hesscurv.Eigenpairs:
-        widths = tuple(len(p) for p in model.parameters())
-        key = (seed, widths, float(sum(p.detach().double().sum() for p in model.parameters())))
-        if key not in known:  # the dense model's serve all targets
-            part = [(x[: len(x) // 4], y[: len(y) // 4]) for x, y in batches]
-            G = hesscurv.GGNOperator(model, task(), part)
-            known[key] = hesscurv.eigsh(G, k, tol=5e-2)
-        return known[key]
-
-    return lambda model, batches, seed: EigenspaceImportance(
-        model, lambda m: compute(m, batches, seed), weights="readers", costs=costs
-    )
-
-
-def rows(kind: Any, costs: dict[str, float] | None) -> Make:
-    return lambda model, batches, seed: FisherImportance(
-        model,
-        task(),
-        batches,
-        rows=kind,
-        weights="readers",
-        costs=costs,
-        generator=torch.Generator().manual_seed(seed),
-    )
-
-
-def contenders(costs: dict[str, float], k: int) -> dict[tuple[str, str], Make]:
-    """Return an importance for each kind and setting."""
-    out: dict[tuple[str, str], Make] = {}
-    for setting, given in [("per loss", None), ("per MAC", costs), (JOINTLY, costs)]:
-        out["eigenspace", setting] = eigenspace(k, given)
-        out["fisher", setting] = rows("fisher", given)
-        out["ggn", setting] = rows("ggn", given)
-    for name, options in [("defaults", {}), ("sum, None", UNITS)]:
-        out["magnitude", name] = lambda model, batches, seed, options=options: (
-            tp.importance.GroupMagnitudeImportance(**options)
-        )
-        out["taylor", name] = lambda model, batches, seed, options=options: taylor(
-            model, batches, **options
-        )
-        out["hessian", name] = lambda model, batches, seed, options=options: hessian(
-            model, batches, **options
-        )
-    return out
-
-
-# -- pruning to a number of MACs ----------------------------------------------------------------
-
-
-def macs(model: nn.Module, example: Tensor) -> float:
-    return tp.utils.count_ops_and_params(model, example)[0]
-
-
-def prune(
-    model: CIFARResNet, importance: Any, example: Tensor, budget: float, jointly: bool = False
-) -> None:
-    """Prune a model in place, globally, to the most channels with at most `budget` MACs."""
-    pruner = tp.pruner.BasePruner(
-        model,
-        example,
-        importance,
-        global_pruning=True,
-        ignored_layers=[model.conv1, model.linear, *(block.conv2 for block in model.blocks())],
-    )
-    if jointly:
-        importance.rank_jointly(pruner)
-    before = macs(model, example)
-    per_entry = macs_per_entry(model, example)
-    names = {m: name for name, m in model.named_modules()}
-
-    def chosen(ratio: float) -> list[Any]:
-        # Groups are yielded before they are pruned: a ratio is tried without a copy.
-        pruner.per_step_pruning_ratio, pruner.current_step = [0.0, ratio], 0
-        return list(pruner.step(interactive=True))
-
-    def saved(groups: list[Any]) -> float:
-        total = 0.0
-        for group in groups:
-            name = names[group[0].dep.target.module]
-            first, second = model.get_submodule(name), model.get_submodule(name[:-1] + "2")
-            # All outputs of the one, all inputs of the other: no other weight goes.
-            for layer, axis in ((first, 0), (second, 1)):
-                weight = layer.weight
-                per_channel = (
-                    weight.numel() / weight.shape[axis] * per_entry[names[layer] + ".weight"]
-                )
-                total += len(group[0].idxs) * per_channel
-        return total
-
-    low, high = 0.0, 0.97
-    for _ in range(10):
-        middle = (low + high) / 2
-        low, high = (middle, high) if before - saved(chosen(middle)) > budget else (low, middle)
-    for group in chosen(high):
-        group.prune()
-    if macs(model, example) > 1.02 * budget:
-        raise RuntimeError(f"expected at most {budget:.3g} MACs, got {macs(model, example):.3g}")
-
-
-def shrunk(
-    images: Images,
-    make: Make,
-    batches: Batches,
-    seed: int,
-    target: float,
-    stages: int,
-    jointly: bool,
-) -> CIFARResNet:
-    """Return the dense model with `target` times fewer MACs, reached in equal factors."""
-    model, example = copy.deepcopy(images.model), images.x[:1]
-    dense = macs(model, example)
-    for stage in range(1, stages + 1):
-        model.eval()
-        budget = dense / target ** (stage / stages)
-        prune(model, make(model, batches, seed), example, budget, jointly)
-    model.zero_grad()
-    return model
+KINDS = (*OURS, *THEIRS, "both")
+# What settings are chosen by, for each column.
+CHOSEN_BY = {"one_shot": "held_out", "tuned": "held_out_anew"}
 
 
 # -- the run ------------------------------------------------------------------------------------
@@ -231,8 +89,33 @@ def settings_of(options: argparse.Namespace, kinds: Iterable[Any]) -> Iterator[t
                 yield from ((kind, setting, stages, t, seed) for t in options.targets)
 
 
+class Kept:
+    """Keeps rows and their models in a folder, for a run that goes on after another."""
+
+    def __init__(self, folder: Path | None, images: Images) -> None:
+        self.folder, self.images = folder, images
+
+    def __call__(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return a row with its model, as it was kept, or made and kept now."""
+        if self.folder is None:
+            return make()
+        path = self.folder / f"{name}.pt"
+        if path.is_file():
+            row = torch.load(path, weights_only=True)
+            model = of_widths(self.images, row["widths"])
+            model.load_state_dict(row.pop("state"))
+            return {**row, "model": model}
+        row = make()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        stored = {key: value for key, value in row.items() if key != "model"}
+        part = path.with_suffix(".part")
+        torch.save({**stored, "state": row["model"].state_dict()}, part)
+        part.rename(path)
+        return row
+
+
 class Measuring:
-    """Prunes by one contender with one seed, and measures on the held-out images."""
+    """Prunes by one contender with one seed, trains, and measures on the held-out images."""
 
     def __init__(self, images: Images, options: argparse.Namespace) -> None:
         self.images, self.options = images, options
@@ -240,50 +123,142 @@ class Measuring:
         self.dense = macs(images.model, images.x[:1])
         costs = macs_per_entry(images.model, images.x[:1])
         self.contenders = contenders(costs, options.k)
+        self.kept = Kept(options.work, images)
 
-    def __call__(
+    def pruned(
         self, kind: str, setting: str, stages: int, target: float, seed: int
     ) -> dict[str, Any]:
-        images, make = self.images, self.contenders[kind, setting]
-        batches = images.batches(self.options.samples, seed)
-        start = time.perf_counter()
-        model = shrunk(images, make, batches, seed, target, stages, setting == JOINTLY)
-        seconds = time.perf_counter() - start
-        row = {
-            "kind": kind,
-            "setting": setting,
-            "stages": stages,
-            "seed": seed,
-            "target": target,
-            "times": self.dense / macs(model, images.x[:1]),
-            "widths": [block.conv1.out_channels for block in model.blocks()],
-            "held_out": accuracy(model, self.held_out),
-            "seconds": seconds,
-        }
+        """Return the row of one pruned model, with the model."""
+        name = f"{kind}, {setting}, {stages} stages, {target}x, seed {seed}"
+
+        def make() -> dict[str, Any]:
+            images, make = self.images, self.contenders[kind, setting]
+            batches = images.batches(self.options.samples, seed)
+            start = time.process_time()
+            model = shrunk(images, make, batches, seed, target, stages, setting)
+            seconds = time.process_time() - start
+            row = {
+                "name": name,
+                "kind": kind,
+                "setting": setting,
+                "stages": stages,
+                "seed": seed,
+                "target": target,
+                "times": self.dense / macs(model, images.x[:1]),
+                "widths": [block.conv1.out_channels for block in model.blocks()],
+                "parameters": sum(p.numel() for p in model.parameters()),
+                "held_out": accuracy(model, self.held_out),
+                "held_out_anew": accuracy(self.anew(model, seed), self.held_out),
+                "cpu_seconds": seconds,
+            }
+            return {**row, "model": model}
+
+        row = self.kept(name, make)
         print(
-            f"{kind:10}  {setting:16}  {stages:2} stages  seed {seed}  "
-            f"{row['times']:.3f}x  held out {row['held_out']:.2f}  {seconds:.0f} s",
+            f"{name:58}  {row['times']:.3f}x  held out {row['held_out']:.2f}, norms anew "
+            f"{row['held_out_anew']:.2f}  {row['cpu_seconds']:.0f} s",
             flush=True,
         )
-        return {**row, "model": model}
+        return row
+
+    def anew(self, model: nn.Module, seed: int) -> nn.Module:
+        """Return a copy whose batch norms have the statistics of the scores' images."""
+        model = copy.deepcopy(model)
+        recalibrate_(model, task(), self.images.batches(self.options.samples, seed))
+        return model
+
+    def tuned(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a pruned model's row after training, with the model, and the rates tried."""
+        images, options = self.images, self.options
+        shifted = not options.quick
+        tried = {}
+        if len(options.rates) > 1:
+            # Those of the other half, behind the held-out ones: no score has seen them either.
+            first = len(images.x) // 2 + options.held_out
+            part = torch.arange(first, min(first + options.part, len(images.x)))
+        for rate in options.rates if len(options.rates) > 1 else ():
+
+            def short(rate: float = rate) -> dict[str, Any]:
+                model = copy.deepcopy(row["model"])
+                tune(model, images, 1, rate, shifted=shifted, part=part)
+                return {
+                    "widths": row["widths"],
+                    "held_out": accuracy(model, self.held_out),
+                    "model": model,
+                }
+
+            tried[rate] = self.kept(f"{row['name']}, {len(part)} images, rate {rate}", short)[
+                "held_out"
+            ]
+            print(f"{row['name']}, rate {rate}: held out {tried[rate]:.2f}", flush=True)
+        rate = max(tried, key=lambda rate: tried[rate]) if tried else options.rates[0]
+
+        def whole() -> dict[str, Any]:
+            model = copy.deepcopy(row["model"])
+            start = time.process_time()
+            tune(model, images, options.epochs, rate, shifted=shifted)
+            seconds = time.process_time() - start
+            return {"widths": row["widths"], "rate": rate, "cpu_seconds": seconds, "model": model}
+
+        name = f"{row['name']}, {options.epochs} epochs, rate {rate}"
+        return {**self.kept(name, whole), "rates_tried": {str(r): a for r, a in tried.items()}}
 
 
-def best_of(found: list[dict[str, Any]], kind: str, target: float) -> list[dict[str, Any]]:
+def best_of(found: list[dict[str, Any]], kind: str, target: float, by: str) -> list[dict[str, Any]]:
     """Return the rows, one a seed, of a kind's setting that is best on the held-out images."""
     by_setting: dict[Any, list[dict[str, Any]]] = {}
     for row in found:
         if row["kind"] == kind and row["target"] == target:
             by_setting.setdefault((row["setting"], row["stages"]), []).append(row)
-    return max(by_setting.values(), key=lambda rows: mean(row["held_out"] for row in rows))
+    return max(by_setting.values(), key=lambda rows: mean(row[by] for row in rows))
 
 
-def main() -> None:
+def measure_on_test(
+    measure: Measuring, chosen: dict[Any, list[dict[str, Any]]], test: Batches
+) -> None:
+    """Put the test accuracies of each column into the rows chosen for it."""
+    for (kind, target, column), rows in chosen.items():
+        for row in rows:
+            if column == "one_shot":
+                row["one_shot"] = accuracy(row["model"], test)
+            else:
+                row["anew"] = accuracy(measure.anew(row["model"], row["seed"]), test)
+        if column == "tuned":
+            row, trained = rows[0], measure.tuned(rows[0])
+            row["tuned"] = accuracy(trained["model"], test)
+            row["rate"], row["rates_tried"] = trained["rate"], trained["rates_tried"]
+            row["tuning_cpu_seconds"] = trained["cpu_seconds"]
+            print(f"{kind}, {target}x, fine-tuned: {row['tuned']:.2f}", flush=True)
+
+
+def show(chosen: dict[Any, list[dict[str, Any]]], column: str) -> None:
+    """Print the table of a column: settings, held-out and test accuracies."""
+    key = "one_shot" if column == "one_shot" else "anew"
+    headers = ["kind", "settings", "MACs", "held out", key.replace("_", " "), "std"]
+    table = []
+    for (kind, _, of), rows in chosen.items():
+        if of != column:
+            continue
+        line = [
+            kind,
+            f"{rows[0]['setting']}, {rows[0]['stages']} stages",
+            mean(row["times"] for row in rows),
+            mean(row[CHOSEN_BY[column]] for row in rows),
+            mean(row[key] for row in rows),
+            pstdev([row[key] for row in rows]),
+        ]
+        table.append([*line, rows[0]["rate"], rows[0]["tuned"]] if column == "tuned" else line)
+    print_table([*headers, "rate", "fine-tuned"] if column == "tuned" else headers, table)
+
+
+def read_options() -> argparse.Namespace:
     options_parser = parser(__doc__)
     options_parser.add_argument("--data", type=Path, help=f"the folder of {FOLDER}")
     options_parser.add_argument("--checkpoints", type=Path, help=f"the folder of {CHECKPOINT}")
-    options_parser.add_argument("--kinds", nargs="+", choices=OURS + THEIRS, default=OURS + THEIRS)
-    options_parser.add_argument("--samples", type=int, default=1000, help="images for the scores")
-    options_parser.add_argument("--held-out", type=int, default=2000, help="images to choose by")
+    options_parser.add_argument("--work", type=Path, help="a folder to keep models in, to go on")
+    options_parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    options_parser.add_argument("--samples", type=int, default=500, help="images for the scores")
+    options_parser.add_argument("--held-out", type=int, default=1000, help="images to choose by")
     options_parser.add_argument("--test", type=int, help="test images; default all")
     options_parser.add_argument("--k", type=int, default=50, help="eigenpairs")
     options_parser.add_argument(
@@ -300,72 +275,68 @@ def main() -> None:
     options_parser.add_argument(
         "--epochs", type=int, default=1, help="of fine-tuning, for the best setting of each kind"
     )
+    options_parser.add_argument(
+        "--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="first rates to try"
+    )
+    options_parser.add_argument(
+        "--part", type=int, default=4096, help="images of the short training that chooses the rate"
+    )
     options = options_parser.parse_args()
     if not options.quick and (options.data is None or options.checkpoints is None):
         options_parser.error("expected --data and --checkpoints, or --quick")
+    if options.quick:
+        options.samples, options.held_out, options.k, options.stages = 100, 300, 10, [2]
+        options.seeds, options.part, options.targets = 1, 300, [1.5]
+    return options
+
+
+def main() -> None:
+    options = read_options()
     if options.threads:
         torch.set_num_threads(options.threads)
-    if options.quick:
-        options.samples, options.held_out, options.k, options.stages = 100, 300, 10, [1, 2]
-        options.seeds, images = 1, synthetic()
-    else:
-        images = cifar10(options.data, options.checkpoints)
+    images = synthetic() if options.quick else cifar10(options.data, options.checkpoints)
     images.x_test, images.y_test = images.x_test[: options.test], images.y_test[: options.test]
 
     report = Report("structured", options)
     test = list(zip(images.x_test.split(BATCH), images.y_test.split(BATCH), strict=True))
     print(f"dense: {accuracy(images.model, test):.2f}")
     measure = Measuring(images, options)
-    found = [measure(*tried) for tried in settings_of(options, measure.contenders)]
-    winners = {
-        (kind, t): best_of(found, kind, t) for t in options.targets for kind in options.kinds
+    found = [measure.pruned(*tried) for tried in settings_of(options, measure.contenders)]
+    columns = ["one_shot", "tuned"] if options.epochs else ["one_shot"]
+    chosen = {
+        (kind, target, column): best_of(found, kind, target, CHOSEN_BY[column])
+        for target in options.targets
+        for kind in options.kinds
+        for column in columns
+        if not (kind == "both" and column == "tuned")
     }
-    for (kind, target), rows in winners.items():
-        for row in rows:
-            row["one_shot"] = accuracy(row["model"], test)
-        tuned = None
-        if options.epochs:
-            tune(rows[0]["model"], images, options.epochs, shifted=not options.quick)
-            tuned = accuracy(rows[0]["model"], test)
-            print(f"{kind}, {target}x, fine-tuned: {tuned:.2f}", flush=True)
-        rows[0]["tuned"] = tuned
-    table = [
-        (
-            kind,
-            f"{rows[0]['setting']}, {rows[0]['stages']} stages",
-            mean(row["times"] for row in rows),
-            mean(row["held_out"] for row in rows),
-            mean(row["one_shot"] for row in rows),
-            pstdev([row["one_shot"] for row in rows]),
-            rows[0]["tuned"],
-        )
-        for (kind, _), rows in winners.items()
-    ]
-    print_table(["kind", "settings", "MACs", "held out", "one shot", "std", "fine-tuned"], table)
-    complete = set(THEIRS) <= set(options.kinds) and set(OURS) & set(options.kinds)
-    for target in options.targets if complete else ():
-        judge(report, winners, target)
+    measure_on_test(measure, chosen, test)
+    for column in columns:
+        show(chosen, column)
+    both_sides = set(THEIRS) & set(options.kinds) and set(OURS) & set(options.kinds)
+    for target in options.targets if both_sides else ():
+        for column in columns:
+            judge(report, chosen, target, column)
     report.rows = [{k: v for k, v in row.items() if k != "model"} for row in found]
     report.write()
 
 
-def judge(report: Report, winners: dict[Any, list[dict[str, Any]]], target: float) -> None:
-    """Compare our best kind, chosen on the held-out images, with each of torch-pruning's."""
-    held_out = lambda kind: mean(row["held_out"] for row in winners[kind, target])  # noqa: E731
-    ours = max((kind for kind in OURS if (kind, target) in winners), key=held_out)
-    for key in ("one_shot", "tuned"):
-        if winners[ours, target][0][key] is None:
-            continue
-        seeds = slice(1 if key == "tuned" else None)
-        value = {
-            kind: mean(row[key] for row in winners[kind, target][seeds]) for kind in (ours, *THEIRS)
-        }
-        beside = ", ".join(f"{kind} {value[kind]:.2f}" for kind in THEIRS)
-        report.judge(
-            f"{key.replace('_', ' ')} at {target}x fewer MACs, ahead of torch-pruning's",
-            value[ours] > max(value[kind] for kind in THEIRS),
-            f"{ours} {value[ours]:.2f}; {beside}",
-        )
+def judge(report: Report, chosen: dict[Any, Any], target: float, column: str) -> None:
+    """Compare our best kind, chosen on the held-out images, with torch-pruning's that took part."""
+    rows = {
+        kind: chosen[kind, target, column] for kind in KINDS if (kind, target, column) in chosen
+    }
+    held_out = lambda kind: mean(row[CHOSEN_BY[column]] for row in rows[kind])  # noqa: E731
+    ours = max((kind for kind in OURS if kind in rows), key=held_out)
+    seeds = slice(1 if column == "tuned" else None)
+    theirs = [kind for kind in THEIRS if kind in rows]
+    value = {kind: mean(row[column] for row in rows[kind][seeds]) for kind in (ours, *theirs)}
+    beside = ", ".join(f"{kind} {value[kind]:.2f}" for kind in theirs)
+    report.judge(
+        f"{column.replace('_', ' ')} at {target}x fewer MACs, ahead of torch-pruning's",
+        value[ours] > max(value[kind] for kind in theirs),
+        f"{ours} {value[ours]:.2f}; {beside}",
+    )
 
 
 if __name__ == "__main__":
