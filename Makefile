@@ -52,6 +52,7 @@ bench: $(VENV)/.has-bench
 	@$(IN_VENV) examples/benchmarks/equal_time.py $(or $(PRUNING),--quick)
 	@$(IN_VENV) examples/benchmarks/pruning_memory.py $(filter --quick,$(ARGS))
 	@$(IN_VENV) examples/benchmarks/optimizers.py $(ARGS)
+	@$(IN_VENV) examples/benchmarks/deep_nets.py $(ARGS)
 	@$(IN_VENV) examples/benchmarks/monitor.py $(ARGS)
 	@$(IN_VENV) examples/benchmarks/pinns.py $(ARGS)
 

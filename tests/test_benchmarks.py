@@ -4,6 +4,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,7 +33,7 @@ def load(monkeypatch):
     "name",
     [
         *("products", "eigensolvers", "memory", "spectra", "storage", "scaling"),
-        *("pruning", "structured", "equal_time", "optimizers", "pinns", "monitor"),
+        *("pruning", "structured", "equal_time", "optimizers", "pinns", "monitor", "deep_nets"),
     ],
 )
 def test_benchmark_runs(name, tmp_path):
@@ -130,3 +131,46 @@ def test_tables_are_aligned(capsys, load):
     load("results").print_table(["name", "n"], [("a", 1), ("longer", 12.5), ("b", None)])
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["name       n", "------  ----", "a          1", "longer  12.5", "b          -"]
+
+
+def test_a_curve_tells_when_a_smoothed_loss_was_reached(load):
+    curve = load("deep_training").Curve([0.0, 1.0, 2.0, 3.0], [0, 10, 20, 30], [9.0, 6.0, 3.0, 0.0])
+    assert curve.smooth() == [9.0, 7.5, 6.0, 3.0]
+    assert curve.final == 3.0
+    assert curve.time_to(4.5) == (2.5, 25.0)
+    assert curve.time_to(9.0) == (0.0, 0)
+    assert curve.time_to(2.9) == (math.inf, math.inf)
+    curve.losses[-1] = math.inf
+    assert curve.final == math.inf
+
+
+def test_looking_at_the_loss_of_training_changes_nothing(load):
+    training = load("deep_training")
+    recipe = training.Recipe(
+        lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)),
+        lambda _: ("noise", torch.randn(60, 3), torch.randint(4, (60,))),
+        torch.nn.CrossEntropyLoss,
+        **{"batch": 8, "warm_up": 5, "lr": 0.1, "adaptive_lr": 0.01},
+        **{"samples": 4, "seconds": 1.0, "looked_at": 20},
+    )
+    training.RECIPES["noise"] = recipe
+    first, again = training.start("noise", None), training.start("noise", None)
+    before = {name: value.clone() for name, value in first.model.state_dict().items()}
+    assert first.look(first.model) == again.look(again.model)
+    for name, value in first.model.state_dict().items():
+        assert torch.equal(value, before[name])
+    # Neither steps nor looks take the samples that curvature is measured on.
+    (x, _), *_ = first.curvature_batches
+    assert torch.equal(x, first.x[:4])
+    batches = first.batches(0)
+    seen = torch.cat([next(batches)[0] for _ in range(7)])
+    assert not (seen[:, None] == x).all(2).any()
+
+
+def test_a_text_is_cut_into_sequences_and_what_follows(tmp_path, load):
+    path = tmp_path / "text.txt"
+    path.write_text("abcabdabcz")
+    name, inputs, targets = load("samples").shakespeare(path, 4)
+    assert name == "text"
+    assert inputs.tolist() == [[0, 1, 2, 0], [1, 3, 0, 1]]
+    assert targets.tolist() == [[1, 2, 0, 1], [3, 0, 1, 2]]

@@ -92,6 +92,24 @@ def markov_tokens(count: int, length: int = 64) -> Data:
     return "Markov chain", tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
+def mnist_training(folder: Path) -> tuple[str, Tensor]:
+    """Return MNIST's training images (n, 784) in [0, 1], from ``MNIST/raw``."""
+    pixels = read_idx(folder / "MNIST" / "raw" / "train-images-idx3-ubyte", 16)
+    return "MNIST", torch.tensor(pixels.reshape(-1, 784) / 255, dtype=torch.float32)
+
+
+def shakespeare(path: Path, length: int = 64) -> Data:
+    """Return a text's characters, numbered, in sequences, and the same shifted by one."""
+    text = path.read_text(encoding="utf-8")
+    numbers = {character: i for i, character in enumerate(sorted(set(text)))}
+    if len(numbers) > VOCABULARY:
+        raise SystemExit(f"expected a text of at most {VOCABULARY} characters, got {len(numbers)}")
+    tokens = torch.tensor([numbers[character] for character in text])
+    count = (len(tokens) - 1) // length
+    inputs = tokens[: count * length].view(count, length)
+    return path.stem, inputs, tokens[1 : count * length + 1].view(count, length)
+
+
 def balanced(labels: Tensor, count: int) -> Tensor:
     """Return a mask of `count` samples, the first ones of every class in equal numbers."""
     chosen = torch.zeros(len(labels), dtype=torch.bool)
