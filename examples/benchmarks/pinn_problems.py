@@ -132,7 +132,8 @@ class Pinn:
         x = torch.linspace(0, self.equation.length, GRID_X, **to)
         t = torch.linspace(0, 1, GRID_T, **to)
         inner = torch.cartesian_prod(x[1:-1], t[1:])
-        chosen = torch.randperm(len(inner), generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(inner), generator=generator, device="cpu")
         self.inner = inner[chosen[:points].to(device)]
         x0, t0 = x[::every], t[::every]
         start = torch.stack([x0, torch.zeros_like(x0)], dim=1)

@@ -204,7 +204,10 @@ def newton(**options: Any) -> Phase:
 
 def contenders(full: bool) -> dict[str, dict[str, list[Phase]]]:
     """Return each contender's settings, four of each, by what they are called."""
-    begin = [adam(1e-3, until=0.05), lbfgs(until=0.4)]
+    begins = {
+        (rate, share): [adam(rate, until=share), lbfgs(until=0.5)]
+        for rate, share in ((1e-3, 0.05), (1e-2, 0.2))
+    }
     out = {
         "Adam": {f"rate {r}": [adam(r, decay=True)] for r in (1e-3, 3e-3, 1e-2, 3e-2)},
         "SOAP": {
@@ -218,12 +221,13 @@ def contenders(full: bool) -> dict[str, dict[str, list[Phase]]]:
             for s in (0.05, 0.2)
         },
         "NysNewton-CG": {
-            f"mu {mu}, {n} iterations": [*begin, nncg(mu, n)]
-            for mu, n in ((1e-1, 100), (1e-2, 100), (1e-3, 100), (1e-3, 1000))
+            f"Adam {r} for {s}, L-BFGS to 0.5, mu {mu}": [*begin, nncg(mu, 100)]
+            for (r, s), begin in begins.items()
+            for mu in (1e-1, 1e-3)
         },
         "NewtonCG": {
-            f"damping {d}, cg_tol {t}": [*begin, newton(damping=d, cg_tol=t)]
-            for d in (1e-3, 1e-5)
+            f"Adam {r} for {s}, L-BFGS to 0.5, cg_tol {t}": [*begin, newton(cg_tol=t)]
+            for (r, s), begin in begins.items()
             for t in (0.1, 0.01)
         },
         "NewtonCG, GN": {

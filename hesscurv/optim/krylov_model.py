@@ -237,9 +237,9 @@ def _damped(values: Tensor, damping: float) -> Tensor:
 
 def _eigenpairs(diagonal: list[float], beside: list[float]) -> tuple[Tensor, Tensor]:
     """Return the eigenpairs of a symmetric tridiagonal matrix, in float64 on the CPU."""
-    T = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+    T = torch.diag(torch.tensor(diagonal, dtype=torch.float64, device="cpu"))
     if beside:
-        off = torch.tensor(beside, dtype=torch.float64)
+        off = torch.tensor(beside, dtype=torch.float64, device="cpu")
         T += torch.diag(off, 1) + torch.diag(off, -1)
     values, vectors = torch.linalg.eigh(T)
     return values, vectors
