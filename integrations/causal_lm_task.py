@@ -74,7 +74,7 @@ class CausalLMTask(Task):
         ValueError: If it is below 1.
 
     Cost: a product evaluates the head, from hidden states to logits, about twice as often as it
-    would with all logits kept. Memory: about eight tensors of shape (chunk, V).
+    would with all logits kept. Memory: a few tensors of shape (chunk, V).
     """
 
     def __init__(self, chunk: int = 256) -> None:

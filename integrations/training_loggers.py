@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Callable, Mapping
@@ -180,11 +181,9 @@ class WandbLogger:
             values[name] = self._wandb.Histogram(numbers)
         run.log(values)
         drawn = {**flat.figures, **_draw(record, self.figures, self._records, self.prefix)}
-        images = {name: self._wandb.Image(figure) for name, figure in drawn.items()}
+        images = {name: self._wandb.Image(_rendered(figure)) for name, figure in drawn.items()}
         if images:
             run.log({self.step_metric: step, **images})
-        for figure in drawn.values():
-            _close(figure)
 
 
 def _draw(
@@ -197,10 +196,15 @@ def _draw(
     return {f"{prefix}{name}": draw(list(records)).figure for name, draw in figures.items()}
 
 
-def _close(figure: Any) -> None:
-    pyplot = sys.modules.get("matplotlib.pyplot")
-    if pyplot is not None:
-        pyplot.close(figure)
+def _rendered(figure: Any) -> Any:
+    """Return a figure as an image: wandb's own way takes pyplot to be loaded."""
+    from PIL import Image  # which matplotlib, whose figure it is, stands on
+
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    if "matplotlib.pyplot" in sys.modules:  # which keeps the figures that it has made
+        sys.modules["matplotlib.pyplot"].close(figure)
+    return Image.open(buffer)
 
 
 def _is_number(value: Any) -> bool:

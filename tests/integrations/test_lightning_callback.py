@@ -17,7 +17,6 @@ pytest.importorskip("lightning")
 
 import lightning
 from lightning.pytorch import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers import TensorBoardLogger as LightningTensorBoard
 
@@ -207,20 +206,18 @@ def test_a_resumed_run_goes_on_with_records_and_eigenspace(tmp_path):
         module.net[3].p = 0.0
         return module
 
-    def run(watch, epochs, name, **options):
-        saving = ModelCheckpoint(tmp_path / name, filename="last")
-        data = DataLoader(samples(), 8)
-        options["enable_checkpointing"] = True
-        return fit([watch, saving], tmp_path, build, data, epochs, **options)
+    def run(watch, epochs, **options):
+        return fit([watch], tmp_path, build, DataLoader(samples(), 8), epochs, **options)
 
     whole, first, second = callback(), callback(), callback()
-    run(whole, 2, "whole")
-    trainer, _ = run(first, 1, "half")
+    run(whole, 2)
+    trainer, _ = run(first, 1)
     assert trainer.global_step == 5
-    half = tmp_path / "half" / "last.ckpt"
+    half = tmp_path / "half.ckpt"
+    trainer.save_checkpoint(half)
     state = torch.load(half, weights_only=True)["callbacks"]
     assert any("curvature" in key for key in state)
-    run(second, 2, "again", ckpt_path=half)
+    run(second, 2, ckpt_path=half)
     assert [r["step"] for r in second.records] == [0, 2, 4, 6, 8, 10]
     assert values(second.records) == values(whole.records)
     # One with another name in the same run has a state of its own.
