@@ -73,13 +73,14 @@ class Phase:
 
 @dataclass
 class Curve:
-    """What a run came to: at each mark seconds, loss and error."""
+    """What a run came to: at each mark seconds, loss and error; and what ended it early."""
 
     seconds: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     errors: list[float] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     wall: float = 0.0
+    failed: str = ""
 
     @property
     def best(self) -> int:
@@ -115,8 +116,12 @@ def run(problem: Pinn, phases: list[Phase], seconds: float) -> Curve:
             if phase.decay and math.isfinite(seconds):
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * (1 - spent / seconds)
-            with contextlib.redirect_stdout(io.StringIO()):  # NNCG warns in every step
-                optimizer.step(closure)
+            try:
+                with contextlib.redirect_stdout(io.StringIO()):  # NNCG warns in every step
+                    optimizer.step(closure)
+            except torch.linalg.LinAlgError as error:  # NNCG's, where the Hessian is indefinite
+                curve.failed = str(error)
+                break
             spent += clock() - before
             steps += 1
             if spent >= _next_mark(curve, seconds):
@@ -293,6 +298,7 @@ def compare(name: str, report: Report, options: argparse.Namespace) -> None:
             "error": _middle([curve.error for curve in runs]),
             "seconds": statistics.mean(curve.seconds[-1] for curve in runs),
             "wall": statistics.mean(curve.wall for curve in runs),
+            "failed": sum(bool(curve.failed) for curve in runs),
         }
         print(*(f"{k} {v:.3g}" if isinstance(v, float) else v for k, v in row.items()), flush=True)
         report.rows.append({**row, "curves": [vars(curve) for curve in runs]})
@@ -343,7 +349,7 @@ def main() -> None:
     report = Report("pinns", options)
     for name in options.problems:
         compare(name, report, options)
-    columns = ("problem", "optimizer", "loss", "error", "seconds", "wall", "setting")
+    columns = ("problem", "optimizer", "loss", "error", "seconds", "wall", "failed", "setting")
     print_table(columns, [[row[key] for key in columns] for row in report.rows])
     report.write()
 
