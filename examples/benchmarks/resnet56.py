@@ -6,6 +6,7 @@ Import it; it is not run.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import torch
@@ -83,7 +84,7 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
 def tune(
     model: nn.Module,
     images: Images,
-    epochs: int,
+    epochs: float,
     rate: float = 0.01,
     *,
     shifted: bool = True,
@@ -96,7 +97,7 @@ def tune(
     Args:
         model: The model.
         images: The training images.
-        epochs: How often each is seen.
+        epochs: How often each is seen; of a fraction, some are not.
         rate: The first step's.
         shifted: Whether images are shifted and flipped at random.
         part: Indices of the images; default all.
@@ -105,8 +106,9 @@ def tune(
     model.to(memory_format=torch.channels_last)  # a fifth faster, on CPUs
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4)
     part = torch.arange(len(images.x)) if part is None else part
-    orders = [part[torch.randperm(len(part), generator=generator)] for _ in range(epochs)]
+    orders = [part[torch.randperm(len(part), generator=generator)] for _ in range(ceil(epochs))]
     steps = [chosen for order in orders for chosen in order.split(128)]
+    steps = steps[: round(epochs / ceil(epochs) * len(steps))]
     model.train()
     for step, chosen in enumerate(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / len(steps))

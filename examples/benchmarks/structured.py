@@ -26,15 +26,17 @@ accumulated, so that the last sample alone counts.
 The settings of each kind, the number of stages among them, are chosen by accuracy on training
 images that no score has seen, the mean over seeds; test images choose nothing. One shot they are
 chosen as the model is; for training, which measures the batch norms' statistics anew by itself,
-they are chosen after measuring these on the scores' images. Training is one epoch of SGD, its
-first rate chosen from `--rates` for each kind by the same held-out images, after a short training
-on `--part` others, the rate falling to zero in both. With `--work DIR` what has been pruned
-or trained is kept in a folder: a run that was stopped goes on, and several, each with some
-`--kinds`, can share the work. `--only` takes a few settings of each kind.
+they are chosen after measuring these on the scores' images. Training is SGD for `--epochs`, or a
+part of one; its first rate is chosen from `--rates`, where there are several, for each kind by the
+same held-out images, after a short training on `--part` others; it falls to zero in both.
 
-Columns: fewer MACs (times), settings chosen, accuracy on the held-out training images and on the
-test images (mean over seeds, with the standard deviation), and after fine-tuning the first seed's
-model.
+With `--work DIR` what has been pruned or trained is kept in a folder: a run that was stopped goes
+on, and several with the same options, each with some `--kinds`, can share the work. `--only` takes
+a few settings of each kind.
+
+Two tables: settings chosen, fewer MACs (times), accuracy on the held-out training images and on
+the test images: one shot, mean over seeds with the standard deviation; and after fine-tuning the
+first seed's model.
 """
 
 from __future__ import annotations
@@ -200,7 +202,7 @@ class Measuring:
             seconds = time.process_time() - start
             return {"widths": row["widths"], "rate": rate, "cpu_seconds": seconds, "model": model}
 
-        name = f"{row['name']}, {options.epochs} epochs, rate {rate}"
+        name = f"{row['name']}, {options.epochs:g} epochs, rate {rate}"
         return {**self.kept(name, whole), "rates_tried": {str(r): a for r, a in tried.items()}}
 
 
@@ -218,37 +220,38 @@ def measure_on_test(
 ) -> None:
     """Put the test accuracies of each column into the rows chosen for it."""
     for (kind, target, column), rows in chosen.items():
-        for row in rows:
-            if column == "one_shot":
+        if column == "one_shot":
+            for row in rows:
                 row["one_shot"] = accuracy(row["model"], test)
-            else:
-                row["anew"] = accuracy(measure.anew(row["model"], row["seed"]), test)
-        if column == "tuned":
-            row, trained = rows[0], measure.tuned(rows[0])
-            row["tuned"] = accuracy(trained["model"], test)
-            row["rate"], row["rates_tried"] = trained["rate"], trained["rates_tried"]
-            row["tuning_cpu_seconds"] = trained["cpu_seconds"]
-            print(f"{kind}, {target}x, fine-tuned: {row['tuned']:.2f}", flush=True)
+            continue
+        row, trained = rows[0], measure.tuned(rows[0])
+        row["tuned"] = accuracy(trained["model"], test)
+        row["rate"], row["rates_tried"] = trained["rate"], trained["rates_tried"]
+        row["tuning_cpu_seconds"] = trained["cpu_seconds"]
+        print(f"{kind}, {target}x, fine-tuned: {row['tuned']:.2f}", flush=True)
 
 
 def show(chosen: dict[Any, list[dict[str, Any]]], column: str) -> None:
     """Print the table of a column: settings, held-out and test accuracies."""
-    key = "one_shot" if column == "one_shot" else "anew"
-    headers = ["kind", "settings", "MACs", "held out", key.replace("_", " "), "std"]
     table = []
-    for (kind, _, of), rows in chosen.items():
+    for (kind, target, of), rows in chosen.items():
         if of != column:
             continue
         line = [
             kind,
             f"{rows[0]['setting']}, {rows[0]['stages']} stages",
+            target,
             mean(row["times"] for row in rows),
             mean(row[CHOSEN_BY[column]] for row in rows),
-            mean(row[key] for row in rows),
-            pstdev([row[key] for row in rows]),
         ]
-        table.append([*line, rows[0]["rate"], rows[0]["tuned"]] if column == "tuned" else line)
-    print_table([*headers, "rate", "fine-tuned"] if column == "tuned" else headers, table)
+        if column == "one_shot":
+            found = [row[column] for row in rows]
+            table.append([*line, len(found), mean(found), pstdev(found)])
+        else:
+            table.append([*line, rows[0]["rate"], rows[0][column]])
+    headers = ["kind", "settings", "target", "MACs", CHOSEN_BY[column].replace("_", " ")]
+    last = ["seeds", "one shot", "std"] if column == "one_shot" else ["rate", "fine-tuned"]
+    print_table([*headers, *last], table)
 
 
 def read_options() -> argparse.Namespace:
@@ -273,7 +276,7 @@ def read_options() -> argparse.Namespace:
     options_parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS))
     options_parser.add_argument("--seeds", type=int, default=3)
     options_parser.add_argument(
-        "--epochs", type=int, default=1, help="of fine-tuning, for the best setting of each kind"
+        "--epochs", type=float, default=1, help="of fine-tuning, for the best setting of each kind"
     )
     options_parser.add_argument(
         "--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="first rates to try"
