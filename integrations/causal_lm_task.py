@@ -175,6 +175,8 @@ def body_of(model: Any) -> nn.Module:
         raise ValueError(
             f"expected a model whose loss is next-token prediction, got a {name}; {remedy}"
         )
+    if getattr(getattr(model, "active_peft_config", None), "is_prompt_learning", False):
+        raise ValueError(f"expected a model without learned prompts, got a {name}; {remedy}")
     if getattr(model.config, "output_router_logits", False):
         raise ValueError(
             f"expected a loss of next tokens alone, got a {name} that adds a loss of its routers "

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from hesscurv.hooks import CurvatureMonitor
 from hesscurv.hooks.unchanged import unchanged_random_states
+from hesscurv.operators.batches import check_source
 from hesscurv.operators.tasks import describe, num_samples
 from hesscurv.optim.curvature_samples import take_samples
 
@@ -30,7 +31,8 @@ class HostedMonitor:
         options: Further arguments of `CurvatureMonitor`.
 
     Raises:
-        TypeError: If an option is what the library itself provides.
+        TypeError: If an argument is of a wrong type, or what the library itself provides.
+        ValueError: If `batches` is a single batch.
     """
 
     def __init__(
@@ -49,6 +51,8 @@ class HostedMonitor:
                 "expected a task such as hesscurv.supervised(loss), a callable (model, batch) -> "
                 f"loss, or None for the trainer's own loss, got a {type(task).__name__}"
             )
+        if batches is not None:
+            check_source(batches)
         self.task, self.batches, self.k, self.samples = task, batches, k, samples
         self.options = options
         self.monitor: CurvatureMonitor | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer, loggers
 from torch import Tensor
 
 from hesscurv.integrations.hosted_monitor import AllGroups, HostedMonitor
@@ -97,14 +97,14 @@ class CurvatureCallback(Callback):
             batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
             return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
-        loggers = [_TrainerLoggers(trainer, self.name)] if self._loggers is None else self._loggers
+        given = self._loggers
         self._hosted.begin(
             # Of a model in DDP the wrapper, which knows whose buffers count.
             pl_module if trainer.model is None else trainer.model,
             TrainingStepTask(),
             trainer.train_dataloader,
             AllGroups(trainer.optimizers),
-            loggers,
+            [_TrainerLoggers(trainer, self.name)] if given is None else given,
             convert,
         )
         self._step = trainer.global_step
@@ -152,10 +152,9 @@ class _TrainerLoggers:
 
     def _adapted(self, logger: Any) -> Any:
         """Return what logs histograms too, where a logger has them."""
-        kind = type(logger).__name__
-        if kind == "TensorBoardLogger":
+        if isinstance(logger, loggers.TensorBoardLogger):
             return TensorBoardLogger(logger.experiment, prefix=self._prefix)
-        if kind == "WandbLogger":
+        if isinstance(logger, loggers.WandbLogger):
             return WandbLogger(
                 logger.experiment, prefix=self._prefix, step_metric="trainer/global_step"
             )

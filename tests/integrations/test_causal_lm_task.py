@@ -1,6 +1,7 @@
 """Next-token prediction by chunks: the products of all logits at once, in less memory."""
 
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -273,6 +274,10 @@ def test_what_is_not_next_token_prediction_is_refused():
     routed.config.output_router_logits = True
     with pytest.raises(ValueError, match="routers"):
         task(routed, data)
+    prompted = gpt2()
+    prompted.active_peft_config = SimpleNamespace(is_prompt_learning=True)
+    with pytest.raises(ValueError, match="prompts"):
+        task(prompted, data)
 
 
 def test_wrong_batches_and_chunks_are_refused():

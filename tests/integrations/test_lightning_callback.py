@@ -328,6 +328,8 @@ def test_what_cannot_be_watched_is_refused_before_the_first_step(case, tmp_path)
 def test_wrong_arguments_are_refused():
     with pytest.raises(TypeError, match="expected a task"):
         CurvatureCallback(3)
+    with pytest.raises(ValueError, match="one batch"):
+        CurvatureCallback(TASK, samples().tensors)
     with pytest.raises(TypeError, match="trainer's own is watched"):
         CurvatureCallback(optimizer=torch.optim.SGD([torch.zeros(1)], lr=1))
 
