@@ -189,7 +189,7 @@ def step(report: Report, options: argparse.Namespace) -> None:
 def refresh(report: Report, options: argparse.Namespace) -> None:
     """Train until the second refresh, and read what the first one has taken of the time."""
     torch.manual_seed(0)
-    batch, most = (8, 400) if options.quick else (128, 2000)
+    batch, most = (8, 20) if options.quick else (128, 2000)
     model, task = three_c_three_d(), hesscurv.supervised(nn.CrossEntropyLoss())
     _, x, y = colour_images(None if options.quick else options.data)
     base = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)

@@ -261,6 +261,25 @@ def test_the_update_of_any_other_base_is_multiplied(name):
         assert torch.equal(torch.cat([p.grad.reshape(-1) for p in model.parts]), g), step
 
 
+@pytest.mark.parametrize("mode", ["gradient", "update"])
+def test_the_order_of_a_parameter_in_memory_does_not_matter(mode):
+    moved = []
+    for transposed in (False, True):
+        model = Quadratic(shapes=[(2, 3), (3, 2)])
+        if transposed:
+            first = model.parts[0]
+            first.data = first.data.t().contiguous().t()
+            assert not first.is_contiguous()
+        base = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = wrapped(base, model, SPECTRA["indefinite"], mode=mode)
+        w = weights(model)
+        set_gradients(model, torch.arange(DIM, dtype=torch.float64))
+        optimizer.step()
+        moved.append(weights(model) - w)
+    # By another way of adding, with other roundings.
+    close(*moved, 1e-13)
+
+
 def test_either_mode_may_be_asked_for():
     P = dense_preconditioner(quadratic_data(SPECTRA["positive"])[0][0], 3)
     g = torch.randn(DIM, dtype=torch.float64)
