@@ -17,7 +17,7 @@ on a grid of 129 x 101.
     Adam + L-BFGS   the same, begun by Adam
     NysNewton-CG    DeepXDE's NNCG after Adam + L-BFGS, by one of its authors
     NewtonCG        hesscurv's with exact Hessians, from the same loss, after Adam + L-BFGS
-    NewtonCG, GN    hesscurv's with curvature="gauss_newton", from the residuals, after Adam
+    NewtonCG, GN    hesscurv's with curvature="gauss_newton", from residuals, after Adam or SOAP
 
 The scaled problems are smaller (width 20, 400 residual points, one in eight of the others), and, as
 seconds have to do, convection and wave have smaller coefficients than in the paper; `--coefficients
@@ -173,14 +173,14 @@ def adam(rate: float, **how: Any) -> Phase:
     return Phase(lambda params: Adam(params, rate), **how)
 
 
-def soap(rate: float, beta: float, every: int) -> Phase:
+def soap(rate: float, beta: float, every: int, decay: bool = True, **how: Any) -> Phase:
     def make(params: Iterable[torch.nn.Parameter]) -> Optimizer:
         from pytorch_optimizer import SOAP
 
-        how = {"betas": (beta, beta), "precondition_frequency": every, "weight_decay": 0.0}
-        return SOAP(params, rate, **how)
+        own = {"betas": (beta, beta), "precondition_frequency": every, "weight_decay": 0.0}
+        return SOAP(params, rate, **own)
 
-    return Phase(make, decay=True)
+    return Phase(make, decay=decay, **how)
 
 
 def lbfgs(history: int = 100, **how: Any) -> Phase:
@@ -213,6 +213,9 @@ def contenders(full: bool) -> dict[str, dict[str, list[Phase]]]:
         (rate, share): [adam(rate, until=share), lbfgs(until=0.5)]
         for rate, share in ((1e-3, 0.05), (1e-2, 0.2))
     }
+    firsts: dict[str, Callable[[float], Phase]] = {"Adam 0.01": lambda s: adam(1e-2, until=s)}
+    if is_installed("pytorch_optimizer"):
+        firsts["SOAP 0.01"] = lambda s: soap(1e-2, 0.95, 10, until=s, decay=False)
     out = {
         "Adam": {f"rate {r}": [adam(r, decay=True)] for r in (1e-3, 3e-3, 1e-2, 3e-2)},
         "SOAP": {
@@ -236,12 +239,9 @@ def contenders(full: bool) -> dict[str, dict[str, list[Phase]]]:
             for t in (0.1, 0.01)
         },
         "NewtonCG, GN": {
-            f"Adam for {s}, cg_tol {t}": [
-                adam(1e-2, until=s),
-                newton(curvature="gauss_newton", cg_tol=t),
-            ]
-            for s in (0.02, 0.1)
-            for t in (0.1, 0.3)
+            f"{label} for {s}": [begin(s), newton(curvature="gauss_newton")]
+            for label, begin in firsts.items()
+            for s in (0.1, 0.3)
         },
     }
     if full:
