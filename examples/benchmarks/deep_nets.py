@@ -1,6 +1,6 @@
 """Deep nets: a training loss against steps and seconds, ours beside its base and other optimizers.
 
-    python examples/benchmarks/deep_nets.py --data DIR --threads 1     # an hour
+    python examples/benchmarks/deep_nets.py --data DIR --threads 1     # a quarter of an hour
     python examples/benchmarks/deep_nets.py --quick                    # no data, under a minute
 
 3c3d and ResNet-20 on CIFAR-10, a small GPT on tinyshakespeare, and the classical deep autoencoder
@@ -66,6 +66,7 @@ def contenders(training: Training) -> dict[str, tuple[float, Callable[[float], F
                     training.curvature_batches,
                     rank=RANK,
                     max_fraction=MAX_FRACTION,
+                    operator_options={"check": False},  # a few gradients, once
                 )
 
             return make
@@ -211,7 +212,7 @@ def main() -> None:
         choices=list(RECIPES),
         help="default all, with --quick the two cheapest",
     )
-    options.add_argument("--seconds", type=float, help="of a run; default by net, 8 to 15")
+    options.add_argument("--seconds", type=float, help="of a run; default by net, 6 to 12")
     options.add_argument("--seeds", type=int, nargs="+", default=[0], help="the first one tunes")
     options.add_argument("--figure", type=Path, metavar="PATH", help="draw loss against seconds")
     options.add_argument("--only-figure", action="store_true", help="of the results in the file")

@@ -102,9 +102,9 @@ def text(folder: Path | None) -> Data:
 
 
 RECIPES = {
-    "3c3d": Recipe(three_c_three_d, images, nn.CrossEntropyLoss, 32, 200, 0.01, 5e-4, 16, 15, 256),
+    "3c3d": Recipe(three_c_three_d, images, nn.CrossEntropyLoss, 32, 200, 0.01, 5e-4, 16, 12, 256),
     "resnet20": Recipe(
-        CIFARResNet, small_images, nn.CrossEntropyLoss, 32, 100, 0.1, 2e-3, 16, 10, 256
+        CIFARResNet, small_images, nn.CrossEntropyLoss, 32, 100, 0.1, 2e-3, 16, 8, 256
     ),
     "gpt": Recipe(
         lambda: GPT(width=64, depth=2, length=LENGTH),
@@ -127,7 +127,7 @@ RECIPES = {
         1e-4,
         1e-3,
         50,
-        8,
+        6,
         1000,
     ),
 }
