@@ -1,9 +1,9 @@
 """Watch the Hessian of a small net while it trains on digits, without changing the training.
 
-A plain loop with a `CurvatureMonitor`, dense at first and sparse later. Printed are the sharpness beside what the learning rate can bear, the share of the
-gradient that lies in the top eigenspace, how much the largest weights overlap with that space, and
-how fast the space and the mask of the largest weights settle. The same loop without the monitor
-ends with the same weights, bit for bit.
+A plain loop with a `CurvatureMonitor`, dense at first and sparse later. Printed are the sharpness
+beside what the learning rate can bear, the share of the gradient that lies in the top eigenspace,
+how much the largest weights overlap with that space, and how fast the space and the mask of the
+largest weights settle. The same loop without the monitor ends with the same weights, bit for bit.
 
     pip install 'hesscurv[examples]'
     python examples/watch_training.py                        # under a minute
