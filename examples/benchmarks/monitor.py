@@ -1,6 +1,6 @@
 """CurvatureMonitor: products of a refresh and its error, the share of time it keeps, its cost.
 
-    python examples/benchmarks/monitor.py --data DIR      # CIFAR-10 in DIR; about five minutes
+    python examples/benchmarks/monitor.py --data DIR      # CIFAR-10 in DIR; about ten minutes
     python examples/benchmarks/monitor.py --quick         # digits, a small net
 
 Parts (`--parts`):
@@ -218,7 +218,7 @@ def main() -> None:
     options.add_argument("--rate", type=float, default=0.0226, help="of 3c3d; default 0.0226")
     options.add_argument("--momentum", type=float, default=0.0, help="of 3c3d; default 0")
     options.add_argument("--batch", type=int, default=128, help="of 3c3d; default 128")
-    options.add_argument("--seconds", type=float, default=90.0, help="of the share; default 90")
+    options.add_argument("--seconds", type=float, default=150.0, help="of the share; default 150")
     options = options.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

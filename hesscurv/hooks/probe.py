@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ class Probe:
             self._operator = None
             device = device_of(self.model)
             if self._batches is not None:  # from here on, there
-                self._batches = [map_tensors(b, lambda t: t.to(device)) for b in self._batches]
+                self._batches = [map_tensors(b, partial(_moved, device)) for b in self._batches]
             self._operator = self._kind(
                 self.model, self.task, self._batches, params=list(selected), **self.options
             )
@@ -233,6 +234,10 @@ class _Outside(LinearOperator):
         out_BD = (self._H @ inside_BD.mT).mT.contiguous()
         project_out_(out_BD, [self._V_kD])
         return out_BD.mT
+
+
+def _moved(device: torch.device | None, tensor: Tensor) -> Tensor:
+    return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
 
 
 def _copied(tensor: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hooks.watched import TASK, Kept, data, dense_hessian, net, train
 
+import hesscurv
 from hesscurv.hooks import CurvatureMonitor, every
 from hesscurv.hooks.quantities import PRESETS, QUANTITIES
 
@@ -278,3 +279,17 @@ def test_a_step_is_measured_once():
     for step in (0, 0, 1, 2, 2, 2, 3):
         monitor.step(step)
     assert [r["step"] for r in monitor.records] == [0, 2]
+
+
+def test_inputs_may_require_gradients():
+    model = torch.nn.Sequential(torch.nn.Linear(1, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    points = torch.linspace(-1, 1, 6)[:, None].requires_grad_()
+
+    def slope(model, batch):
+        (found,) = torch.autograd.grad(model(batch[0]).sum(), batch[0], create_graph=True)
+        return found.square().mean()
+
+    record = CurvatureMonitor(model, slope, [(points,)], 3).measure(0)
+    assert record["status"] == "ok"
+    expected = hesscurv.eigsh(hesscurv.HessianOperator(model, slope, [(points,)]), 3)
+    assert record["eigenvalues"] == pytest.approx(expected.eigenvalues.tolist(), rel=1e-3)
