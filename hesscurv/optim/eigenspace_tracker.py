@@ -44,6 +44,8 @@ class EigenspaceTracker:
 
     Attributes:
         num_matvecs: Products so far.
+        thrifty: Whether a solve ends after about two products for each pair, converged or not: the
+            next one goes on from there.
     """
 
     def __init__(
@@ -63,7 +65,7 @@ class EigenspaceTracker:
         self.names: list[str] = []
         self.curvature, self.samples, self.rate_samples = curvature, samples, rate_samples
         self.tol, self.seed, self.options = tol, seed, options
-        self.num_matvecs = 0
+        self.num_matvecs, self.thrifty = 0, False
         self._operators: list[CurvatureOperator] = []
         _ = self._ranks  # refuses what is no process group
 
@@ -102,17 +104,19 @@ class EigenspaceTracker:
             initial: The last solution's vectors, columns, or None.
 
         Cost: `count` products where the space is still within `tol`, and a block, of 4 to 16, that
-        measures their noise; a few times as many otherwise.
+        measures their noise; a few times as many otherwise. Twice `count` at most if `thrifty`.
         """
+        # Small blocks get further with few products, where eigenvalues lie apart.
+        most, least = (_FEW_PER_PAIR, 2) if self.thrifty else (_MOST_PER_PAIR, 4)
         with self._measuring():
             return eigsh(
                 self.operator,
                 count,
                 tol=self.tol,
-                max_matvecs=_MOST_PER_PAIR * count,
+                max_matvecs=most * count,
                 generator=torch.Generator().manual_seed(self.seed + seed),
                 initial=initial,
-                block_size=min(count, max(4, min(16, count // 4))),
+                block_size=min(count, max(least, min(16, count // 4))),
                 verify=False,
             ).gather()
 
@@ -210,4 +214,4 @@ class _Scaled(LinearOperator):
         return self._scale(self._H @ self._scale(vectors_DB))
 
 
-_MOST_PER_PAIR = 12
+_MOST_PER_PAIR, _FEW_PER_PAIR = 12, 2

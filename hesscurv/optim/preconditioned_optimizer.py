@@ -75,7 +75,8 @@ class PreconditionedOptimizer(Optimizer):
         damping: mu, in the unit of the eigenvalues; default .1 |lambda_r|; never below the pairs'
             residuals.
         refresh_every: Steps from one refresh of the eigenspace to the next. By default as many as
-            keep refreshes within `max_fraction` of the time.
+            keep refreshes within `max_fraction` of the time, with 2 (r + 1) products each at most,
+            where the next goes on from the last; and more while there is little to gain.
         max_fraction: The largest share of the training time for refreshes, without
             `refresh_every`; default .2.
         drift_tol: If given, the eigenspace is also refreshed once
@@ -333,7 +334,8 @@ class PreconditionedOptimizer(Optimizer):
         if not tracked.flat.any_of(p.grad for g in self.param_groups for p in g["params"]):
             tracked.allocate(group["rank"])  # nothing to precondition; the next step will see
             return
-        start, factor = schedule.clock(), 1.0
+        start, factor, little = schedule.clock(), 1.0, None
+        self._tracker.thrifty = group["refresh_every"] is None
         try:
             tracked.solve(group["rank"], group["damping"], group[STEP])
             if self._rate:
@@ -355,7 +357,7 @@ class PreconditionedOptimizer(Optimizer):
             if little:
                 self._say_once("gain", little)
         self._write({FACTOR: factor})
-        schedule.refreshed(group[STEP], schedule.clock() - start)
+        schedule.refreshed(group[STEP], schedule.clock() - start, worth_it=not little)
 
     def _has_drifted(self) -> bool:
         step, schedule = self._group[STEP], self._schedule

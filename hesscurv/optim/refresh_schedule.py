@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 _WATCHED = 10  # steps that are timed before an interval is chosen
+_MOST_DOUBLINGS = 4
 
 
 @dataclass
@@ -16,7 +17,8 @@ class RefreshSchedule:
 
     With an interval given, every so many steps. Without one, so often that refreshes take at most
     a share of the training time: after each, some steps are timed, and the next one comes when the
-    share has been earned again.
+    share has been earned again. Refreshes that find nothing worth damping become rarer: each one in
+    a row doubles the time to the next, up to 16 times.
 
     Args:
         max_fraction: The share, of the whole time, f; in (0, 1).
@@ -34,6 +36,7 @@ class RefreshSchedule:
     due: int | None = None
     refresh_seconds: float = 0.0
     _last_seconds: float = 0.0
+    _in_vain: int = 0
     _watching: tuple[int, float] | None = None
     _begun: float | None = None
 
@@ -60,8 +63,9 @@ class RefreshSchedule:
             self._decide(step, largest)
         return self.due is not None and step >= self.due
 
-    def refreshed(self, step: int, seconds: float) -> None:
-        """Take note of a refresh before this step that took so long."""
+    def refreshed(self, step: int, seconds: float, *, worth_it: bool = True) -> None:
+        """Take note of a refresh before this step that took so long, and whether it paid."""
+        self._in_vain = 0 if worth_it else min(self._in_vain + 1, _MOST_DOUBLINGS)
         self._last_seconds = seconds
         self.refresh_seconds += seconds
         self.last, self.due, self._watching = step, None, (step, self.clock())
@@ -83,5 +87,6 @@ class RefreshSchedule:
             return
         per_step = (self.clock() - since) / (step - first)
         earned = self._last_seconds * (1 - self.max_fraction) / self.max_fraction
+        earned *= 2**self._in_vain
         # A decision comes from time, which differs between processes.
         self.due = first + math.ceil(largest(earned / max(per_step, 1e-9)))

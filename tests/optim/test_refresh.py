@@ -1,5 +1,7 @@
 """When the eigenspace is computed anew, what that costs, and what of it is seen."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from optim.training import (
@@ -15,6 +17,7 @@ from optim.training import (
     train,
     weights,
 )
+from planted import planted
 
 from hesscurv.optim import PreconditionedOptimizer
 from hesscurv.optim.refresh_schedule import RefreshSchedule
@@ -70,6 +73,20 @@ def test_without_an_interval_the_share_of_time_stays_below_the_limit(fraction, r
     # And what was allowed was used, but for the steps that are timed first, ten each time.
     earned = refresh_seconds * (1 - fraction) / fraction / 0.5
     assert asked[1] - asked[0] == pytest.approx(max(10, earned), abs=1)
+
+
+def test_refreshes_in_vain_become_rarer_until_one_is_worth_it():
+    clock = Clock()
+    schedule = RefreshSchedule(0.5, clock)
+    asked, worth = [], [False] * 6 + [True] * 3
+    for step in range(2000):
+        if schedule.now(step, None, alone):
+            clock.now += 20.0
+            schedule.refreshed(step, 20.0, worth_it=worth[min(len(asked), 8)])
+            asked.append(step)
+        clock.now += 1.0
+    gaps = [later - earlier for earlier, later in pairwise(asked)]
+    assert gaps[:9] == [40, 80, 160, 320, 320, 320, 20, 20, 20]
 
 
 def test_slower_steps_are_taken_account_of_after_the_next_refresh():
@@ -216,6 +233,35 @@ def test_a_refresh_of_what_has_not_moved_takes_a_product_a_pair_and_a_block():
     train(model, optimizer, 1)
     # The r + 1 pairs, since what is left is watched too, and a block of 4 for the products' noise.
     assert optimizer.report().num_matvecs - before == 4 + 4
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_within_a_share_of_time_a_refresh_is_short_and_the_next_goes_on_from_it(seed):
+    # Eigenvalues close to each other, which a cold solve takes many products for.
+    spectrum = torch.linspace(2.0, 1.0, 60, dtype=torch.float64)
+    spectrum[0] = 9.0
+    matrix = planted(spectrum, 60, seed).matrix[None]
+
+    def course(every):
+        model = Quadratic(shapes=[(60,)])
+        set_gradients(model, torch.ones(60, dtype=torch.float64))
+        base = torch.optim.SGD(model.parameters(), lr=0.0)
+        H = [matrix]
+        options = {"refresh_every": every, "tol": 1e-3, "seed": seed}
+        optimizer = precondition(base, model, quadratic_loss, H, **options)
+        products, residuals = [0], []
+        for _ in range(6):
+            optimizer.step()
+            for group in optimizer.param_groups:
+                group["curvature_due"] = group["curvature_step"]  # at once, not when it is earned
+            products.append(optimizer.report().num_matvecs)
+            residuals.append(max(optimizer._tracked.current.residuals))
+        return [later - earlier for earlier, later in pairwise(products)], residuals
+
+    (first, *_), _ = course(every=1)
+    products, residuals = course(every=None)
+    assert max(products) <= 2 * 4 < first  # two for each of the r + 1 pairs
+    assert residuals[-1] < 0.8 * residuals[0]
 
 
 def test_time_is_measured_by_the_schedules_clock():
