@@ -59,8 +59,8 @@ class NewtonCG(Optimizer):
         for _ in range(100):
             optimizer.step(closure)
 
-    Where the loss is a sum of squares, as with these networks, the Gauss-Newton matrix came to lower
-    losses than the Hessian in the same time, once plateaus were left behind:
+    Where the loss is a sum of squares, as with these networks, the Gauss-Newton matrix came to
+    lower losses than the Hessian in the same time, once plateaus were left behind:
     ``curvature="gauss_newton"``, with a closure that returns what is squared and summed. It is
     positive, and its model holds over longer steps; but it knows of no negative curvature to leave
     a plateau by::
