@@ -76,17 +76,25 @@ def take_steps(optimizer: NewtonCG, loss: Loss, count: int) -> list[float]:
 
 def oscillator(seed: int, width: int = 10, points: int = 40) -> tuple[nn.Sequential, Loss]:
     """A network for u'' = -u, u(0) = 0, u'(0) = 1 on [0, 2 pi], with derivatives in its loss."""
+    model, residuals = oscillator_residuals(seed, width, points)
+    return model, lambda: torch.stack([part.square().sum() for part in residuals()]).sum()
+
+
+def oscillator_residuals(
+    seed: int, width: int = 10, points: int = 40
+) -> tuple[nn.Sequential, Callable[[], list[Tensor]]]:
+    """The same, as what is squared and summed."""
     torch.manual_seed(seed)
     model = nn.Sequential(
         nn.Linear(1, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
     ).double()
     inner = torch.linspace(0, 2 * math.pi, points, dtype=torch.float64)[:, None]
 
-    def loss() -> Tensor:
+    def residuals() -> list[Tensor]:
         x = inner.clone().requires_grad_()
         u = model(x)
         (slope,) = torch.autograd.grad(u.sum(), x, create_graph=True)
         (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
-        return (bend + u).square().mean() + u[0].square().sum() + (slope[0] - 1).square().sum()
+        return [(bend + u) / math.sqrt(points), u[0], slope[0] - 1]
 
-    return model, loss
+    return model, residuals
