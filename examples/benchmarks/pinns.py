@@ -22,8 +22,8 @@ on a grid of 129 x 101.
 The scaled problems are smaller (width 20, 400 residual points, one in eight of the others), and, as
 seconds have to do, convection and wave have smaller coefficients than in the paper; `--coefficients
 published` takes those. `--full` has the paper's: width 200, 10,000 residual points and all others,
-float32; NysNewton-CG takes 11,000 steps of Adam, 30,000 of L-BFGS and 2000 of its own, and the
-others have the seconds that it took.
+float32; NysNewton-CG takes 11,000 steps of Adam, 30,000 of L-BFGS and 2000 of its own, for each of
+four mu, and the others have the seconds that it took. It has not been run yet.
 """
 
 from __future__ import annotations
@@ -282,7 +282,8 @@ def compare(name: str, report: Report, options: argparse.Namespace) -> None:
         unlimited = full and key == "NysNewton-CG"
         best = next(iter(settings))
         if len(settings) > 1 and options.tune > 0:
-            tried = {s: run(problem(TUNING_SEED), p, options.tune) for s, p in settings.items()}
+            limit = math.inf if unlimited else options.tune
+            tried = {s: run(problem(TUNING_SEED), p, limit) for s, p in settings.items()}
             best = min(tried, key=lambda s: tried[s].loss)
         phases = settings[best]
         runs = [run(problem(s), phases, math.inf if unlimited else seconds) for s in options.seeds]
