@@ -37,8 +37,8 @@ def mask_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    while isinstance(getattr(optimizer, "base", None), Optimizer):
-        optimizer = optimizer.base
+    while isinstance(base := getattr(optimizer, "base", None), Optimizer):
+        optimizer = base
     count = 0
     with torch.no_grad():
         for module, name in pruned_weights(model).values():
