@@ -7,7 +7,7 @@ from typing import Any
 
 BLUE, RED, GREEN = "#0072B2", "#D55E00", "#009E73"
 SKY, ORANGE, PURPLE, GREY = "#56B4E9", "#E69F00", "#CC79A7", "#888888"
-DPI = 110
+DPI = 95
 
 
 def panels(columns: int, rows: int = 1, *, width: float = 4.6, height: float = 3.8) -> Any:

@@ -104,8 +104,8 @@ def draw(records: list[dict], chance: dict[str, float], data: str, path: Path) -
     curves.axhline(chance["space_overlaps"], linestyle=":", color=GREY, label="chance (overlap)")
     dress(
         curves,
-        "Both stop changing",
-        legend={"loc": "lower right"},
+        "Likeness to other steps",
+        legend={"loc": (0.3, 0.07)},
         xlabel="training step",
         ylim=(0, 1),
     )

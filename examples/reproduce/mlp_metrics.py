@@ -120,11 +120,11 @@ def draw(
             relative = [d / mean(chance[name]) for d in distance]
             gap.plot(steps, relative, marker="o", markersize=4, label=label, **look)
     by_k.plot([0.2] * 3, PAPER.values(), "D", color="black", markerfacecolor="none", label="paper")
-    legend = {"loc": (0.02, 0.2), "ncols": 2}
+    legend = {"loc": (0.02, 0.32), "ncols": 2}
     dress(by_step, f"Mask and eigenspace, {data}", legend=legend, ylim=(0, 1.04))
     by_step.set(xlabel="training step", ylabel="distance / its maximum, or overlap")
     by_step.text(
-        0.02, 0.14, "faint: the same mask and random spaces", transform=by_step.transAxes, size=9
+        0.02, 0.26, "faint: the same mask and random spaces", transform=by_step.transAxes, size=9
     )
     dress(by_k, "Mask and random space", ylim=(0, 1.04), xlim=(0, 0.5), xlabel="k / D")
     handles, labels = by_k.get_legend_handles_labels()

@@ -175,7 +175,7 @@ def draw(
     )
     levels = [hesscurv.chance_overlap(n, D) for n in ks]
     for axes, scale in ((by_rank, [1] * len(ks)), (ratio, [D / n for n in ks])):
-        low = [max(0, (c.mean - 3 * c.std) * s) for c, s in zip(levels, scale, strict=True)]
+        low = [max(1e-3, (c.mean - 3 * c.std) * s) for c, s in zip(levels, scale, strict=True)]
         high = [(c.mean + 3 * c.std) * s for c, s in zip(levels, scale, strict=True)]
         axes.fill_between(
             ks, low, high, color=GREY, alpha=0.35, linewidth=0, label="chance ± 3 std"
@@ -187,8 +187,11 @@ def draw(
                 axes.plot(ks, values, look, color=color, linewidth=1.8, label=label)
     for look, name in (("--", "best masks"), (":", "random masks")):
         by_rank.plot([], [], look, color=GREY, linewidth=1.8, label=name)
-    dress(by_rank, "By k, test Hessian", legend={"loc": "best"}, xlabel="k", ylabel="overlap")
-    by_rank.set(xlim=(0, k), ylim=(0, None))
+    dress(
+        by_rank, "By k, test Hessian", legend={"loc": "upper right"}, xlabel="k", ylabel="overlap"
+    )
+    highest = max(max(curve["best"]) for curve in curves.values())
+    by_rank.set(xlim=(0, k), ylim=(0, 1.75 * highest), ylabel="overlap")
     dress(
         ratio,
         "The same over chance k / D",
@@ -196,7 +199,7 @@ def draw(
         ylabel="overlap / chance",
         xscale="log",
         yscale="log",
-        ylim=(0.5, None),
+        ylim=(0.1, None),
         xlim=(1, k),
     )
     save(ratio, path)
