@@ -32,9 +32,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from figures import BLUE, GREEN, GREY, RED, dress, panels, save
 from mlp import TASK, chance_by_layer, check_figure, figure_options, parameter_count, source
 from overlap import load_data, make_net, train
+from panels import BLUE, GREEN, GREY, RED, dress, panels, save
 from results import Report, parser, print_table
 from torch import nn
 from torch.nn import functional as F

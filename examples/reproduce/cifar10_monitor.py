@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 import torch
 from cifar10_3c3d import initialize_as_deepobs
-from figures import BLUE, GREEN, GREY, RED, dress, panels, save
 from mlp import check_figure, figure_options, parameter_count
 from models import three_c_three_d
+from panels import BLUE, GREEN, GREY, RED, dress, panels, save
 from results import Report, parser, print_table
 from torch import nn
 from torch.nn import functional as F

@@ -15,8 +15,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from figures import BLUE, GREY, RED, dress, panels, save
 from mlp import Snapshot, converged, mlp_options, snapshots, source
+from panels import BLUE, GREY, RED, dress, panels, save
 from results import Report, print_table
 
 import hesscurv

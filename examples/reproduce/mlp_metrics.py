@@ -19,8 +19,8 @@ from pathlib import Path
 from statistics import mean, stdev
 
 import torch
-from figures import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, dress, panels, save
 from mlp import converged, mlp_options, snapshots, source
+from panels import BLUE, GREEN, GREY, ORANGE, PURPLE, RED, SKY, dress, panels, save
 from results import Report, print_table
 
 import hesscurv

@@ -23,8 +23,8 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from figures import BLUE, GREEN, GREY, ORANGE, RED, SKY, dress, panels, save
 from mlp import Snapshot, chance_by_layer, converged, mlp_options, snapshots, source
+from panels import BLUE, GREEN, GREY, ORANGE, RED, SKY, dress, panels, save
 from results import Report, print_table
 
 import hesscurv
