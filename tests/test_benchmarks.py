@@ -138,6 +138,8 @@ def test_a_curve_tells_when_a_smoothed_loss_was_reached(load):
     assert curve.smooth() == [9.0, 7.5, 6.0, 3.0]
     assert curve.final == 3.0
     assert curve.time_to(4.5) == (2.5, 25.0)
+    assert curve.loss_after(15) == 6.75
+    assert curve.loss_after(99) == 3.0
     assert curve.time_to(9.0) == (0.0, 0)
     assert curve.time_to(2.9) == (math.inf, math.inf)
     curve.losses[-1] = math.inf

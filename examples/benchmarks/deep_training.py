@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from models import GPT, CIFARResNet, TokenLoss, mlp, three_c_three_d
 from samples import (
@@ -127,7 +128,7 @@ RECIPES = {
         1e-4,
         1e-3,
         50,
-        6,
+        4,
         1000,
     ),
 }
@@ -217,6 +218,10 @@ class Curve:
         """The mean of the last three losses; infinite if they diverged."""
         last = self.smooth()[-1]
         return last if math.isfinite(last) else math.inf
+
+    def loss_after(self, steps: int) -> float:
+        """Return the smoothed loss after so many steps, interpolated; the last one beyond them."""
+        return float(np.interp(steps, self.steps, self.smooth()))
 
     def time_to(self, loss: float) -> tuple[float, float]:
         """Return seconds and steps to a loss, interpolated; infinite if it was not reached."""
