@@ -139,6 +139,8 @@ def measure(case: Case, options: argparse.Namespace, data: Any, test: Any) -> li
 
 def best_rate(options: argparse.Namespace, data: Any) -> float:
     """Return AdamW's rate of least training loss after all steps, seed 0."""
+    if options.adamw_rate is not None:
+        return options.adamw_rate
     losses = {}
     for rate in ADAMW_RATES:
         torch.manual_seed(0)
@@ -148,7 +150,8 @@ def best_rate(options: argparse.Namespace, data: Any) -> float:
             pass
         losses[rate] = training_loss(net, data)
     print("AdamW, training loss by rate:", ", ".join(f"{r:g}: {v:.4f}" for r, v in losses.items()))
-    return min(losses, key=losses.__getitem__)
+    options.adamw_rate = min(losses, key=losses.__getitem__)
+    return options.adamw_rate
 
 
 def hidden(width: int) -> tuple[int, ...]:
@@ -335,6 +338,7 @@ def parse() -> argparse.Namespace:
     torch.set_num_threads(options.threads or 1)
     sys.stdout.reconfigure(line_buffering=True)
     options.side, options.steps, options.loss = (8, 20, 2.25) if options.quick else (16, 1000, 0.35)
+    options.adamw_rate = None  # chosen when it is needed
     options.seeds = options.seeds or ([0] if options.quick else [0, 1, 2])
     if options.widths is None:
         options.widths = [5, 10, 20, 40] if options.data is None else [10, 20, 40, 80]
