@@ -5,6 +5,7 @@ import re
 import warnings
 
 import torch
+import torch_pruning
 from readme_blocks import README, readme_blocks
 from torch import nn
 
@@ -66,8 +67,14 @@ def test_the_examples_run_as_printed(tmp_path, monkeypatch):
             exec("class LanguageModel" + language, names)
             assert names["G"].shape[0] == 7 * 6 + 6 * 7 + 7
             continue
+        if "torch_pruning" in block:
+            names.update(model=Net(), torch_pruning=torch_pruning, example=data[0][0][:1])
         if "import Curvature" in block:
             continue  # in tests/integrations/, with the library whose callback it is
+        if "PruneWhenStable" in block:  # on one that the blocks before have not pruned further
+            names["monitor"] = hesscurv.hooks.CurvatureMonitor(
+                model, names["task"], data, k=2, quantities="overlap"
+            )
         if "TensorBoardLogger" in block and importlib.util.find_spec("tensorboard") is None:
             continue
         names["H"] = hesscurv.HessianOperator(
