@@ -20,6 +20,7 @@ in the file of results.
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import warnings
 from collections.abc import Callable
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from contenders import is_installed
 from deep_training import RECIPES, Curve, Factory, Training, start, train
 from results import DEFAULT_RESULTS, Report, parser, print_table
 from torch import nn
@@ -79,13 +81,16 @@ def contenders(training: Training) -> dict[str, tuple[float, Callable[[float], F
         return lambda model: SOAP(model.parameters(), lr=lr)
 
     rate, adaptive = training.recipe.lr, training.recipe.adaptive_lr
-    return {
+    out = {
         "SGD": (rate, sgd),
         "ours on SGD": (rate, ours(sgd)),
         "AdamW": (adaptive, adamw),
         "ours on AdamW": (adaptive, ours(adamw)),
         "SOAP": (adaptive, soap),
     }
+    if not is_installed("pytorch_optimizer"):
+        del out["SOAP"]
+    return out
 
 
 def tuned(
@@ -134,6 +139,10 @@ def compare(training: Training, options: Any, report: Report) -> None:
             }
         )
     summary(report.rows)
+    finite = all(math.isfinite(run.final) for runs in curves.values() for run in runs)
+    report.judge(
+        f"{name}: no contender diverges at its best rate", finite, f"{len(curves)} of them"
+    )
     for label, base in BASES.items():
         ratios = [
             to.time_to(to.final)[0] / max(run.time_to(to.final)[0], 1e-9)
