@@ -288,7 +288,7 @@ def read_options() -> argparse.Namespace:
     if not options.quick and (options.data is None or options.checkpoints is None):
         options_parser.error("expected --data and --checkpoints, or --quick")
     if options.quick:
-        options.samples, options.held_out, options.k, options.stages = 100, 300, 10, [2]
+        options.samples, options.held_out, options.k, options.stages = 100, 300, 10, [1, 2]
         options.seeds, options.part, options.targets = 1, 300, [1.5]
     return options
 
