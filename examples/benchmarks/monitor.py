@@ -61,7 +61,6 @@ class Training:
 
     def go_on_with(self, rate: float, momentum: float, batch: int) -> None:
         """Train by other settings from here on."""
-        self.optimizer.state.clear()
         self.optimizer.param_groups[0] |= {"lr": rate, "momentum": momentum}
         self._batch = batch
 
