@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 import hesscurv
 from hesscurv.hooks import CurvatureMonitor, PruneWhenStable, Stability, every
@@ -142,9 +143,8 @@ def test_a_function_of_ones_own_prunes_and_is_followed():
     monitor, seen = monitor_of(model), []
 
     def magnitude(pruned, sparsity):
-        torch.nn.utils.prune.global_unstructured(
-            list(find_weights(pruned).values()), torch.nn.utils.prune.L1Unstructured, amount=sparsity
-        )
+        weights = list(find_weights(pruned).values())
+        prune.global_unstructured(weights, prune.L1Unstructured, amount=sparsity)
         return "done"
 
     trigger = PruneWhenStable(
@@ -279,7 +279,7 @@ def test_refuses_values_out_of_range(arguments, message):
         ({"optimizer": 3}, r"expected a torch\.optim\.Optimizer, got int"),
         ({"stability": 0.9}, r"expected stability=Stability\(...\) or None, got float"),
         ({"every": 1.5}, "expected every to be an int"),
-        ({"prune": lambda model, s: None, "stages": 3}, r"expected no arguments .* got \['stages'\]"),
+        ({"prune": lambda model, s: None, "stages": 3}, r"expected no arguments .* \['stages'\]"),
     ],
 )
 def test_refuses_wrong_types(arguments, message):
