@@ -11,7 +11,7 @@ IN_VENV := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint bench clean
+.PHONY: help demo test test-slow lint bench benchmarks clean
 
 help:
 	@echo 'make demo       overlap of magnitude masks and Hessian eigenspace, on real digits'
@@ -19,7 +19,7 @@ help:
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      products, eigensolves, spectra beside other libraries; memory, storage, scaling, pruning, optimizers, PINNs'
-	@echo 'make clean      remove the virtual environment, caches and build outputs'
+	@echo 'make clean      remove the virtual environments, caches and build outputs'
 	@echo
 	@echo 'ARGS="..." is handed on to the command:  make demo ARGS="--quick"'
 	@echo 'PRUNING="--data DIR --checkpoints DIR": for the benchmarks of pruning, which need both.'
@@ -40,7 +40,12 @@ lint: $(VENV)/.has-dev
 	    { echo 'Not formatted. Run: $(IN_VENV) -m ruff format .'; exit 1; }
 	@$(IN_VENV) -m mypy hesscurv integrations
 
-bench: $(VENV)/.has-bench
+# In an environment of its own: a library that is compared with brings a torchvision along, which need
+# not fit this torch, and then Lightning and Transformers, which the tests import, fail on it.
+bench:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-bench benchmarks
+
+benchmarks: $(VENV)/.has-bench
 	@$(IN_VENV) examples/benchmarks/products.py $(ARGS)
 	@$(IN_VENV) examples/benchmarks/eigensolvers.py $(ARGS)
 	@$(IN_VENV) examples/benchmarks/spectra.py $(filter --quick,$(ARGS))
@@ -57,7 +62,7 @@ bench: $(VENV)/.has-bench
 	@$(IN_VENV) examples/benchmarks/pinns.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find hesscurv integrations tests examples -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp for each extra, so that a target installs what it needs and no more, and a second call
