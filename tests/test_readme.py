@@ -71,10 +71,6 @@ def test_the_examples_run_as_printed(tmp_path, monkeypatch):
             names.update(model=Net(), torch_pruning=torch_pruning, example=data[0][0][:1])
         if "import Curvature" in block:
             continue  # in tests/integrations/, with the library whose callback it is
-        if "PruneWhenStable" in block:  # on one that the blocks before have not pruned further
-            names["monitor"] = hesscurv.hooks.CurvatureMonitor(
-                model, names["task"], data, k=2, quantities="overlap"
-            )
         if "TensorBoardLogger" in block and importlib.util.find_spec("tensorboard") is None:
             continue
         names["H"] = hesscurv.HessianOperator(
