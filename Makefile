@@ -59,6 +59,7 @@ benchmarks: $(VENV)/.has-bench
 	@$(IN_VENV) examples/benchmarks/optimizers.py $(ARGS)
 	@$(IN_VENV) examples/benchmarks/deep_nets.py $(ARGS)
 	@$(IN_VENV) examples/benchmarks/monitor.py $(ARGS)
+	@$(IN_VENV) examples/benchmarks/prune_when_stable.py $(or $(filter --quick,$(ARGS)),$(if $(findstring --data,$(ARGS)),$(ARGS),--quick))
 	@$(IN_VENV) examples/benchmarks/pinns.py $(ARGS)
 
 clean:

@@ -34,6 +34,7 @@ def load(monkeypatch):
     [
         *("products", "eigensolvers", "memory", "spectra", "storage", "scaling"),
         *("pruning", "structured", "equal_time", "optimizers", "pinns", "monitor", "deep_nets"),
+        "prune_when_stable",
     ],
 )
 def test_benchmark_runs(name, tmp_path):

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 import hesscurv
 from hesscurv.hooks import CurvatureMonitor, PruneWhenStable, every
-from hesscurv.pruning import mask_optimizer_state_, prune_model
+from hesscurv.pruning import find_weights, mask_optimizer_state_, masks_of, prune_model
 
 STRATEGIES = ("never", "end", "early", "stable")
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())
@@ -62,6 +62,12 @@ def accuracy(model: nn.Module, images: Images) -> float:
             for x, y in zip(images[0].split(500), images[1].split(500), strict=True)
         ]
     return 100 * float(sum(right)) / len(images[1])
+
+
+def sparsity_of(model: nn.Module) -> float:
+    """Return the fraction of the prunable weights that masks take out."""
+    numel = sum(getattr(*weight).numel() for weight in find_weights(model).values())
+    return sum(int((~mask).sum()) for mask in masks_of(model).values()) / numel
 
 
 class Run:
@@ -154,6 +160,7 @@ def describe(run: Run, strategy: str, seed: int, test: Images) -> dict[str, Any]
         "accuracy": accuracy(run.model, test),
         "seconds": run.seconds,
         "measuring": run.measuring,
+        "sparsity": sparsity_of(run.model),
     }
     print(*(f"{key} {value}" for key, value in row.items()), flush=True)
     return row
@@ -201,6 +208,18 @@ def main() -> None:
     print_table(["pruned", "at step", "test, %", "std", "seconds", "measuring"], table)
     by_name = {row[0]: row for row in table}
     pruned = all(row["pruned_at"] for row in report.rows if row["strategy"] == "stable")
+    reached = [row["sparsity"] for row in report.rows if row["pruned_at"]]
+    report.judge(
+        f"all that is pruned has sparsity {o.sparsity:g}",
+        all(abs(s - o.sparsity) < 1e-4 for s in reached),
+        f"{len(reached)} models",
+    )
+    stable = [row["pruned_at"] for row in report.rows if row["strategy"] == "stable"]
+    report.judge(
+        "mask and eigenspace are stable before the end",
+        pruned and all(at < o.steps for at in stable),
+        f"at steps {stable} of {o.steps}",
+    )
     report.judge(
         "pruned when stable: as accurate as pruned at the end, or more",
         None if o.quick or not pruned else by_name["stable"][2] >= by_name["end"][2],
