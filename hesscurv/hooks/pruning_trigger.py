@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from hesscurv.hooks.rank_pruning import prune_on_first_rank
 from hesscurv.hooks.stability import Stability, relative_change
 from hesscurv.metrics import intersection_over_union, magnitude_mask
 from hesscurv.operators.parameters import unwrap
+from hesscurv.optim.arguments import check_count
 from hesscurv.pruning import mask_optimizer_state_, masks_of, prune_model
 from hesscurv.pruning.weights import (
     WeightSelection,
@@ -113,12 +115,9 @@ class PruneWhenStable:
         if optimizer is not None and not isinstance(optimizer, Optimizer):
             raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
         self.sparsities = _as_sparsities(sparsity)
-        for name, value, least in (
-            ("every", every, 1),
-            ("not_before", not_before, 0),
-            ("deadline", deadline, 0),
-        ):
-            _check_int(name, value, least)
+        check_count("every", every, optional=True)
+        check_count("not_before", not_before, least=0)
+        check_count("deadline", deadline, least=0, optional=True)
         if stability is None and deadline is None:
             raise ValueError("expected a stability or a deadline, got None for both")
         if prune is None and batches is None:
@@ -226,9 +225,9 @@ class PruneWhenStable:
 
     def _look(self) -> None:
         """Compare the records that are new with those before."""
-        for record in self.monitor.records:
-            if record["step"] <= self._seen or record["status"] != "ok":
-                continue
+        # From the end: this is called after every step of training.
+        after = takewhile(lambda r: r["step"] > self._seen, reversed(self.monitor.records))
+        for record in reversed([r for r in after if r["status"] == "ok"]):
             self._seen = record["step"]
             if self.stability is not None:
                 self._compare(record, self.stability)
@@ -275,12 +274,3 @@ def _as_sparsities(sparsity: float | Sequence[float]) -> list[float]:
     if not given or not rising:
         raise ValueError(f"expected sparsities that rise within (0, 1), got {sparsity!r}")
     return [float(s) for s in given]
-
-
-def _check_int(name: str, value: Any, least: int) -> None:
-    if value is None and name != "not_before":
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"expected {name} to be an int, got {value!r}")
-    if value < least:
-        raise ValueError(f"expected {name} >= {least}, got {value}")

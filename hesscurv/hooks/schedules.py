@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from hesscurv.optim.arguments import check_count
+
 Schedule = Callable[[int], bool]
 """Returns whether to measure after a step, by its number alone, so that all ranks agree."""
 
@@ -97,7 +99,4 @@ class dense_then_sparse:  # noqa: N801
 
 def _check(**numbers: tuple[object, int]) -> None:
     for name, (value, least) in numbers.items():
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"expected {name} to be an int, got {value!r}")
-        if value < least:
-            raise ValueError(f"expected {name} >= {least}, got {value}")
+        check_count(name, value, least=least)

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from hesscurv.optim.arguments import check_count
+
 
 @dataclass(frozen=True)
 class Stability:
@@ -43,10 +45,7 @@ class Stability:
                 raise TypeError(f"expected {name} to be a number or None, got {value!r}")
             if not 0 < value <= most:
                 raise ValueError(f"expected {name} in (0, {most:g}], got {value}")
-        if isinstance(self.patience, bool) or not isinstance(self.patience, int):
-            raise TypeError(f"expected patience to be an int, got {self.patience!r}")
-        if self.patience < 1:
-            raise ValueError(f"expected patience >= 1, got {self.patience}")
+        check_count("patience", self.patience)
         if self.mask_iou is self.space_overlap is self.overlap_change is None:
             raise ValueError(
                 "expected a bound on mask_iou, space_overlap or overlap_change, got None for all"
