@@ -12,6 +12,7 @@ from torch import nn
 from hesscurv.hooks.probe import OPERATORS
 from hesscurv.operators.batches import check_source
 from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.optim.arguments import check_count
 
 
 def check_model(model: Any, task: Any, curvature: Any, batches: Any) -> None:
@@ -41,20 +42,17 @@ def check_model(model: Any, task: Any, curvature: Any, batches: Any) -> None:
 
 
 def check_numbers(**counts: Any) -> None:
-    """Refuse what are no integers of at least 1; None passes, and `history` may be 0.
+    """Refuse what are no integers of at least 1, of `history` 0, of `trace_matvecs` 2.
+
+    None passes but for `k` and `trace_matvecs`, which have no other default.
 
     Raises:
         TypeError: If one is not an int.
         ValueError: If it is too small.
     """
     for name, value in counts.items():
-        if value is None:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"expected {name} to be an int, got {value!r}")
         least = {"history": 0, "trace_matvecs": 2}.get(name, 1)
-        if value < least:
-            raise ValueError(f"expected {name} >= {least}, got {value}")
+        check_count(name, value, least=least, optional=name not in ("k", "trace_matvecs"))
 
 
 def check_share(name: str, value: Any, *, open_above: bool = False) -> None:

@@ -8,6 +8,7 @@ from hooks.watched import TASK, Kept, data, net, train
 
 import hesscurv
 from hesscurv.hooks import CurvatureMonitor, MonitorWarning, every
+from hesscurv.hooks.arguments import check_numbers
 
 
 class Untouched:
@@ -121,3 +122,10 @@ def test_pairs_that_have_not_converged_are_recorded_without_a_warning():
     V, values = monitor.pairs.eigenvectors, monitor.pairs.eigenvalues
     measured = (hessian @ V - V * values).norm(dim=0)
     assert record["residuals"] == pytest.approx(measured.tolist(), rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["k", "trace_matvecs"])
+def test_numbers_without_another_default_are_needed(name):
+    with pytest.raises(TypeError, match=f"expected {name} to be an int, got None"):
+        check_numbers(**{name: None})
+    check_numbers(samples=None, max_matvecs=None, history=0)
