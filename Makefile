@@ -28,11 +28,14 @@ help:
 demo: $(VENV)/.has-examples
 	@$(IN_VENV) examples/overlap.py $(ARGS)
 
+# A process for each core, of one thread each, four at most: small tensors gain nothing from threads.
+PARALLEL := -n logical --maxprocesses 4 --dist worksteal
+
 test: $(VENV)/.has-test
-	@$(IN_VENV) -m pytest -q $(ARGS)
+	@$(IN_VENV) -m pytest -q $(PARALLEL) $(ARGS)
 
 test-slow: $(VENV)/.has-test
-	@$(IN_VENV) -m pytest -q -m slow $(ARGS)
+	@$(IN_VENV) -m pytest -q -m slow $(PARALLEL) $(ARGS)
 
 lint: $(VENV)/.has-dev
 	@$(IN_VENV) -m ruff check --quiet .

@@ -52,9 +52,9 @@ class PixelLoss(nn.Module):
 class Recipe:
     """A net, its data and loss, the batch of a step, and how it is trained before the start.
 
-    `lr` is the rate of SGD before the start, and the middle of the rates tried; `adaptive_lr` is
-    that of Adam and its kin. `samples` are those that curvature is measured on, half a batch,
-    `seconds` the budget of a run, `looked_at` the training samples that the loss is looked at on.
+    `warm_up_lr` is the rate of SGD before the start, `lr` the middle of the rates tried, with
+    `adaptive_lr` for Adam and its kin. `samples` are those that curvature is measured on, `seconds`
+    the budget of a run, `looked_at` the training samples that the loss is looked at on.
     """
 
     model: Callable[[], nn.Module]
@@ -62,6 +62,7 @@ class Recipe:
     loss: Callable[[], nn.Module]
     batch: int
     warm_up: int
+    warm_up_lr: float
     lr: float
     adaptive_lr: float
     samples: int
@@ -103,33 +104,57 @@ def text(folder: Path | None) -> Data:
 
 
 RECIPES = {
-    "3c3d": Recipe(three_c_three_d, images, nn.CrossEntropyLoss, 32, 200, 0.01, 5e-4, 16, 12, 256),
+    "3c3d": Recipe(
+        model=three_c_three_d,
+        data=images,
+        loss=nn.CrossEntropyLoss,
+        batch=128,
+        warm_up=200,
+        warm_up_lr=0.01,
+        lr=0.04,
+        adaptive_lr=1e-3,
+        samples=64,
+        seconds=80,
+        looked_at=512,
+    ),
     "resnet20": Recipe(
-        CIFARResNet, small_images, nn.CrossEntropyLoss, 32, 100, 0.1, 2e-3, 16, 8, 256
+        model=CIFARResNet,
+        data=small_images,
+        loss=nn.CrossEntropyLoss,
+        batch=256,
+        warm_up=100,
+        warm_up_lr=0.1,
+        lr=0.2,
+        adaptive_lr=4e-3,
+        samples=128,
+        seconds=60,
+        looked_at=512,
     ),
     "gpt": Recipe(
-        lambda: GPT(width=64, depth=2, length=LENGTH),
-        text,
-        TokenLoss,
-        32,
-        100,
-        0.2,
-        4e-3,
-        16,
-        8,
-        256,
+        model=lambda: GPT(width=64, depth=2, length=LENGTH),
+        data=text,
+        loss=TokenLoss,
+        batch=256,
+        warm_up=100,
+        warm_up_lr=0.2,
+        lr=0.4,
+        adaptive_lr=8e-3,
+        samples=64,
+        seconds=40,
+        looked_at=512,
     ),
     "autoencoder": Recipe(
-        lambda: mlp(784, 1000, 500, 250, 30, 250, 500, 1000, 784),
-        grey,
-        PixelLoss,
-        100,
-        200,
-        1e-4,
-        1e-3,
-        50,
-        4,
-        1000,
+        model=lambda: mlp(784, 1000, 500, 250, 30, 250, 500, 1000, 784),
+        data=grey,
+        loss=PixelLoss,
+        batch=250,
+        warm_up=200,
+        warm_up_lr=1e-4,
+        lr=2e-3,
+        adaptive_lr=1e-3,
+        samples=125,
+        seconds=40,
+        looked_at=1000,
     ),
 }
 
@@ -187,7 +212,7 @@ def start(name: str, folder: Path | None, warm_up: int | None = None) -> Trainin
         source, x, y = recipe.data(folder)
         order = torch.randperm(len(x))
         out = Training(name, source, recipe, model, x[order], y[order])
-        optimizer = torch.optim.SGD(model.parameters(), recipe.lr, momentum=0.9)
+        optimizer = torch.optim.SGD(model.parameters(), recipe.warm_up_lr, momentum=0.9)
         batches = out.batches(1)
         for _ in range(recipe.warm_up if warm_up is None else warm_up):
             optimizer.zero_grad()
@@ -241,6 +266,7 @@ class Curve:
 def train(training: Training, make: Factory, seconds: float, seed: int, looks: int) -> Curve:
     """Train for so many processor seconds, and look at the loss afterwards.
 
+    The rate falls in a straight line, with the seconds, from the optimizer's own to zero.
     The weights are kept at `looks` times, all alike, so that looking takes nothing of an
     optimizer's time. A run ends early where the loss of a batch has trebled.
     """
@@ -251,7 +277,11 @@ def train(training: Training, make: Factory, seconds: float, seed: int, looks: i
     kept = [copy.deepcopy(model.state_dict())]
     steps, most, begun = 0, 3 * training.look(model), time.process_time()
     optimizer = make(model)
+    rates = [group["lr"] for group in optimizer.param_groups]
     while True:
+        left = max(0.0, 1 - (time.process_time() - begun) / seconds)
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * left
         optimizer.zero_grad()
         loss = training.task(model, next(batches))
         loss.backward()

@@ -96,6 +96,7 @@ def random_features(data: Path | None, features: int, samples: int) -> LinearPro
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(images.shape[1], features, generator=generator)
     x = F.relu((images - images.mean()) / images.std() @ weights / math.sqrt(images.shape[1]))
+    x = x / math.sqrt(features)  # the kernel, and the rates that suit it, depend on no width then
     target = 2.0 * (y[:samples] % 2)[:, None] - 1  # odd or even: one output, no repeated spectrum
     return LinearProblem(f"ridge, features of {source}", x, target, _half_squares, 1, BATCH, 1e-6)
 

@@ -311,7 +311,6 @@ def main() -> None:
         for target in options.targets
         for kind in options.kinds
         for column in columns
-        if not (kind == "both" and column == "tuned")
     }
     measure_on_test(measure, chosen, test)
     for column in columns:

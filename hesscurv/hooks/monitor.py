@@ -91,8 +91,8 @@ class CurvatureMonitor:
         curvature: "hessian" (default), "ggn" or "fisher".
         samples: Take at most so many from the front of the batches; default all.
         tol: Relative residual with which an eigenpair counts as converged; default 1e-2.
-        max_matvecs: The most products of a refresh; default 3 k. Pairs that have not converged by
-            then are recorded as they are.
+        max_matvecs: The most products of a refresh; default 3 k. The first solve may take four
+            times as many. Pairs that have not converged by then are recorded as they are.
         mask_size: Entries of the mask of largest weights, or as a float their fraction; default k.
         trace_matvecs: Products for the trace; default 16.
         history: Earlier spaces and masks to compare with, the latest, beside the last and the
@@ -112,7 +112,7 @@ class CurvatureMonitor:
         TypeError: If an argument is of a wrong type.
         ValueError: If one is out of range, or the probe set is empty.
 
-    Cost: with "cheap" a gradient over the probe set and, after the first time, k to 3 k products;
+    Cost: with "cheap" a gradient over the probe set and k to 3 k products, the first time up to 12 k;
     16 more with "trace". During a measurement some 4 k D floats on the device; between them the
     probe set, and on the CPU k D floats for each space that is kept, half as much for earlier ones.
 

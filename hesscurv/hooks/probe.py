@@ -37,6 +37,9 @@ OPERATORS: dict[str, type[CurvatureOperator]] = {
     "fisher": EmpiricalFisherOperator,
 }
 
+# The first solve, which starts from random vectors, may take so many times a refresh's products.
+FIRST = 4
+
 
 class Probe:
     """Measures a model on samples that are read once and kept.
@@ -53,7 +56,7 @@ class Probe:
         samples: At most so many samples, from the front of the batches; None takes all.
         tol: Of the eigenpairs, relative to the eigenvalue.
         max_matvecs: The most products of a solve that starts from an earlier one; None: three for
-            each pair.
+            each pair. The first solve may take four times as many.
         seed: Of random vectors, and of the order of a loader that shuffles.
         options: Further arguments of the operator.
 
@@ -157,9 +160,10 @@ class Probe:
         if initial is not None and source is not None:
             initial = self._start(initial, source)
         block = min(count, max(4, min(16, count // 4)))
-        options: dict[str, Any] = {}
+        most = max(count, self.max_matvecs or 3 * count)
+        # At initialisation eigenvalues lie close together, and all digits would take minutes.
+        options: dict[str, Any] = {"max_matvecs": FIRST * most}
         if initial is not None:
-            most = max(count, self.max_matvecs or 3 * count)
             options = {"max_matvecs": most, "verify": False, "initial": initial}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the record says so
