@@ -18,7 +18,7 @@ data sees the same training images, other ones for every seed. Kinds and setting
                  the loss, or of the logits' change
     magnitude, taylor, hessian
                  torch-pruning's, with its defaults, or with sums in the loss's own unit
-    both         torch-pruning's magnitude with our `compensate_channels_`; shown, not judged
+    both         torch-pruning's magnitude with our `compensate_channels_`
 
 "hessian" is used as torch-pruning documents it. Its `accumulate_grad` never finds what it has
 accumulated, so that the last sample alone counts.
@@ -324,7 +324,10 @@ def main() -> None:
 
 
 def judge(report: Report, chosen: dict[Any, Any], target: float, column: str) -> None:
-    """Compare our best kind, chosen on the held-out images, with torch-pruning's that took part."""
+    """Compare our best kind, chosen on the held-out images, with torch-pruning's that took part.
+
+    And its magnitude with our compensation, by itself: that has no importance of ours.
+    """
     rows = {
         kind: chosen[kind, target, column] for kind in KINDS if (kind, target, column) in chosen
     }
@@ -332,13 +335,14 @@ def judge(report: Report, chosen: dict[Any, Any], target: float, column: str) ->
     ours = max((kind for kind in OURS if kind in rows), key=held_out)
     seeds = slice(1 if column == "tuned" else None)
     theirs = [kind for kind in THEIRS if kind in rows]
-    value = {kind: mean(row[column] for row in rows[kind][seeds]) for kind in (ours, *theirs)}
+    value = {kind: mean(row[column] for row in found[seeds]) for kind, found in rows.items()}
     beside = ", ".join(f"{kind} {value[kind]:.2f}" for kind in theirs)
-    report.judge(
-        f"{column.replace('_', ' ')} at {target}x fewer MACs, ahead of torch-pruning's",
-        value[ours] > max(value[kind] for kind in theirs),
-        f"{ours} {value[ours]:.2f}; {beside}",
-    )
+    for kind in [ours, *(["both"] if "both" in rows else [])]:
+        report.judge(
+            f"{kind}, {column.replace('_', ' ')} at {target}x fewer MACs, ahead of torch-pruning's",
+            value[kind] > max(value[other] for other in theirs),
+            f"{value[kind]:.2f}; {beside}",
+        )
 
 
 if __name__ == "__main__":
