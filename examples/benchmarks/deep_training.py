@@ -126,7 +126,7 @@ RECIPES = {
         warm_up_lr=0.1,
         lr=0.2,
         adaptive_lr=4e-3,
-        samples=128,
+        samples=64,
         seconds=60,
         looked_at=512,
     ),

@@ -7,10 +7,11 @@ Parts (`--parts`; of the first, `--problems`):
 
     linear   ridge and logistic regression with planted spectra, lambda_1 / lambda_100 from 1e2 to
              1e8, and random features of MNIST: the time to the training loss of SGD after 40
-             epochs at its best rate. Either has six settings: SGD six rates, the wrapped one six
-             shares of the stable rate that it finds (learning_rate="auto"), with rank 100.
-             Seconds of the processor (--threads 1: those of an idle machine's clock) hold all of
-             the wrapper's work and none of looking at the loss.
+             epochs at its best rate. Either has six settings: SGD six rates, and larger ones while
+             the largest is best, the wrapped one six shares of the stable rate that it finds
+             (learning_rate="auto"), with rank 100. Seconds of the processor (--threads 1: those of
+             an idle machine's clock) hold all of the wrapper's work and none of looking at the
+             loss.
     step     the cost of a step with rank 20 on 3c3d, batch 128, beside the step of the base; in
              seconds of the processor.
     refresh  3c3d in training at batch 128, all settings left alone, until the second refresh: the
@@ -85,12 +86,16 @@ _COLUMNS = ("problem", "rate", "loss", "seconds", "ours", "epochs", "times", "sp
 def time_to_loss(problem: LinearProblem, quick: bool) -> dict[str, Any]:
     """Return seconds of tuned SGD and of ours, to the loss that SGD has in the end."""
     epochs = 4 if quick else EPOCHS
-    tuned = {}
-    for rate in RATES[::2] if quick else RATES:
-        curve = train(problem, sgd(rate), epochs, looks=1)
-        if math.isfinite(curve.losses[-1]):
-            tuned[rate] = curve
-    rate = min(tuned, key=lambda r: tuned[r].losses[-1])
+    tuned: dict[float, Curve] = {}
+    rates, most = list(RATES[::2] if quick else RATES), 0.0
+    while rates:
+        most = max(most, *rates)
+        for rate in rates:
+            curve = train(problem, sgd(rate), epochs, looks=1)
+            if math.isfinite(curve.losses[-1]):
+                tuned[rate] = curve
+        rate = min(tuned, key=lambda r: tuned[r].losses[-1])
+        rates = [3 * rate] if 3 * rate > most else []  # the largest was best: larger ones
     loss = tuned[rate].losses[-1]
     found: dict[float, Curve] = {}
     for share in SHARES[::3] if quick else SHARES:
