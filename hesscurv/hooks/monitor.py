@@ -112,9 +112,10 @@ class CurvatureMonitor:
         TypeError: If an argument is of a wrong type.
         ValueError: If one is out of range, or the probe set is empty.
 
-    Cost: with "cheap" a gradient over the probe set and k to 3 k products, the first time up to 12 k;
-    16 more with "trace". During a measurement some 4 k D floats on the device; between them the
-    probe set, and on the CPU k D floats for each space that is kept, half as much for earlier ones.
+    Cost: with "cheap" a gradient over the probe set and k to 3 k products, the first time up to
+    12 k; 16 more with "trace". During a measurement some 4 k D floats on the device; between them
+    the probe set, and on the CPU k D floats for each space that is kept, half as much for earlier
+    ones.
 
     References:
         Fernandez et al., TMLR 2025, arXiv 2504.14701, for overlap and crystallisation.
