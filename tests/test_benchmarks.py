@@ -153,7 +153,7 @@ def test_looking_at_the_loss_of_training_changes_nothing(load):
         lambda: torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)),
         lambda _: ("noise", torch.randn(60, 3), torch.randint(4, (60,))),
         torch.nn.CrossEntropyLoss,
-        **{"batch": 8, "warm_up": 5, "lr": 0.1, "adaptive_lr": 0.01},
+        **{"batch": 8, "warm_up": 5, "warm_up_lr": 0.1, "lr": 0.1, "adaptive_lr": 0.01},
         **{"samples": 4, "seconds": 1.0, "looked_at": 20},
     )
     training.RECIPES["noise"] = recipe

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))  # examples/benchmarks/ and reproduce/ measure
-SLOW: set[str] = set()  # file names of those that take more than a minute even with --quick
+SLOW = {"prune_resnet20.py"}  # file names of those that take more than a minute even with --quick
 
 pytestmark = pytest.mark.skipif(not SCRIPTS, reason="there is no example yet")
 
