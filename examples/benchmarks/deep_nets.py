@@ -14,8 +14,7 @@ budget. Then comes the time to the loss that the own base has in the end, at its
 are processor seconds, with all of an optimizer's work and without looking at the loss. Losses are
 means of three looks in a row, on a part of the training data that stays the same.
 
-Batches are of 128 and more: with 32 samples the gradient's noise limits the rate before curvature
-does, and there is nothing to gain.
+Batches are of 128 and more, so that curvature limits the rate rather than the gradient's noise.
 
 `--figure PATH` draws loss against seconds, of the runs just done or, with `--only-figure`, of those
 in the file of results.

@@ -161,10 +161,8 @@ class Probe:
             initial = self._start(initial, source)
         block = min(count, max(4, min(16, count // 4)))
         most = max(count, self.max_matvecs or 3 * count)
-        # At initialisation eigenvalues lie close together, and all digits would take minutes.
-        options: dict[str, Any] = {"max_matvecs": FIRST * most}
-        if initial is not None:
-            options = {"max_matvecs": most, "verify": False, "initial": initial}
+        if initial is None:
+            most *= FIRST  # at initialisation eigenvalues lie so close that all digits take minutes
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the record says so
             pairs = eigsh(
@@ -173,7 +171,9 @@ class Probe:
                 tol=self.tol,
                 generator=torch.Generator().manual_seed(self.seed + seed),
                 block_size=block,
-                **options,
+                max_matvecs=most,
+                verify=initial is None,
+                initial=initial,
             ).gather()
         return pairs
 
