@@ -15,6 +15,7 @@ from hesscurv.distributed.steps import is_known
 from hesscurv.eigensolvers import Eigenpairs
 from hesscurv.hooks import arguments
 from hesscurv.hooks.budget import Budget
+from hesscurv.hooks.layouts import dense_names
 from hesscurv.hooks.loggers import Logger, Loggers, warn
 from hesscurv.hooks.measurement import Measurements
 from hesscurv.hooks.probe import Probe
@@ -207,6 +208,11 @@ class CurvatureMonitor:
     def pairs(self) -> Eigenpairs | None:
         """The last eigenpairs, on the CPU."""
         return self._measurements.pairs
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The parameters that are measured, by their names in the dense model."""
+        return dense_names(tuple(self._probe.selected()))
 
     @property
     def mask(self) -> Tensor | None:

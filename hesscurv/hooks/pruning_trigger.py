@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from hesscurv.hooks.monitor import CurvatureMonitor
+from hesscurv.hooks.quantities import NEED_PAIRS
 from hesscurv.hooks.rank_pruning import prune_on_first_rank
 from hesscurv.hooks.stability import Stability, relative_change
-from hesscurv.metrics import intersection_over_union, magnitude_mask
+from hesscurv.metrics import intersection_over_union, leverage_scores, magnitude_mask
 from hesscurv.operators.parameters import unwrap
 from hesscurv.optim.arguments import check_count
 from hesscurv.pruning import mask_optimizer_state_, masks_of, prune_model
 from hesscurv.pruning.weights import (
+    Weight,
     WeightSelection,
     current_mask,
     current_parameter,
@@ -35,11 +37,13 @@ class PruneWhenStable:
 
     After each measurement of a `CurvatureMonitor` three things are compared with the measurement
     before: the mask of the weights that magnitude pruning would keep (intersection over union), the
-    top eigenspace (overlap), and the overlap of mask and eigenspace (relative change). When all are
-    within their bounds for `patience` measurements in a row, the model is pruned to the first
-    sparsity; further ones follow every `every` steps, or whenever it has become stable again. The
-    optimizer's momentum of pruned weights is set to zero, a `PreconditionedOptimizer` computes its
-    eigenspace anew, and the monitor goes on with the pruned model::
+    top eigenspace (overlap), and the share of the eigenspace that lies in the weights of the mask
+    (relative change). The mask is that of the next sparsity, not the monitor's, which has few
+    weights, so that its overlap is left to chance. When all three are within their bounds for
+    `patience` measurements in a row, the model is pruned to the first sparsity; further ones follow
+    every `every` steps, or whenever it has become stable again. The optimizer's momentum of pruned
+    weights is set to zero, a `PreconditionedOptimizer` computes its eigenspace anew, and the
+    monitor goes on with the pruned model::
 
         monitor = CurvatureMonitor(model, task, probe, schedule=every(50), quantities="overlap")
         trigger = PruneWhenStable(monitor, batches, sparsity=0.8, optimizer=optimizer)
@@ -50,8 +54,7 @@ class PruneWhenStable:
             trigger.step(step)
 
     Args:
-        monitor: Measures the eigenspace and its overlap with the mask of the largest parameters.
-            The quantities that `stability` has bounds on must be on.
+        monitor: Measures the eigenspace. "space_overlap" must be on where `stability` bounds it.
         batches: Re-iterable batches for `prune_model`; some 1000 samples or more, best not the
             monitor's few. None is allowed with `prune` alone.
         sparsity: Fraction of the selected weights to prune, in (0, 1); or several, rising.
@@ -70,7 +73,8 @@ class PruneWhenStable:
 
     Attributes:
         signals: A dict for each measurement looked at: ``step``, ``mask_iou``, ``space_overlap``,
-            ``overlap_change`` (None without an earlier one), ``stable``, ``in_a_row``.
+            ``overlap_change`` (None without an earlier one), ``share`` (of the eigenspace,
+            in the mask), ``stable``, ``in_a_row``.
         pruned: The steps and sparsities of the prunings so far, as (int, float).
 
     Raises:
@@ -79,8 +83,8 @@ class PruneWhenStable:
             what is needed.
 
     Cost:
-        D bits for the mask, a selection in O(D) for each measurement; that of `prune_model` when it
-        prunes.
+        D bits for the mask, a selection in O(D) and a sum in O(k D) for each measurement; that of
+        `prune_model` when it prunes.
 
     Small steps change little: with a learning rate near zero everything is stable. Bounds belong
     to the interval between measurements and to the learning rate.
@@ -130,14 +134,9 @@ class PruneWhenStable:
                 f"expected no arguments of prune_model beside `prune`, got {sorted(options)}; bind "
                 "them to your function"
             )
-        missing = set(stability.needs if stability else ()) - set(monitor.quantities)
-        if missing:
-            raise ValueError(
-                f"expected a monitor with the quantities {sorted(missing)}, got one with "
-                f"{sorted(monitor.quantities)}; use quantities='overlap', or leave their bounds "
-                "out by Stability(space_overlap=None, overlap_change=None)"
-            )
-        find_weights(unwrap(monitor.model), weights)
+        found = find_weights(unwrap(monitor.model), weights)
+        if stability is not None:
+            _check_measured(monitor, stability, set(found))
         self.monitor, self.batches, self.stability = monitor, batches, stability
         self.every, self.not_before, self.deadline = every, not_before, deadline
         self.optimizer, self.weights, self.on_prune = optimizer, weights, on_prune
@@ -145,7 +144,7 @@ class PruneWhenStable:
         self.signals: list[dict[str, Any]] = []
         self.pruned: list[tuple[int, float]] = []
         self._mask: Tensor | None = None
-        self._overlap: float | None = None
+        self._share: float | None = None
         self._seen = -1  # step of the last record that was looked at
         self._in_a_row = 0
 
@@ -175,7 +174,7 @@ class PruneWhenStable:
         report = prune_on_first_rank(model, lambda: self._prune(model, sparsity))
         self.pruned.append((step, sparsity))
         logger.info("pruned to %.4g at step %d", sparsity, step)
-        self._mask, self._overlap, self._in_a_row = None, None, 0
+        self._mask, self._share, self._in_a_row = None, None, 0
         if self.optimizer is not None:
             mask_optimizer_state_(self.optimizer, model)
         self.monitor.notify(f"pruned to {sparsity:g}")
@@ -189,7 +188,7 @@ class PruneWhenStable:
             "signals": [dict(signal) for signal in self.signals],
             "pruned": [list(event) for event in self.pruned],
             "mask": self._mask,
-            "overlap": self._overlap,
+            "share": self._share,
             "seen": self._seen,
             "in_a_row": self._in_a_row,
         }
@@ -213,7 +212,7 @@ class PruneWhenStable:
                 "hesscurv.pruning.load_pruned_ before the trigger's state"
             )
         self.pruned, self.signals = pruned, [dict(signal) for signal in state["signals"]]
-        self._mask, self._overlap = state["mask"], state["overlap"]
+        self._mask, self._share = state["mask"], state["share"]
         self._seen, self._in_a_row = int(state["seen"]), int(state["in_a_row"])
 
     def _is_due(self, step: int) -> bool:
@@ -224,44 +223,80 @@ class PruneWhenStable:
         return self.stability is not None and self._in_a_row >= self.stability.patience
 
     def _look(self) -> None:
-        """Compare the records that are new with those before."""
+        """Compare the last record, if it is new, with the one looked at before."""
         # From the end: this is called after every step of training.
-        after = takewhile(lambda r: r["step"] > self._seen, reversed(self.monitor.records))
-        for record in reversed([r for r in after if r["status"] == "ok"]):
+        new = takewhile(lambda r: r["step"] > self._seen, reversed(self.monitor.records))
+        record = next((r for r in new if r["status"] == "ok"), None)
+        if record is not None:
             self._seen = record["step"]
             if self.stability is not None:
                 self._compare(record, self.stability)
 
     def _compare(self, record: dict[str, Any], stability: Stability) -> None:
-        mask = self._magnitude_mask()
+        found = find_weights(unwrap(self.monitor.model), self.weights)
+        mask = self._magnitude_mask(found.values())
         iou = None if self._mask is None else intersection_over_union(self._mask, mask)
-        overlap = record.get("overlap")
+        share = None if stability.overlap_change is None else self._share_in(mask, found)
         signal = {
             "step": record["step"],
             "mask_iou": iou,
             "space_overlap": record.get("space_overlap"),
-            "overlap_change": relative_change(self._overlap, overlap),
+            "overlap_change": relative_change(self._share, share),
+            "share": share,
         }
-        self._mask, self._overlap = mask, overlap
+        self._mask, self._share = mask, share
         stable = stability.holds(signal)
         self._in_a_row = self._in_a_row + 1 if stable else 0
         self.signals.append(signal | {"stable": stable, "in_a_row": self._in_a_row})
 
-    def _magnitude_mask(self) -> Tensor:
+    def _magnitude_mask(self, weights: Iterable[Weight]) -> Tensor:
         """Return the mask that magnitude pruning to the next sparsity would give, on the CPU."""
-        found = find_weights(unwrap(self.monitor.model), self.weights).values()
         values = []
-        for weight in found:
+        for weight in weights:
             value, mask = current_parameter(*weight).detach(), current_mask(*weight)
             values.append((value if mask is None else value * mask).flatten().cpu())
         flat = torch.cat(values)
         sparsity = self.sparsities[len(self.pruned)]
         return magnitude_mask(flat, max(1, round((1 - sparsity) * len(flat))))
 
+    def _share_in(self, mask: Tensor, weights: dict[str, Weight]) -> float | None:
+        """Return the share of the last eigenspace that lies in the weights of a mask."""
+        pairs = self.monitor.pairs
+        if pairs is None:
+            return None
+        share, first = 0.0, 0
+        leverages, slices = leverage_scores(pairs), pairs.layout.slices()
+        for name, weight in weights.items():
+            last = first + current_parameter(*weight).numel()
+            if name in slices:
+                share += float(leverages[slices[name]][mask[first:last]].sum())
+            first = last
+        return share / len(pairs)
+
     def _prune_model(self, model: nn.Module, sparsity: float) -> Any:
         assert self.batches is not None
         return prune_model(
             model, self.monitor.task, self.batches, sparsity, weights=self.weights, **self._options
+        )
+
+
+def _check_measured(monitor: CurvatureMonitor, stability: Stability, weights: set[str]) -> None:
+    """Raise unless the monitor measures what there are bounds on."""
+    measured = set(monitor.quantities)
+    missing = set(stability.needs) - measured
+    if stability.overlap_change is not None and not measured & NEED_PAIRS:
+        missing.add("eigenvalues")
+    if missing:
+        raise ValueError(
+            f"expected a monitor with the quantities {sorted(missing)}, got one with "
+            f"{sorted(measured)}; use quantities='overlap', or leave their bounds out by "
+            "Stability(space_overlap=None, overlap_change=None)"
+        )
+    if stability.overlap_change is not None and not weights & set(monitor.parameter_names):
+        raise ValueError(
+            f"expected a monitor of some of the weights {sorted(weights)}, got one of "
+            f"{sorted(monitor.parameter_names)}; give it these by `params`, or leave the bound out "
+            "by Stability(overlap_change=None)"
         )
 
 

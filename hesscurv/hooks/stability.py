@@ -21,8 +21,8 @@ class Stability:
             (0, 1]; default .95.
         space_overlap: The least overlap of the eigenspace with its earlier self, in (0, 1]; default
             .7.
-        overlap_change: The largest change of the mask's overlap with the eigenspace, relative to
-            the larger of the two; default .2.
+        overlap_change: The largest change of the share of the eigenspace that lies in the mask,
+            relative to the larger of the two; default .2.
         patience: How many measurements in a row have to be settled; default 3.
 
     Raises:
@@ -54,8 +54,7 @@ class Stability:
     @property
     def needs(self) -> list[str]:
         """The quantities that records have to hold."""
-        wanted = {"space_overlap": self.space_overlap, "overlap": self.overlap_change}
-        return [key for key, bound in wanted.items() if bound is not None]
+        return [] if self.space_overlap is None else ["space_overlap"]
 
     def holds(self, signals: dict[str, Any]) -> bool:
         """Return whether one measurement is settled; not where a quantity has no earlier self.

@@ -1,6 +1,7 @@
 """When a model in training is pruned, how far, and who is told."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ from hesscurv.optim import PreconditionedOptimizer
 from hesscurv.pruning import find_weights, masks_of
 
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())
-SETTLED = {"status": "ok", "overlap": 0.2, "space_overlap": 0.99}
 FEW = {"stages": 1, "gradients_per_stage": 16}
 
 
@@ -48,10 +48,10 @@ def train_step(model, optimizer, step):
 
 
 def settle(monitor, trigger, steps, first=0):
-    """Let the trigger see measurements that are settled; return the steps at which it pruned."""
+    """Measure weights that stay; return the steps at which the trigger pruned."""
     pruned = []
     for step in range(first, first + steps):
-        monitor.records.append({"step": step, **SETTLED})
+        monitor.step(step)
         if trigger.step(step) is not None:
             pruned.append(step)
     return pruned
@@ -77,28 +77,68 @@ def test_prunes_after_as_many_settled_measurements_in_a_row_as_asked_for():
     assert sparsity_of(model) == pytest.approx(0.5, abs=1e-12)
     assert [s["in_a_row"] for s in trigger.signals] == [0, 1, 2, 3]
     assert [s["mask_iou"] for s in trigger.signals] == [None, 1.0, 1.0, 1.0]
+    # Weights that stay have the same mask, eigenspace and share, up to the solver's tolerance.
+    assert all(s["space_overlap"] > 0.99 for s in trigger.signals[1:])
+    assert all(s["overlap_change"] < 0.02 for s in trigger.signals[1:])
+
+
+def test_the_share_is_that_of_the_space_in_the_weights_that_would_be_kept():
+    model = net()
+    monitor = monitor_of(model)
+    trigger = PruneWhenStable(monitor, data(), 0.5, **FEW)
+    settle(monitor, trigger, 1)
+    flat = torch.cat([model[0].weight.flatten(), model[2].weight.flatten()]).detach()
+    kept = flat.abs() >= flat.abs().sort().values[54]  # 54 of 108
+    dense = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    dense["0.weight"], dense["2.weight"] = kept[:72].double(), kept[72:].double()
+    mask = torch.cat([part.flatten() for part in dense.values()]).bool()
+    # The overlap of a mask that is larger than the space is at most sqrt(4 / 54), not 1.
+    expected = hesscurv.metrics.overlap(mask, monitor.pairs) * (54 / 4) ** 0.5
+    assert trigger.signals[0]["share"] == pytest.approx(expected, rel=1e-10)
+    assert 0.05 < expected < 0.95
+
+
+def test_a_call_after_several_measurements_compares_with_the_last_one_looked_at():
+    model = net()
+    monitor = monitor_of(model)
+    trigger = PruneWhenStable(monitor, data(), 0.5, stability=Stability(patience=2), **FEW)
+    for step in range(4):
+        monitor.step(step)
+    assert trigger.step(3) is None
+    assert [s["step"] for s in trigger.signals] == [3]
 
 
 @pytest.mark.parametrize(
-    "unsettled", [{"space_overlap": 0.1}, {"overlap": 0.9}, {"status": "failed"}, "weights"]
+    ("unsettled", "more"), [("space", 6), ("share", 7), ("failure", 4), ("weights", 6)]
 )
-def test_what_moves_begins_the_count_anew_and_a_failure_does_not_count(unsettled):
+def test_what_moves_begins_the_count_anew_and_a_failure_does_not_count(
+    unsettled, more, monkeypatch
+):
     model = net()
     monitor = monitor_of(model)
     trigger = PruneWhenStable(monitor, data(), 0.5, stability=Stability(patience=3), **FEW)
     settle(monitor, trigger, 3)
-    if unsettled == "weights":
+    if unsettled == "weights":  # one layer's in another order, which takes no function of others
         with torch.no_grad():
-            model[0].weight.copy_(net(seed=5)[0].weight)
-        monitor.records.append({"step": 3, **SETTLED})
-    else:
-        monitor.records.append({"step": 3, **SETTLED, **unsettled})
+            for p, axis in ((model[0].weight, 0), (model[0].bias, 0), (model[2].weight, 1)):
+                p.copy_(p.flip(axis))
+    monitor.step(3)
+    if unsettled == "space":
+        monitor.records[-1]["space_overlap"] = 0.1
+    elif unsettled == "failure":
+        monitor.records[-1]["status"] = "failed"
+    elif unsettled == "share":
+        one = monitor.pairs
+        biases = torch.zeros_like(one.eigenvectors)
+        biases[one.layout.slices()["0.bias"]][: len(one)] = torch.eye(len(one)).to(biases)
+        with monkeypatch.context() as patch:
+            away = dataclasses.replace(one, eigenvectors=biases)
+            patch.setattr(CurvatureMonitor, "pairs", property(lambda self: away))
+            assert trigger.step(3) is None
     assert trigger.step(3) is None
-    # After the failure one more is enough. After the others it takes three; an overlap that has
+    # After the failure one more is enough. After the others it takes three; a share that has
     # jumped jumps back at once, and counts from there.
-    more = {"failed": 4, 0.1: 6, 0.9: 7, "weights": 6}
-    key = unsettled if unsettled == "weights" else next(iter(unsettled.values()))
-    assert settle(monitor, trigger, 8, first=4) == [more[key]]
+    assert settle(monitor, trigger, 8, first=4) == [more]
 
 
 def test_not_before_and_deadline_bound_the_step():
@@ -231,10 +271,12 @@ def test_a_resumed_run_prunes_at_the_same_steps(stop, tmp_path):
     expected = trigger.pruned, trigger.signals
     model, monitor, trigger = parts()
     settle(monitor, trigger, stop)
-    torch.save({"model": model.state_dict(), "trigger": trigger.state_dict()}, tmp_path / "run.pt")
+    parts_of_run = {"model": model, "monitor": monitor, "trigger": trigger}
+    torch.save({k: part.state_dict() for k, part in parts_of_run.items()}, tmp_path / "run.pt")
     saved = torch.load(tmp_path / "run.pt", weights_only=True)
     model, monitor, trigger = parts()
     hesscurv.pruning.load_pruned_(model, saved["model"])
+    monitor.load_state_dict(saved["monitor"])
     trigger.load_state_dict(saved["trigger"])
     settle(monitor, trigger, 12 - stop, first=stop)
     assert (trigger.pruned, trigger.signals) == expected
@@ -289,8 +331,16 @@ def test_refuses_wrong_types(arguments, message):
 
 def test_refuses_a_monitor_that_does_not_measure_what_is_needed():
     cheap = monitor_of(net(), quantities="cheap")
-    with pytest.raises(ValueError, match=r"expected a monitor with the quantities \['overlap'"):
+    with pytest.raises(ValueError, match=r"monitor with the quantities \['space_overlap'\], got"):
         PruneWhenStable(cheap, data())
+    blind = monitor_of(net(), quantities=("loss",))
+    with pytest.raises(ValueError, match=r"monitor with the quantities \['eigenvalues'\], got"):
+        PruneWhenStable(blind, data(), stability=Stability(space_overlap=None))
+    biases = monitor_of(net(), params=["0.bias", "2.bias"])
+    with pytest.raises(
+        ValueError, match=r"some of the weights \['0.weight', '2.weight'\], got one"
+    ):
+        PruneWhenStable(biases, data())
     only_mask = Stability(space_overlap=None, overlap_change=None)
     PruneWhenStable(cheap, data(), stability=only_mask)
     with pytest.raises(TypeError, match="expected a CurvatureMonitor, got Sequential"):

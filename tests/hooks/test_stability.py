@@ -26,7 +26,7 @@ def test_what_has_no_earlier_self_or_is_nan_is_not_settled(key):
 
 
 def test_it_says_what_it_needs():
-    assert Stability().needs == ["space_overlap", "overlap"]
+    assert Stability().needs == ["space_overlap"]
     assert Stability(space_overlap=None, overlap_change=None).needs == []
 
 
