@@ -224,10 +224,10 @@ def main():
     print(f"{D:,} parameters, {len(data[1]):,} training images, Hessian of 500 others, k = {k}.")
     print(f"The exact overlap takes most of the time.\n\n{'':29} block_krylov         single_pass")
     print(" step   loss   acc   exact  overlap  HVPs  secs   k / 2k 2k / 4k   chance  ratio     z")
-    rows = []
+    rows, with_exact = [], {num_steps} if args.quick else {0, 100, num_steps}
     for step in train(net, data, optimizer, num_steps, args.seed):
         if step % 100 == 0:
-            rows.append(measure(step, net, test, k, with_exact=step in (0, 100, num_steps)))
+            rows.append(measure(step, net, test, k, with_exact=step in with_exact))
 
     def largest_error(name):
         return max(abs(row[name] - row["exact"]) for row in exact)

@@ -9,7 +9,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))  # examples/benchmarks/ and reproduce/ measure
-SLOW = {"prune_resnet20.py"}  # file names of those that take more than a minute even with --quick
+# Those that take half a minute and more even with --quick; other tests do most of what they show.
+SLOW = {"many_processes.py", "measurement_jobs.py", "precondition.py", "prune_resnet20.py"}
 
 pytestmark = pytest.mark.skipif(not SCRIPTS, reason="there is no example yet")
 

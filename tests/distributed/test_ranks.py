@@ -20,7 +20,7 @@ DIM = 122
 EXACT = 1e-13
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def world(request, tmp_path_factory):
     """What each rank of a world says, by program."""
     return run_world(programs.run_all, request.param, tmp_path_factory.mktemp("world"), *PROGRAMS)
