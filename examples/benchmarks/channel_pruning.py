@@ -131,6 +131,10 @@ def contenders(costs: dict[str, float], k: int) -> dict[tuple[str, str], Make]:
     for name, loss in [("loss", task()), ("logits", Logits())]:
         setting = f"{name}, {JOINTLY}{COMPENSATED}"
         out["compensated", setting] = compensated(loss, costs)
+    # Dearer still where MACs are many: more channels at the same MACs, of the layers in the back.
+    dearer = {name: cost**1.5 for name, cost in costs.items()}
+    setting = f"logits, costs^1.5, {JOINTLY}{COMPENSATED}"
+    out["compensated", setting] = compensated(Logits(), dearer)
     for name, options in [("defaults", {}), ("sum, None", UNITS)]:
         out["magnitude", name] = lambda model, batches, seed, options=options: (
             tp.importance.GroupMagnitudeImportance(**options)

@@ -16,9 +16,10 @@ Parts (`--parts`; of the first, `--problems`):
              seconds of the processor.
     refresh  3c3d in training at batch 128, all settings left alone, until the second refresh: the
              share of the time that the report says refreshes took, by then.
-    rate     full-batch gradient descent (`--nets`): the largest learning rate at which none of 40
-             steps raises the loss, plain and preconditioned (rank 20, refreshed every 4 steps),
-             beside what 2 / lambda predicts at the first point. From two points: where training
+    rate     full-batch gradient descent (`--nets`): the largest learning rate at which none of
+             `--rate-steps` raises the loss, plain and preconditioned (`--rank`, refreshed every
+             `--refresh-every` steps), beside what 2 / lambda predicts at the first point. From two
+             points (`--points`): where training
              by mini-batches ended, whose full gradient is large, so that the first step is as
              large and leaves the region that the prediction is of; and after 50 full-batch steps
              more, at half of the predicted rate, plain.
@@ -54,6 +55,7 @@ MOST_EPOCHS = 10  # of ours: SGD has four times as many
 RANK = 100
 NETS = ["mlp", "convnet", "3c3d", "gpt", "resnet20"]
 SETTLING = 50
+POINTS = {"trained": 0, "settled": SETTLING}
 
 
 # -- linear models ----------------------------------------------------------------------------
@@ -228,12 +230,12 @@ def refresh(report: Report, options: argparse.Namespace) -> None:
 
 def rate(report: Report, options: argparse.Namespace) -> None:
     """Compare predicted and measured stable rates of full-batch gradient descent."""
-    table, rank = [], 5 if options.quick else 20
+    table, rank = [], 5 if options.quick else options.rank
     for name in ["small mlp"] if options.quick else options.nets:
         problem = build(name, options.data)
-        for steps in (0, 10 if options.quick else SETTLING):
+        for steps in [0, 10] if options.quick else [POINTS[point] for point in options.points]:
             settle(problem, steps)
-            row = stable_rates(problem, rank, steps)
+            row = stable_rates(problem, rank, steps, options)
             report.rows.append({"part": "rate", **row})
             table.append(list(row.values()))
             print(*(f"{key} {value}" for key, value in row.items()), flush=True)
@@ -259,13 +261,15 @@ def settle(problem: Problem, steps: int) -> None:
         optimizer.zero_grad()
 
 
-def stable_rates(problem: Problem, rank: int, steps: int) -> dict[str, Any]:
+def stable_rates(
+    problem: Problem, rank: int, steps: int, options: argparse.Namespace
+) -> dict[str, Any]:
     """Return one net's predicted and measured rates, with the eigenspace of its present weights."""
     task = hesscurv.supervised(problem.loss_fn)
 
     def wrapped(model: nn.Module, lr: float) -> PreconditionedOptimizer:
         base = torch.optim.SGD(model.parameters(), lr)
-        how = {"refresh_every": 4, "tol": 1e-2, "samples": None}
+        how = {"refresh_every": options.refresh_every, "tol": 1e-2, "samples": None}
         return PreconditionedOptimizer(base, model, task, problem.batches, rank, **how)
 
     model = copy.deepcopy(problem.model)
@@ -282,10 +286,12 @@ def stable_rates(problem: Problem, rank: int, steps: int) -> dict[str, Any]:
             group["lr"] = lr
         return out
 
-    plain = largest_stable(
-        problem, lambda m, lr: torch.optim.SGD(m.parameters(), lr), found.stable_rate
-    )
-    after = largest_stable(problem, resumed, found.stable_rate_after)
+    def sgd(model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr)
+
+    plain = largest_stable(problem, sgd, found.stable_rate, options.rate_steps)
+    print(f"plain: stable up to {plain:.3g}, predicted {found.stable_rate:.3g}", flush=True)
+    after = largest_stable(problem, resumed, found.stable_rate_after, options.rate_steps)
     return {
         "net": problem.name,
         "steps": steps,
@@ -300,26 +306,38 @@ def stable_rates(problem: Problem, rank: int, steps: int) -> dict[str, Any]:
 
 
 def largest_stable(
-    problem: Problem, make: Callable[[nn.Module, float], torch.optim.Optimizer], guess: float
+    problem: Problem,
+    make: Callable[[nn.Module, float], torch.optim.Optimizer],
+    guess: float,
+    steps: int,
 ) -> float:
-    """Return the largest rate, to 5 %, at which full-batch steps never raise the loss."""
-    low = high = guess / 8
-    while is_stable(problem, make, high) and high < 1e3 * guess:
-        low, high = high, 2 * high
-    while high > 1.05 * low:
+    """Return the largest rate, to 10 %, at which full-batch steps never raise the loss."""
+    low = guess / 2
+    if is_stable(problem, make, low, steps):
+        while low < 1e3 * guess and is_stable(problem, make, 2 * low, steps):
+            low *= 2
+    else:
+        while low > 1e-3 * guess and not is_stable(problem, make, low / 2, steps):
+            low /= 2
+        low /= 2
+    high = 2 * low
+    while high > 1.1 * low:
         middle = math.sqrt(low * high)
-        low, high = (middle, high) if is_stable(problem, make, middle) else (low, middle)
+        low, high = (middle, high) if is_stable(problem, make, middle, steps) else (low, middle)
     return low
 
 
 def is_stable(
-    problem: Problem, make: Callable[[nn.Module, float], torch.optim.Optimizer], lr: float
+    problem: Problem,
+    make: Callable[[nn.Module, float], torch.optim.Optimizer],
+    lr: float,
+    steps: int,
 ) -> bool:
-    """Whether none of 40 steps raises the loss, by more than its rounding."""
+    """Whether none of so many steps raises the loss, by more than its rounding."""
     model = copy.deepcopy(problem.model)
     optimizer, last = make(model, lr), math.inf
     ((inputs, targets),) = problem.batches
-    for _ in range(40):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = problem.loss_fn(model(inputs), targets)
         loss.backward()
@@ -339,6 +357,10 @@ def main() -> None:
     options.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     options.add_argument("--nets", nargs="+", choices=NETS, default=NETS[:4])
     options.add_argument("--problems", nargs="+", choices=PROBLEMS, default=PROBLEMS)
+    options.add_argument("--points", nargs="+", choices=list(POINTS), default=list(POINTS))
+    options.add_argument("--rank", type=int, default=20, help="of the part `rate`")
+    options.add_argument("--rate-steps", type=int, default=40)
+    options.add_argument("--refresh-every", type=int, default=4)
     options = options.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)

@@ -15,7 +15,7 @@ data sees the same training images, other ones for every seed. Kinds and setting
                  stage `compensate_channels_` fits the convolutions that read the channels to what
                  is left of their inputs, by least squares, without labels
     compensated  `CompensatedImportance`, which counts on that: jointly, per MAC, compensated; of
-                 the loss, or of the logits' change
+                 the loss, or of the logits' change, also with a channel's cost to the power 1.5
     magnitude, taylor, hessian
                  torch-pruning's, with its defaults, or with sums in the loss's own unit
     both         torch-pruning's magnitude with our `compensate_channels_`
