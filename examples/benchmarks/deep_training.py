@@ -104,7 +104,7 @@ def text(folder: Path | None) -> Data:
 
 
 def autoencoder() -> nn.Module:
-    """Return the classical deep autoencoder, with Xavier's weights: torch's own end on a plateau."""
+    """Return the classical deep autoencoder, in Xavier's weights: torch's stay on a plateau."""
     model = mlp(784, 1000, 500, 250, 30, 250, 500, 1000, 784)
     for layer in model.modules():
         if isinstance(layer, nn.Linear):
