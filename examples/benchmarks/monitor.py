@@ -13,6 +13,8 @@ Parts (`--parts`):
     share     a conv net in training, measured every 10 steps where max_fraction=.1 allows: the
               share of the training time that measurements took.
     presets   the conv net: products and time of a refresh by preset, in training steps.
+    pyhessian the conv net, its top 10 eigenvalues three times 10 steps apart: PyHessian's, at its
+              default settings, beside a refresh of the monitor, and the errors of both.
 
 Seconds are those of the processor, so that other processes do not count.
 """
@@ -20,6 +22,8 @@ Seconds are those of the processor, so that other processes do not count.
 from __future__ import annotations
 
 import argparse
+import copy
+import importlib
 import statistics
 import time
 import warnings
@@ -27,6 +31,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from contenders import is_installed
 from models import RECIPES, Problem
 from results import Report, parser, print_table
 from samples import balanced
@@ -193,6 +198,75 @@ def price_presets(report: Report, options: argparse.Namespace) -> None:
     print_table(columns, [[row[key] for key in columns] for row in rows])
 
 
+def compare_pyhessian(report: Report, options: argparse.Namespace) -> None:
+    if not is_installed("pyhessian"):
+        print("skipped: pip install pyhessian")
+        return
+    training = Training("small convnet" if options.quick else "convnet", options.data)
+    for _ in training.steps(20 if options.quick else 100):
+        pass
+    monitor = training.monitor(quantities="eigenvalues")
+    monitor.measure(training.step)
+    H = hesscurv.HessianOperator(training.model, training.task, training.problem.batches)
+    rows = []
+    for _ in range(1 if options.quick else 3):
+        for _ in training.steps(APART):
+            pass
+        record = monitor.measure(training.step)
+        exact = hesscurv.eigsh(H, K, tol=1e-5).eigenvalues.double()
+        theirs, products, seconds = pyhessian_eigenvalues(training)
+        ours = torch.tensor(record["eigenvalues"]).double()
+        rows.append(
+            {
+                "part": "pyhessian",
+                "net": training.problem.name,
+                "step": training.step,
+                "products": record["num_matvecs"],
+                "seconds": record["seconds"],
+                "error": float(((ours - exact) / exact).abs().max()),
+                "PyHessian's products": products,
+                "its seconds": seconds,
+                "its error": float(((theirs - exact) / exact).abs().max()),
+            }
+        )
+        H.release()
+    report.rows += rows
+    columns = [key for key in rows[0] if key not in ("part", "net")]
+    print_table(columns, [[row[key] for key in columns] for row in rows])
+    times = statistics.median(row["its seconds"] / row["seconds"] for row in rows)
+    errors = [max(row[key] for row in rows) for key in ("error", "its error")]
+    report.judge(
+        "a refresh takes less time than PyHessian, with a smaller error",
+        None if options.quick else times > 1 and errors[0] < errors[1],
+        f"{times:.3g} times as fast; largest errors {errors[0]:.2g} and {errors[1]:.2g}",
+    )
+
+
+def pyhessian_eigenvalues(training: Training) -> tuple[torch.Tensor, int, float]:
+    """Return PyHessian's eigenvalues (K,), largest magnitude first, its products and seconds."""
+    theirs = importlib.import_module("pyhessian.hessian")  # the class of this name hides it
+
+    count = 0
+    product = theirs.hessian_vector_product
+
+    def counted(*arguments: object) -> object:
+        nonlocal count
+        count += 1
+        return product(*arguments)
+
+    # A copy: it leaves gradients behind, and the model in eval mode.
+    model, ((x, y),) = copy.deepcopy(training.model), training.problem.batches
+    theirs.hessian_vector_product = counted
+    try:
+        start = time.process_time()
+        solver = theirs.hessian(model, training.problem.loss_fn, data=(x, y), cuda=False)
+        found = torch.tensor(solver.eigenvalues(top_n=K)[0]).double()
+        seconds = time.process_time() - start
+    finally:
+        theirs.hessian_vector_product = product
+    return found[found.abs().argsort(descending=True)], count, seconds
+
+
 def say(training: Training, record: dict, error: float | None) -> None:
     text = "" if error is None else f", largest error {error:.2%}"
     print(
@@ -206,6 +280,7 @@ PARTS: dict[str, Callable[[Report, argparse.Namespace], None]] = {
     "refresh": compare_refresh,
     "share": measure_share,
     "presets": price_presets,
+    "pyhessian": compare_pyhessian,
 }
 
 
