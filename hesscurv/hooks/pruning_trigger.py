@@ -262,7 +262,7 @@ class PruneWhenStable:
     def _share_in(self, mask: Tensor, weights: dict[str, Weight]) -> float | None:
         """Return the share of the last eigenspace that lies in the weights of a mask."""
         pairs = self.monitor.pairs
-        if pairs is None:
+        if pairs is None or pairs.layout is None:
             return None
         share, first = 0.0, 0
         leverages, slices = leverage_scores(pairs), pairs.layout.slices()
