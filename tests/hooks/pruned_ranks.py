@@ -43,7 +43,7 @@ def prune_and_train():
         monitor,
         batches,
         0.5,
-        stability=Stability(0.2, None, None, patience=1),
+        stability=Stability(0.2, None, 10.0, patience=1),
         not_before=AT,
         optimizer=optimizer,
         stages=1,
@@ -61,6 +61,7 @@ def prune_and_train():
     return {
         "told": told,
         "pruned": trigger.pruned,
+        "shares": [signal["share"] for signal in trigger.signals],
         "statuses": [record["status"] for record in monitor.records],
         "masks": {name: mask.clone() for name, mask in masks_of(model).items()},
         "weights": {n: p.detach().clone() for n, p in sorted(model.module.named_parameters())},

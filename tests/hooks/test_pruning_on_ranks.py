@@ -22,6 +22,8 @@ def test_all_ranks_have_the_first_ones_mask_and_weights(world):
     # Alone they would have pruned otherwise, so that agreement is no accident.
     assert any(not torch.equal(first["alone"][n], m) for n, m in second["alone"].items())
     assert first["pruned"] == second["pruned"] == [(programs.AT, 0.5)]
+    assert first["shares"] == second["shares"]
+    assert all(0 < share < 1 for share in first["shares"])
     assert first["masks"].keys() == second["masks"].keys() == first["alone"].keys()
     for name, mask in first["masks"].items():
         assert torch.equal(mask, second["masks"][name])
