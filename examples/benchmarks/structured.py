@@ -25,10 +25,9 @@ accumulated, so that the last sample alone counts.
 
 The settings of each kind, the number of stages among them, are chosen by accuracy on training
 images that no score has seen, the mean over seeds; test images choose nothing. One shot they are
-chosen as the model is; for training, which measures the batch norms' statistics anew by itself,
-they are chosen after measuring these on the scores' images. Training is SGD for `--epochs`, or a
-part of one; its first rate is chosen from `--rates`, where there are several, for each kind by the
-same held-out images, after a short training on `--part` others; it falls to zero in both.
+chosen as the model is; for training, together with its first rate of `--rates`, after a short
+training of the first seed's model on `--part` images, not those of the scores nor held out. Training
+is SGD for `--epochs`, or a part of one; its rate falls to zero in both.
 
 With `--work DIR` what has been pruned or trained is kept in a folder: a run that was stopped goes
 on, and several with the same options, each with some `--kinds`, can share the work. `--only` takes
@@ -50,7 +49,7 @@ from statistics import mean, pstdev
 from typing import Any
 
 import torch
-from channel_pruning import OURS, THEIRS, contenders, macs, of_widths, shrunk, task
+from channel_pruning import OURS, THEIRS, contenders, macs, of_widths, shrunk
 from resnet56 import (
     BATCH,
     CHECKPOINT,
@@ -63,15 +62,13 @@ from resnet56 import (
     tune,
 )
 from results import Report, parser, print_table
-from torch import nn
 
 from hesscurv.integrations import macs_per_entry
-from hesscurv.pruning import recalibrate_
 
 TARGETS = (1.5, 2.0)
 KINDS = (*OURS, *THEIRS, "both")
 # What settings are chosen by, for each column.
-CHOSEN_BY = {"one_shot": "held_out", "tuned": "held_out_anew"}
+CHOSEN_BY = {"one_shot": "held_out", "tuned": "held_out_trained"}
 
 
 # -- the run ------------------------------------------------------------------------------------
@@ -150,67 +147,65 @@ class Measuring:
                 "widths": [block.conv1.out_channels for block in model.blocks()],
                 "parameters": sum(p.numel() for p in model.parameters()),
                 "held_out": accuracy(model, self.held_out),
-                "held_out_anew": accuracy(self.anew(model, seed), self.held_out),
                 "cpu_seconds": seconds,
             }
             return {**row, "model": model}
 
         row = self.kept(name, make)
         print(
-            f"{name:58}  {row['times']:.3f}x  held out {row['held_out']:.2f}, norms anew "
-            f"{row['held_out_anew']:.2f}  {row['cpu_seconds']:.0f} s",
+            f"{name:58}  {row['times']:.3f}x  held out {row['held_out']:.2f}  "
+            f"{row['cpu_seconds']:.0f} s",
             flush=True,
         )
         return row
 
-    def anew(self, model: nn.Module, seed: int) -> nn.Module:
-        """Return a copy whose batch norms have the statistics of the scores' images."""
-        model = copy.deepcopy(model)
-        recalibrate_(model, task(), self.images.batches(self.options.samples, seed))
-        return model
-
-    def tuned(self, row: dict[str, Any]) -> dict[str, Any]:
-        """Return a pruned model's row after training, with the model, and the rates tried."""
+    def train_briefly(self, row: dict[str, Any]) -> None:
+        """Put into a pruned model's row what a short training at each of the rates comes to."""
         images, options = self.images, self.options
-        shifted = not options.quick
+        # Those of the other half, behind the held-out ones: no score has seen them either.
+        first = len(images.x) // 2 + options.held_out
+        part = torch.arange(first, min(first + options.part, len(images.x)))
         tried = {}
-        if len(options.rates) > 1:
-            # Those of the other half, behind the held-out ones: no score has seen them either.
-            first = len(images.x) // 2 + options.held_out
-            part = torch.arange(first, min(first + options.part, len(images.x)))
-        for rate in options.rates if len(options.rates) > 1 else ():
+        for rate in options.rates:
 
             def short(rate: float = rate) -> dict[str, Any]:
                 model = copy.deepcopy(row["model"])
-                tune(model, images, 1, rate, shifted=shifted, part=part)
+                tune(model, images, 1, rate, shifted=not options.quick, part=part)
                 return {
                     "widths": row["widths"],
                     "held_out": accuracy(model, self.held_out),
                     "model": model,
                 }
 
-            tried[rate] = self.kept(f"{row['name']}, {len(part)} images, rate {rate}", short)[
-                "held_out"
-            ]
-            print(f"{row['name']}, rate {rate}: held out {tried[rate]:.2f}", flush=True)
-        rate = max(tried, key=lambda rate: tried[rate]) if tried else options.rates[0]
+            name = f"{row['name']}, {len(part)} images, rate {rate}"
+            tried[rate] = self.kept(name, short)["held_out"]
+            print(f"{name}: held out {tried[rate]:.2f}", flush=True)
+        row["rate"] = max(tried, key=lambda rate: tried[rate])
+        row["held_out_trained"] = tried[row["rate"]]
+        row["rates_tried"] = {str(rate): found for rate, found in tried.items()}
+
+    def tuned(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Return a pruned model after training, with what that took."""
+        options = self.options
 
         def whole() -> dict[str, Any]:
             model = copy.deepcopy(row["model"])
             start = time.process_time()
-            tune(model, images, options.epochs, rate, shifted=shifted)
+            tune(model, self.images, options.epochs, row["rate"], shifted=not options.quick)
             seconds = time.process_time() - start
-            return {"widths": row["widths"], "rate": rate, "cpu_seconds": seconds, "model": model}
+            return {"widths": row["widths"], "cpu_seconds": seconds, "model": model}
 
-        name = f"{row['name']}, {options.epochs:g} epochs, rate {rate}"
-        return {**self.kept(name, whole), "rates_tried": {str(r): a for r, a in tried.items()}}
+        return self.kept(f"{row['name']}, {options.epochs:g} epochs, rate {row['rate']}", whole)
 
 
 def best_of(found: list[dict[str, Any]], kind: str, target: float, by: str) -> list[dict[str, Any]]:
-    """Return the rows, one a seed, of a kind's setting that is best on the held-out images."""
+    """Return the rows, one a seed, of a kind's setting that is best on the held-out images.
+
+    After a short training these are the first seed's alone.
+    """
     by_setting: dict[Any, list[dict[str, Any]]] = {}
     for row in found:
-        if row["kind"] == kind and row["target"] == target:
+        if row["kind"] == kind and row["target"] == target and by in row:
             by_setting.setdefault((row["setting"], row["stages"]), []).append(row)
     return max(by_setting.values(), key=lambda rows: mean(row[by] for row in rows))
 
@@ -226,7 +221,6 @@ def measure_on_test(
             continue
         row, trained = rows[0], measure.tuned(rows[0])
         row["tuned"] = accuracy(trained["model"], test)
-        row["rate"], row["rates_tried"] = trained["rate"], trained["rates_tried"]
         row["tuning_cpu_seconds"] = trained["cpu_seconds"]
         print(f"{kind}, {target}x, fine-tuned: {row['tuned']:.2f}", flush=True)
 
@@ -261,7 +255,7 @@ def read_options() -> argparse.Namespace:
     options_parser.add_argument("--work", type=Path, help="a folder to keep models in, to go on")
     options_parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     options_parser.add_argument("--samples", type=int, default=500, help="images for the scores")
-    options_parser.add_argument("--held-out", type=int, default=1000, help="images to choose by")
+    options_parser.add_argument("--held-out", type=int, default=5000, help="images to choose by")
     options_parser.add_argument("--test", type=int, help="test images; default all")
     options_parser.add_argument("--k", type=int, default=50, help="eigenpairs")
     options_parser.add_argument(
@@ -282,7 +276,7 @@ def read_options() -> argparse.Namespace:
         "--rates", type=float, nargs="+", default=[0.01, 0.03, 0.1], help="first rates to try"
     )
     options_parser.add_argument(
-        "--part", type=int, default=4096, help="images of the short training that chooses the rate"
+        "--part", type=int, default=4096, help="images of the short training that chooses"
     )
     options = options_parser.parse_args()
     if not options.quick and (options.data is None or options.checkpoints is None):
@@ -306,6 +300,9 @@ def main() -> None:
     measure = Measuring(images, options)
     found = [measure.pruned(*tried) for tried in settings_of(options, measure.contenders)]
     columns = ["one_shot", "tuned"] if options.epochs else ["one_shot"]
+    for row in found if options.epochs else ():
+        if row["seed"] == 0:
+            measure.train_briefly(row)
     chosen = {
         (kind, target, column): best_of(found, kind, target, CHOSEN_BY[column])
         for target in options.targets
