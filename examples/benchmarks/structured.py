@@ -26,7 +26,7 @@ accumulated, so that the last sample alone counts.
 The settings of each kind, the number of stages among them, are chosen by accuracy on training
 images that no score has seen, the mean over seeds; test images choose nothing. One shot they are
 chosen as the model is; for training, together with its first rate of `--rates`, after a short
-training of the first seed's model on `--part` images, not those of the scores nor held out. Training
+training of the first seed's model on `--part` images, not the scores' nor those held out. Training
 is SGD for `--epochs`, or a part of one; its rate falls to zero in both.
 
 With `--work DIR` what has been pruned or trained is kept in a folder: a run that was stopped goes
