@@ -34,8 +34,8 @@ on, and several with the same options, each with some `--kinds`, can share the w
 a few settings of each kind.
 
 Two tables: settings chosen, fewer MACs (times), accuracy on the held-out training images and on
-the test images: one shot, mean over seeds with the standard deviation; and after fine-tuning the
-first seed's model.
+the test images, mean over seeds with the standard deviation: one shot; and after fine-tuning the
+first `--tuned-seeds` models.
 """
 
 from __future__ import annotations
@@ -201,28 +201,35 @@ class Measuring:
 def best_of(found: list[dict[str, Any]], kind: str, target: float, by: str) -> list[dict[str, Any]]:
     """Return the rows, one a seed, of a kind's setting that is best on the held-out images.
 
-    After a short training these are the first seed's alone.
+    After a short training these are the first seed's alone; ties go by those before it.
     """
     by_setting: dict[Any, list[dict[str, Any]]] = {}
     for row in found:
-        if row["kind"] == kind and row["target"] == target and by in row:
+        if row["kind"] == kind and row["target"] == target:
             by_setting.setdefault((row["setting"], row["stages"]), []).append(row)
-    return max(by_setting.values(), key=lambda rows: mean(row[by] for row in rows))
+    return max(by_setting.values(), key=lambda rows: (over_seeds(rows, by), over_seeds(rows)))
+
+
+def over_seeds(rows: list[dict[str, Any]], by: str = "held_out") -> float:
+    """Return the mean over the seeds that have it."""
+    return mean(row[by] for row in rows if by in row)
 
 
 def measure_on_test(
     measure: Measuring, chosen: dict[Any, list[dict[str, Any]]], test: Batches
 ) -> None:
     """Put the test accuracies of each column into the rows chosen for it."""
-    for (kind, target, column), rows in chosen.items():
+    for (*_, column), rows in chosen.items():
         if column == "one_shot":
             for row in rows:
                 row["one_shot"] = accuracy(row["model"], test)
             continue
-        row, trained = rows[0], measure.tuned(rows[0])
-        row["tuned"] = accuracy(trained["model"], test)
-        row["tuning_cpu_seconds"] = trained["cpu_seconds"]
-        print(f"{kind}, {target}x, fine-tuned: {row['tuned']:.2f}", flush=True)
+        for row in rows[: measure.options.tuned_seeds]:
+            row["rate"] = rows[0]["rate"]
+            trained = measure.tuned(row)
+            row["tuned"] = accuracy(trained["model"], test)
+            row["tuning_cpu_seconds"] = trained["cpu_seconds"]
+            print(f"{row['name']}, fine-tuned: {row['tuned']:.2f}", flush=True)
 
 
 def show(chosen: dict[Any, list[dict[str, Any]]], column: str) -> None:
@@ -236,16 +243,14 @@ def show(chosen: dict[Any, list[dict[str, Any]]], column: str) -> None:
             f"{rows[0]['setting']}, {rows[0]['stages']} stages",
             target,
             mean(row["times"] for row in rows),
-            mean(row[CHOSEN_BY[column]] for row in rows),
+            over_seeds(rows, CHOSEN_BY[column]),
         ]
-        if column == "one_shot":
-            found = [row[column] for row in rows]
-            table.append([*line, len(found), mean(found), pstdev(found)])
-        else:
-            table.append([*line, rows[0]["rate"], rows[0][column]])
+        found = [row[column] for row in rows if column in row]
+        rate = [] if column == "one_shot" else [rows[0]["rate"]]
+        table.append([*line, *rate, len(found), mean(found), pstdev(found)])
     headers = ["kind", "settings", "target", "MACs", CHOSEN_BY[column].replace("_", " ")]
-    last = ["seeds", "one shot", "std"] if column == "one_shot" else ["rate", "fine-tuned"]
-    print_table([*headers, *last], table)
+    last = ["seeds", "one shot"] if column == "one_shot" else ["rate", "seeds", "fine-tuned"]
+    print_table([*headers, *last, "std"], table)
 
 
 def read_options() -> argparse.Namespace:
@@ -269,6 +274,7 @@ def read_options() -> argparse.Namespace:
     )
     options_parser.add_argument("--targets", type=float, nargs="+", default=list(TARGETS))
     options_parser.add_argument("--seeds", type=int, default=3)
+    options_parser.add_argument("--tuned-seeds", type=int, default=1, help="of the second table")
     options_parser.add_argument(
         "--epochs", type=float, default=1, help="of fine-tuning, for the best setting of each kind"
     )
@@ -328,11 +334,12 @@ def judge(report: Report, chosen: dict[Any, Any], target: float, column: str) ->
     rows = {
         kind: chosen[kind, target, column] for kind in KINDS if (kind, target, column) in chosen
     }
-    held_out = lambda kind: mean(row[CHOSEN_BY[column]] for row in rows[kind])  # noqa: E731
-    ours = max((kind for kind in OURS if kind in rows), key=held_out)
-    seeds = slice(1 if column == "tuned" else None)
+    ours = max(
+        (kind for kind in OURS if kind in rows),
+        key=lambda kind: over_seeds(rows[kind], CHOSEN_BY[column]),
+    )
     theirs = [kind for kind in THEIRS if kind in rows]
-    value = {kind: mean(row[column] for row in found[seeds]) for kind, found in rows.items()}
+    value = {kind: over_seeds(found, column) for kind, found in rows.items()}
     beside = ", ".join(f"{kind} {value[kind]:.2f}" for kind in theirs)
     for kind in [ours, *(["both"] if "both" in rows else [])]:
         report.judge(
