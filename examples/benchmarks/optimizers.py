@@ -19,10 +19,9 @@ Parts (`--parts`; of the first, `--problems`):
     rate     full-batch gradient descent (`--nets`): the largest learning rate at which none of
              `--rate-steps` raises the loss, plain and preconditioned (`--rank`, refreshed every
              `--refresh-every` steps), beside what 2 / lambda predicts at the first point. From two
-             points (`--points`): where training
-             by mini-batches ended, whose full gradient is large, so that the first step is as
-             large and leaves the region that the prediction is of; and after 50 full-batch steps
-             more, at half of the predicted rate, plain.
+             points (`--points`): where training by mini-batches ended, whose full gradient is
+             large, so that the first step is as large and leaves the region that the prediction is
+             of; and after 50 full-batch steps more, at half of the predicted rate, plain.
 """
 
 from __future__ import annotations
@@ -312,15 +311,13 @@ def largest_stable(
     steps: int,
 ) -> float:
     """Return the largest rate, to 10 %, at which full-batch steps never raise the loss."""
-    low = guess / 2
-    if is_stable(problem, make, low, steps):
-        while low < 1e3 * guess and is_stable(problem, make, 2 * low, steps):
-            low *= 2
-    else:
-        while low > 1e-3 * guess and not is_stable(problem, make, low / 2, steps):
-            low /= 2
-        low /= 2
-    high = 2 * low
+    low, high = 0.0, guess / 2
+    while high < 1e3 * guess and is_stable(problem, make, high, steps):
+        low, high = high, 2 * high
+    if low == 0:
+        low = high / 2
+        while low > 1e-3 * guess and not is_stable(problem, make, low, steps):
+            low, high = low / 2, low
     while high > 1.1 * low:
         middle = math.sqrt(low * high)
         low, high = (middle, high) if is_stable(problem, make, middle, steps) else (low, middle)

@@ -264,14 +264,14 @@ class PruneWhenStable:
         pairs = self.monitor.pairs
         if pairs is None or pairs.layout is None:
             return None
-        share, first = 0.0, 0
         leverages, slices = leverage_scores(pairs), pairs.layout.slices()
-        for name, weight in weights.items():
-            last = first + current_parameter(*weight).numel()
-            if name in slices:
-                share += float(leverages[slices[name]][mask[first:last]].sum())
-            first = last
-        return share / len(pairs)
+        parts = mask.split([current_parameter(*weight).numel() for weight in weights.values()])
+        held = [
+            float(leverages[slices[name]][part].sum())
+            for name, part in zip(weights, parts, strict=True)
+            if name in slices
+        ]
+        return sum(held) / len(pairs)
 
     def _prune_model(self, model: nn.Module, sparsity: float) -> Any:
         assert self.batches is not None
