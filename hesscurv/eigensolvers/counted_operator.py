@@ -39,8 +39,10 @@ class CountedOperator(LinearOperator):
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the bar."""
+        """Close the bar; at the end of a solve that went well, have its products confirmed."""
         self._bar.close()
+        if kind is None:
+            self._operator.confirm()
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
         out = self._operator @ vectors_DB

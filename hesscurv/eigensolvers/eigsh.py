@@ -70,6 +70,11 @@ def eigsh(
         TypeError: If H is no operator, k no int, or an option unknown to the method.
         ValueError: If a value is out of range.
 
+    Warns:
+        ConvergenceWarning: If pairs have not converged.
+        RuntimeWarning: If the operator's products, all together, differ from those of its reference
+            way of computing.
+
     Example:
         >>> pairs = eigsh(torch.diag(torch.tensor([1.0, -3.0, 2.0])), k=2)
         >>> pairs.eigenvalues
@@ -104,7 +109,7 @@ def eigsh(
         if unknown:
             known = [n for n in accepted if n not in inspect.signature(eigsh).parameters]
             raise TypeError(f"method {method!r} has no option {unknown}; its options are {known}")
-    return solver(
+    pairs = solver(
         operator,
         k,
         tol=tol,
@@ -113,6 +118,8 @@ def eigsh(
         progress=progress,
         **options,
     )
+    operator.confirm()
+    return pairs
 
 
 def _check_numbers(operator: LinearOperator, k: int, tol: float, max_matvecs: int | None) -> None:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
+from hesscurv.linalg.process_settings import SharedSetting
+
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
@@ -20,7 +22,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     Args:
         device: The device that computes.
     """
-    with torch.autocast(device.type, enabled=False), _ieee_products():
+    with torch.autocast(device.type, enabled=False), _IEEE_PRODUCTS.held():
         yield
 
 
@@ -51,3 +53,6 @@ def _ieee_products() -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(setting)
+
+
+_IEEE_PRODUCTS = SharedSetting(_ieee_products)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hesscurv.linalg.process_settings import LOCK
 from hesscurv.operators.tasks import describe, map_tensors, num_samples, tensors_of
 
 _END = object()
@@ -202,13 +203,14 @@ def _set_random_state(state: list[Tensor], device: torch.device) -> None:
 @contextmanager
 def _drawing_from(state: list[Tensor], device: torch.device) -> Iterator[None]:
     """Draw random numbers from a state, and leave there how far that got."""
-    outside = _random_state(device)
-    _set_random_state(state, device)
-    try:
-        yield
-    finally:
-        state[:] = _random_state(device)
-        _set_random_state(outside, device)
+    with LOCK:  # the generator is the process's, and other threads' loaders draw from it too
+        outside = _random_state(device)
+        _set_random_state(state, device)
+        try:
+            yield
+        finally:
+            state[:] = _random_state(device)
+            _set_random_state(outside, device)
 
 
 def _added_bytes(raw: Any, batch: Any) -> int:

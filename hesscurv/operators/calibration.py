@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hesscurv.operators.measurement import WIDTHS, Measurement, agree, probes
+from hesscurv.operators.measurement import WIDTHS, Measurement
 from hesscurv.operators.tasks import tensors_of
 from hesscurv.storage.atomic_files import write_atomically
 
@@ -86,7 +86,8 @@ def calibrate(operator: CurvatureOperator, batch: Any, expected: int) -> Calibra
     if known is None:
         found = Measurement(operator, batch, 3 * 2**bucket // 2)
         known = Calibration(found.seconds, found.setup, operator.memory_plan.keep_graphs)
-        operator.verified.update(known.seconds)
+        for way in known.seconds:  # compared while they were measured
+            operator.agreement.passed(0, way)
         if found.traced is not None:
             operator.keep(*found.traced)
         _write(key, known)
@@ -102,12 +103,6 @@ def bucket_of(expected: int) -> int:
 def forget() -> None:
     """Forget what this process has measured; files in the cache folder stay."""
     _REMEMBERED.clear()
-
-
-def matches_reference(operator: CurvatureOperator, batch: Any, way: str) -> bool:
-    """Whether a way gives the reference's products on a micro-batch, to rounding."""
-    vectors = probes(operator, 2)
-    return agree(operator.product_on(batch, vectors), operator.product_on(batch, vectors, way))
 
 
 # -- memory across processes ------------------------------------------------------------------

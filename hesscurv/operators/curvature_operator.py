@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -12,17 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.distributed import Communicator
-from hesscurv.operators.batches import split
+from hesscurv.operators.agreement import CONFIRM_FROM, Agreement, Combination, agree, relative_gap
 from hesscurv.operators.blocks import cut_block, put_block
 from hesscurv.operators.calibration import Calibration
+from hesscurv.operators.derivative_check import Slope, check_derivatives
 from hesscurv.operators.environment import differentiable
 from hesscurv.operators.linearizations import Linearization
-from hesscurv.operators.memory import (
-    MemoryPlan,
-    is_mean_over_parts,
-    is_mean_over_samples,
-    plan_memory,
-)
+from hesscurv.operators.memory import MemoryPlan
+from hesscurv.operators.micro_batches import MicroBatches
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParamSelection
 from hesscurv.operators.probe import (
@@ -32,7 +30,7 @@ from hesscurv.operators.probe import (
     check_symmetric,
 )
 from hesscurv.operators.summed_operator import SummedOperator, device_of
-from hesscurv.operators.tasks import num_samples
+from hesscurv.operators.tasks import describe
 from hesscurv.operators.way_choice import EXPECTED, WayChoice
 
 logger = logging.getLogger(__name__)
@@ -118,13 +116,12 @@ class CurvatureOperator(SummedOperator):
         self.way = way
         if self.device.type == "cuda":
             self.ways = known
-        self._plan = MemoryPlan(self.objective.budget)
-        self._separable = False
-        self._largest: Any = None
+        self._micro_batches = MicroBatches(objective)
         self._compiled: dict[Any, Callable[..., Any]] = {}
-        self._choice = WayChoice(self, check)
+        self._choice = WayChoice(self)
         self._kept: dict[tuple[int, str], Linearization] = {}
-        self.verified = {self.ways[0]}  # the ways known to agree with the reference
+        self.agreement = Agreement(self.ways[0], self.loops)
+        self._record: Combination | None = None  # of all products that the reference has not given
         self._checking = check
         self._count_together("the first pass over the batches")
 
@@ -133,6 +130,10 @@ class CurvatureOperator(SummedOperator):
     @abstractmethod
     def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
         """Set up the product of one batch's curvature with blocks of vectors."""
+
+    def _slope(self) -> Slope:
+        """Return what this curvature differentiates, to be compared with differences."""
+        return Slope("the loss", True, self.objective.loss)
 
     def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
         """Refuse a batch that this kind of curvature cannot be computed on."""
@@ -162,11 +163,133 @@ class CurvatureOperator(SummedOperator):
 
     def _accumulate(self, vectors_BD: Tensor) -> Tensor:
         out_BD = torch.empty_like(vectors_BD)
-        way, chunk = self.choice(vectors_BD.shape[0])
-        for number, (index, batch, weight) in enumerate(self.microbatches()):
-            apply = self._prepared(index, batch, way)
-            self._multiply_into(out_BD, way, apply, vectors_BD, weight, chunk, add=number > 0)
+        while True:
+            way, chunk = self.choice(len(vectors_BD))
+            failed = self._pass_over(out_BD, vectors_BD, way, chunk)
+            if not failed:
+                break
+            self._leave_out(way, failed)  # and multiply again: `out` holds what is wrong
+        if way != self.agreement.reference:
+            if self._record is None:
+                self._record = Combination(self.layout, vectors_BD)
+            self._record.add(vectors_BD, out_BD)
         return out_BD
+
+    def _pass_over(
+        self, out_BD: Tensor, vectors_BD: Tensor, way: str, chunk: int
+    ) -> dict[int, Exception]:
+        """Multiply by all micro-batches; return those that the way is not right on, with causes."""
+        failed: dict[int, Exception] = {}
+        reference = self.agreement.reference
+        checking = self._checking or self.way == "auto"
+        width = min(chunk, len(vectors_BD))
+        for number, (index, batch, weight) in enumerate(self.microbatches()):
+            used = self.agreement.way_for(index, way)
+            due = checking and self.agreement.is_due(index, used, width)
+            seen = Combination(self.layout, vectors_BD, seed=index) if due else None
+            try:
+                apply = self._prepared(index, batch, used)
+                self._multiply_into(
+                    out_BD, used, apply, vectors_BD, weight, chunk, add=number > 0, seen=seen
+                )
+                if seen is not None:
+                    self._compare(batch, used, apply, seen)
+                    self.agreement.passed(index, used, width)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                if used == reference:
+                    raise
+                failed[index] = error
+                self._kept.pop((index, used), None)
+        return failed
+
+    def _compare(self, batch: Any, way: str, apply: Linearization, seen: Combination) -> None:
+        """Compare the products in `seen`, and that of a random vector, with the reference's."""
+        extra_1D = seen.random_vector()
+        seen.add(extra_1D, self.run(apply, extra_1D, way))
+        expected_1D = self.product_on(batch, seen.x_D[None])
+        if not agree(expected_1D[0], seen.y_D):
+            raise ValueError(
+                f"it gives other products than {self.agreement.reference!r}, by "
+                f"{relative_gap(expected_1D[0], seen.y_D):.1e} of their norm"
+            )
+
+    def _leave_out(self, way: str, failed: dict[int, Exception]) -> None:
+        """Take the reference on the micro-batches that a way is not right on, or in its place."""
+        index, cause = next(iter(failed.items()))
+        what = self._micro_batches.describe(index, self.total_weight)
+        reason = str(cause) if type(cause) is ValueError else f"{type(cause).__name__}: {cause}"
+        if self.way == way:
+            raise ValueError(
+                f"way={way!r} cannot be used: on {what}, {reason}; use way='auto', which takes "
+                "another way where this one is not right"
+            ) from cause
+        for i, error in failed.items():
+            self.agreement.refuse(i, way, str(error))
+        # Not right on the first, which was measured on, or on most: there is nothing to gain.
+        count = sum(1 for _ in self.microbatches())
+        everywhere = 0 in failed or 2 * self.agreement.num_refused(way) > count
+        if everywhere:
+            self._choice.leave_out(way)
+        logger.warning(
+            "way %r is not right on %d of %d micro-batches (%s: %s); going on with %r %s",
+            way,
+            len(failed),
+            count,
+            what,
+            reason.splitlines()[0][:200],
+            self.agreement.reference,
+            "or another way on all" if everywhere else "there",
+        )
+
+    def confirm(self) -> None:
+        """Compare all products since `expect` with the reference, by one product; warn of a gap.
+
+        Solvers do so at their end. Every micro-batch has been compared on its first block already;
+        this sees what a way does on later ones too. Nothing is done after fewer than 64 products,
+        or where the reference computed all of them. The product for it does not count.
+
+        Warns:
+            RuntimeWarning: If the products differ by more than rounding, with the way and the
+                micro-batch that make the difference.
+        """
+        record, self._record = self._record, None
+        if record is None or record.count < CONFIRM_FROM or not self._checking:
+            return
+        reference = self.agreement.reference
+
+        def multiply() -> Tensor:
+            out_1D = torch.empty_like(record.x_D[None])
+            for number, (_, batch, weight) in enumerate(self.microbatches()):
+                apply = self.prepare(batch, reference)
+                self._multiply_into(
+                    out_1D, reference, apply, record.x_D[None], weight, 1, add=number > 0
+                )
+            return out_1D[0]
+
+        with torch.inference_mode(False):
+            expected_D = self.within_memory(multiply)
+        # Products of many vectors add up here, and so does their rounding.
+        if agree(expected_D, record.y_D, rounding=4.0):
+            return
+        way = self.choice(self.layout.numel)[0]
+        warnings.warn(
+            f"the last {record.count} products, by way {way!r}, differ from those of {reference!r} "
+            f"by {relative_gap(expected_D, record.y_D):.1e} of their norm, so results made of them "
+            f"are off by as much; {self._find_cause(way, record.x_D)}; build the operator with "
+            f"way={reference!r}, or report it",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+    def _find_cause(self, way: str, vector_D: Tensor) -> str:
+        for index, batch, _ in self.microbatches():
+            used = self.agreement.way_for(index, way)
+            pair = [self.product_on(batch, vector_D[None], w)[0] for w in (None, used)]
+            if not agree(*pair):
+                return f"micro-batch {index}, {describe(batch)}, makes the difference"
+        return "no micro-batch alone makes the difference at the present weights"
 
     def _multiply_into(
         self,
@@ -178,13 +301,17 @@ class CurvatureOperator(SummedOperator):
         chunk: int,
         *,
         add: bool,
+        seen: Combination | None = None,
     ) -> None:
-        """Write weight x one batch's products to `out`, or add it, `chunk` vectors at once."""
+        """Write weight x one batch's products to `out`, or add it, `chunk` vectors at once.
+
+        Where they are to be compared, `seen` takes them in.
+        """
 
         def multiply() -> None:
             start = 0
             while start < len(vectors_BD):
-                size = 1 if way in self.loops else min(chunk, self._plan.max_vectors)
+                size = 1 if way in self.loops else min(chunk, self.memory_plan.max_vectors)
                 part_BD = vectors_BD[start : start + size]
                 try:
                     product = apply(cut_block(self.layout, part_BD))
@@ -193,14 +320,15 @@ class CurvatureOperator(SummedOperator):
                         raise
                     product = None
                 if product is not None:
+                    if seen is not None:
+                        seen.add(part_BD, product)
                     put_block(self.layout, out_BD[start : start + size], product, weight, add)
                     start += size
                     continue
-                self._plan = self._plan.with_fewer_vectors(len(part_BD) // 2)
+                plan = self.memory_plan.with_fewer_vectors(len(part_BD) // 2)
+                self._micro_batches.plan = plan
                 _empty_cache(self.device)
-                logger.warning(
-                    "out of memory: going on with %d vectors at once", self._plan.max_vectors
-                )
+                logger.warning("out of memory: going on with %d vectors at once", plan.max_vectors)
 
         # Checkpointed models run their forward again inside a backward pass, so wherever the model
         # as found would compute something else, it has to be put into its mode here too.
@@ -220,23 +348,12 @@ class CurvatureOperator(SummedOperator):
 
     def keep(self, way: str, apply: Linearization, index: int = 0) -> None:
         """Keep what was set up for a micro-batch, as long as weights and memory allow."""
-        if self._plan.keep_graphs and self.objective.batches.kept is not None:
+        if self.memory_plan.keep_graphs and self.objective.batches.kept is not None:
             self._kept[index, way] = apply
 
     def microbatches(self) -> Iterator[tuple[int, Any, float]]:
         """Yield number, samples and share in the mean of all that goes through at once."""
-        index = 0
-        for batch in self.objective.batches:
-            share = self.objective.weight(batch) / self.total_weight
-            if share == 0:  # nothing in it to average over
-                continue
-            parts = split(batch, self._plan.max_samples) if self._separable else [batch]
-            # Each part has its own mean: weigh the parts of one batch by their weights.
-            weights = [self.objective.weight(p) for p in parts] if len(parts) > 1 else [1.0]
-            for part, w in zip(parts, weights, strict=True):
-                if w != 0:
-                    yield index, part, share * w / sum(weights)
-                    index += 1
+        return self._micro_batches.shares(self.total_weight)
 
     def first_microbatch(self) -> Any:
         """Return the first batch, or the part of it that goes through at once."""
@@ -245,7 +362,7 @@ class CurvatureOperator(SummedOperator):
     @property
     def memory_plan(self) -> MemoryPlan:
         """How much goes through a product at once."""
-        return self._plan
+        return self._micro_batches.plan
 
     def prepare(self, batch: Any, way: str) -> Linearization:
         """Set one batch's product up, in one way, without keeping it."""
@@ -297,6 +414,7 @@ class CurvatureOperator(SummedOperator):
         that has been used.
         """
         self._choice.expect(products)
+        self._record = None
 
     def settings(self) -> dict[str, Any]:
         """Return what the choice of the way rests on; see `LinearOperator`."""
@@ -312,20 +430,19 @@ class CurvatureOperator(SummedOperator):
         On many ranks the slowest one's, the same on all of them, and to be called on all.
         """
         with self.communicator.together("measuring the ways of computing"):
-            block = max(1, min(block, self._plan.max_vectors))
+            block = max(1, min(block, self.memory_plan.max_vectors))
             own = self._choice.seconds_per_vector(block) * self.objective.batches.count
         return own if self.communicator.size == 1 else self.largest_of_all(own)
 
     # -- set-up and memory ----------------------------------------------------------------------
 
     def _look_at_data(self) -> None:
-        objective = self.objective
+        objective, micro_batches = self.objective, self._micro_batches
         for i, batch in enumerate(objective.batches.first_pass()):
-            weight = self._add_weight(i, batch)
-            is_larger = num_samples(batch) > num_samples(self._largest)
-            if weight and (self._largest is None or is_larger):
-                self._largest = batch
-            if self._checking and weight:
+            if not self._add_weight(i, batch):
+                continue
+            micro_batches.note(batch)
+            if self._checking:
                 with objective.environment():
                     params = objective.parameters()
                     loss = objective.loss(params, batch).detach()
@@ -334,35 +451,27 @@ class CurvatureOperator(SummedOperator):
         if self.own_weight == 0:
             return
         if self._checking:
-            check_deterministic(objective, self._largest)
-        self._set_separable(is_mean_over_samples(objective, self._largest))
+            check_deterministic(objective, micro_batches.largest)
+        micro_batches.make_plan(self._checking)
         if self._checking:
-            if not self._may_cut(self._plan.max_samples):
-                self._set_separable(False)
-            few = split(self._largest, 32)[0] if self._separable else self._largest
+            few = micro_batches.few(32)
             check_dependent(objective, few)
             check_symmetric(self, few)
-
-    def _set_separable(self, separable: bool) -> None:
-        self._separable = separable
-        self.objective.batches.ordered = not separable
-        self._plan = plan_memory(self.objective, self.objective.budget, self._largest, separable)
-
-    def _may_cut(self, size: int) -> bool:
-        """Whether every batch's loss is its parts' mean; cheap where no batch has to be cut."""
-        return num_samples(self._largest) <= size or all(
-            is_mean_over_parts(self.objective, batch, size)
-            for batch in self.objective.batches
-            if num_samples(batch) > size and self.objective.weight(batch)
-        )
+            few = micro_batches.few(8)
+            check_derivatives(objective, few, self._slope())
 
     def _forget(self) -> None:
         self._drop_graphs()
+        self._record = None
+        if self.objective.batches.reads == self._counted:
+            self.agreement.weights_changed(self._choice.expected)
+        else:
+            self.agreement.forget()
         if self.objective.is_closure:  # what it has captured is compiled in
             self._compiled.clear()
 
     def _count(self) -> None:
-        if self._largest is None:  # the first batches of this rank
+        if self._micro_batches.largest is None:  # the first batches of this rank
             self._look_at_data()
         else:
             super()._count()
@@ -376,20 +485,10 @@ class CurvatureOperator(SummedOperator):
     def _shrink(self) -> None:
         self._drop_graphs()
         _empty_cache(self.device)
-        if self._plan.keep_graphs:
-            logger.warning("out of memory: going on without keeping graphs between products")
-            self._plan = self._plan.without_kept_graphs()
+        if self._micro_batches.shrink():
+            self.agreement.forget()
+        else:
             self._choice.forget()
-            return
-        samples = min(self._plan.max_samples, num_samples(self._largest)) // 2
-        if samples == 0 or not self._separable or not self._may_cut(samples):
-            raise torch.OutOfMemoryError(
-                "out of memory for a single vector on "
-                + ("one sample" if samples == 0 else "one batch, which cannot be cut")
-                + "; use smaller batches, a subset of the parameters, or a larger device"
-            )
-        logger.warning("out of memory: going on with micro-batches of %d samples", samples)
-        self._plan = self._plan.with_fewer_samples(samples)
 
 
 _RUN_MODEL_CODE = ("vmapped", "compiled")

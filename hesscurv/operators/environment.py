@@ -6,7 +6,10 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from threading import RLock
 from typing import Any
+from weakref import finalize
 
 import torch
 from torch import nn
@@ -15,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from hesscurv.distributed.sharded import is_sharding_hook
 from hesscurv.linalg.precision import full_precision
+from hesscurv.linalg.process_settings import LOCK, SharedSetting
 
 
 @contextmanager
@@ -28,7 +32,7 @@ def differentiable(device: torch.device) -> Iterator[None]:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(full_precision(device))
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_PLAIN_ATTENTION.held())
         yield
 
 
@@ -45,6 +49,9 @@ def preserved(
     are FSDP's, which would gather the very parameters that are substituted; torch.compile is
     suspended, since compiled code cannot be differentiated twice, and accelerate's autocast.
 
+    One thread at a time runs a model: modes and substituted weights are the module's own. Settings
+    of the process are changed by the first thread that needs them and put back by the last one.
+
     Args:
         model: The module.
         device: The device whose generator is saved beside the CPU's.
@@ -52,15 +59,15 @@ def preserved(
         compiling: Whether the caller itself compiles, so that torch.compile is let through.
     """
     modules = list(model.modules())
-    flags = [m.training for m in modules]
-    attributes = [dict(vars(m)) for m in modules]
-    devices = [device] if device.type == "cuda" else []
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices))
+        stack.enter_context(_lock_of(model))
+        flags = [m.training for m in modules]
+        attributes = [dict(vars(m)) for m in modules]
+        stack.enter_context(_random_state_of(device).held())
         if "torch._dynamo" in sys.modules and not compiling:  # else nothing is compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(_EAGER.held())
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
-            stack.enter_context(_without_cudnn())
+            stack.enter_context(_WITHOUT_CUDNN.held())
         if any(map(has_weight_norm, modules)):
             stack.enter_context(_PlainWeightNorm())
         try:
@@ -122,3 +129,24 @@ def _without_cudnn() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.enabled = enabled
+
+
+_PLAIN_ATTENTION = SharedSetting(lambda: sdpa_kernel(SDPBackend.MATH))
+_EAGER = SharedSetting(lambda: torch.compiler.set_stance("force_eager"))
+_WITHOUT_CUDNN = SharedSetting(_without_cudnn)
+_MODEL_LOCKS: dict[int, Any] = {}  # by id: a module may define equality, and then has no hash
+
+
+def _lock_of(model: nn.Module) -> Any:
+    with LOCK:
+        key = id(model)
+        if key not in _MODEL_LOCKS:
+            _MODEL_LOCKS[key] = RLock()
+            finalize(model, _MODEL_LOCKS.pop, key, None)
+        return _MODEL_LOCKS[key]
+
+
+@cache
+def _random_state_of(device: torch.device) -> SharedSetting:
+    devices = [device] if device.type == "cuda" else []
+    return SharedSetting(lambda: torch.random.fork_rng(devices))

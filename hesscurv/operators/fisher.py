@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hesscurv.operators import linearizations as ways
 from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.derivative_check import Slope, random_sum
 from hesscurv.operators.ggn import GAUSS_NEWTON_WAYS
 from hesscurv.operators.linearizations import Linearization
 
@@ -36,9 +37,17 @@ class EmpiricalFisherOperator(CurvatureOperator):
             lambda p: self._sample_losses(p, batch), ways.scaled_identity, params
         )
 
-    def _sample_losses(self, params: tuple[Tensor, ...], batch: Any) -> Tensor:
+    def _slope(self) -> Slope:
+        def fn(params: tuple[Tensor, ...], batch: Any, constants: dict[str, Tensor]) -> Tensor:
+            return random_sum(self._sample_losses(params, batch, constants))
+
+        return Slope("the samples' losses", False, fn)
+
+    def _sample_losses(
+        self, params: tuple[Tensor, ...], batch: Any, constants: dict[str, Tensor] | None = None
+    ) -> Tensor:
         losses = self.objective.task_parts.sample_losses(
-            self.objective.outputs(params, batch), batch
+            self.objective.outputs(params, batch, constants), batch
         )
         if losses.ndim != 1:
             raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hesscurv.operators import linearizations as ways
 from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.derivative_check import Slope, random_sum
 from hesscurv.operators.linearizations import Linearization
 
 GAUSS_NEWTON_WAYS = {
@@ -42,6 +43,12 @@ class GGNOperator(CurvatureOperator):
             ways.output_hessian(lambda z: task.loss(z, batch)),
             params,
         )
+
+    def _slope(self) -> Slope:
+        def fn(params: tuple[Tensor, ...], batch: Any, constants: dict[str, Tensor]) -> Tensor:
+            return random_sum(self.objective.outputs(params, batch, constants))
+
+        return Slope("the model's outputs", False, fn)
 
     def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
         self.objective.outputs(params, batch)  # a wrong type is refused before any product

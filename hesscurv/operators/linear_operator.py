@@ -106,6 +106,9 @@ class LinearOperator(ABC):
     def expect(self, products: int) -> None:  # noqa: B027, there may be nothing to choose
         """Take note that so many products follow; an operator may choose its way by it."""
 
+    def confirm(self) -> None:  # noqa: B027, there may be nothing to compare with
+        """Compare the products since `expect` with an independent one, and warn of a gap."""
+
     def settings(self) -> dict[str, Any]:
         """Return, in plain values, what decides the rounding of products beside H itself."""
         return {}

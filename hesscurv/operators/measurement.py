@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hesscurv.operators.agreement import agree
+
 if TYPE_CHECKING:
     from hesscurv.operators.curvature_operator import CurvatureOperator
 
@@ -154,13 +156,6 @@ def probes(operator: CurvatureOperator, width: int) -> torch.Tensor:
         width, operator.shape[0], generator=generator, dtype=torch.float32, device="cpu"
     )
     return vectors.to(operator.device, operator.dtype)
-
-
-def agree(expected: torch.Tensor, got: torch.Tensor) -> bool:
-    """Whether two blocks of products are the same to rounding."""
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5
-    gap = (expected - got).double().norm()
-    return bool(gap <= tolerance * expected.double().norm() + torch.finfo(expected.dtype).tiny)
 
 
 def _synchronize(device: torch.device) -> None:

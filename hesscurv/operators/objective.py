@@ -217,9 +217,11 @@ class Objective:
             raise TypeError(f"expected a real floating loss, got {loss.dtype}; check the task")
         return loss.reshape(())
 
-    def outputs(self, params: tuple[Tensor, ...], batch: Any) -> Tensor:
-        """Return the model's outputs on a batch at given parameters."""
-        out = self._call(self.task_parts.outputs, params, batch)
+    def outputs(
+        self, params: tuple[Tensor, ...], batch: Any, constants: dict[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the model's outputs on a batch at given parameters; arguments as for `loss`."""
+        out = self._call(self.task_parts.outputs, params, batch, constants)
         if not isinstance(out, Tensor):
             raise TypeError(
                 f"expected task.outputs to return a tensor, got {type(out).__name__}; pick or "
@@ -258,13 +260,27 @@ class Objective:
         """Return `parameters` as new leaves of a graph."""
         return tuple(p.detach().requires_grad_() for p in self._values)
 
-    def run(self, fn: Callable[[], Any], *, compiling: bool = False) -> Any:
-        """Run `fn` in `environment`, while `leaves` stand in for the model's own parameters.
+    def run(
+        self,
+        fn: Callable[[], Any],
+        *,
+        compiling: bool = False,
+        params: tuple[Tensor, ...] | None = None,
+        constants: dict[str, Tensor] | None = None,
+    ) -> Any:
+        """Run `fn` in `environment`, while other tensors stand in for the model's own.
 
         So has to run whatever differentiates: a checkpointed model's forward runs again then.
+
+        Args:
+            fn: What to run.
+            compiling: See `environment`.
+            params: What stands in for the selected parameters; default `leaves`.
+            constants: For all other parameters and buffers; default the model's present ones.
         """
         with self.environment(compiling=compiling):
-            return self._call(lambda *_: fn(), self.leaves(), None)
+            params = self.leaves() if params is None else params
+            return self._call(lambda *_: fn(), params, None, constants)
 
     def count_operations(self, batch: Any) -> int:
         """Count the differentiable operations of a forward pass."""

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from hesscurv.operators.calibration import (
-    Calibration,
-    bucket_of,
-    calibrate,
-    matches_reference,
-)
+from hesscurv.operators.calibration import Calibration, bucket_of, calibrate
 
 if TYPE_CHECKING:
     from hesscurv.operators.curvature_operator import CurvatureOperator
-
-logger = logging.getLogger(__name__)
 
 # Below this many products in all, measuring which way is fastest costs more than it saves.
 _CALIBRATE_FROM = 24
@@ -33,14 +25,14 @@ class WayChoice:
 
     Args:
         operator: The operator, whose `way` may name one way for all.
-        checking: Whether a named way is compared with the reference before its first use.
     """
 
-    def __init__(self, operator: CurvatureOperator, checking: bool) -> None:
-        self._operator, self._checking = operator, checking
+    def __init__(self, operator: CurvatureOperator) -> None:
+        self._operator = operator
         self._calibrations: dict[int, Calibration] = {}
         self._expected, self._asked_for = EXPECTED, 0
         self._told = False
+        self._left_out: set[str] = set()
 
     def prepare(self, width: int) -> None:
         """Measure, if that pays off, before a block of `width` vectors is multiplied."""
@@ -55,17 +47,11 @@ class WayChoice:
         operator = self._operator
         limit = max(1, min(width, operator.memory_plan.max_vectors))
         if operator.way != "auto":
-            if self._checking and operator.way not in operator.verified:
-                self._verify(operator.way)
             return operator.way, limit
         calibration = self._calibrations.get(bucket_of(self._expected))
         if self._expected < _CALIBRATE_FROM or calibration is None or not calibration.seconds:
             return operator.ways[0], limit
-        way, chunk = calibration.choose(limit, self._expected)
-        if way not in operator.verified:
-            self._verify(way)
-            return self.choose(width)
-        return way, chunk
+        return calibration.choose(limit, self._expected)
 
     def calibrate(self, expected: int) -> Calibration:
         """Measure for at least so many products, now and from here on."""
@@ -104,6 +90,16 @@ class WayChoice:
             for bucket, found in state["calibrations"].items()
         }
 
+    @property
+    def expected(self) -> int:
+        """The number of products that choices are made for."""
+        return self._expected
+
+    def leave_out(self, way: str) -> None:
+        """Choose among the other ways from here on."""
+        self._left_out.add(way)
+        self._calibrations = {b: c.without(way) for b, c in self._calibrations.items()}
+
     def forget(self) -> None:
         """Measure again when needed: what it costs to set a way up has changed."""
         self._calibrations.clear()
@@ -114,30 +110,10 @@ class WayChoice:
             return None
         if bucket not in self._calibrations and self._expected >= _CALIBRATE_FROM:
             with torch.inference_mode(False):
-                self._calibrations[bucket] = operator.within_memory(
+                found = operator.within_memory(
                     lambda: calibrate(operator, operator.first_microbatch(), self._expected)
                 )
+            for way in self._left_out:
+                found = found.without(way)
+            self._calibrations[bucket] = found
         return self._calibrations.get(bucket)
-
-    def _verify(self, way: str) -> None:
-        """Compare a way with the reference, once: leave it out, or refuse it if asked for."""
-        operator = self._operator
-        try:
-            with torch.inference_mode(False):
-                agrees = matches_reference(operator, operator.first_microbatch(), way)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            if operator.way == way:
-                raise
-            logger.info("way %r is not available here: %s", way, error)
-            agrees = False
-        if agrees:
-            operator.verified.add(way)
-        elif self._calibrations and operator.way != way:
-            self._calibrations = {b: c.without(way) for b, c in self._calibrations.items()}
-        else:
-            raise ValueError(
-                f"way={way!r} gives other products than {operator.ways[0]!r} on this model, so "
-                "torch has no right derivative for it there; use way='auto'"
-            )
