@@ -190,8 +190,9 @@ def select(batch: Any, which: slice | Tensor) -> Any:
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
-    state = [torch.get_rng_state()]
-    return [*state, torch.cuda.get_rng_state(device)] if device.type == "cuda" else state
+    with LOCK:  # not while another thread draws from a state of its own
+        state = [torch.get_rng_state()]
+        return [*state, torch.cuda.get_rng_state(device)] if device.type == "cuda" else state
 
 
 def _set_random_state(state: list[Tensor], device: torch.device) -> None:

@@ -60,7 +60,7 @@ def preserved(
     """
     modules = list(model.modules())
     with ExitStack() as stack:
-        stack.enter_context(_lock_of(model))
+        stack.enter_context(exclusive(model))
         flags = [m.training for m in modules]
         attributes = [dict(vars(m)) for m in modules]
         stack.enter_context(_random_state_of(device).held())
@@ -137,7 +137,8 @@ _WITHOUT_CUDNN = SharedSetting(_without_cudnn)
 _MODEL_LOCKS: dict[int, Any] = {}  # by id: a module may define equality, and then has no hash
 
 
-def _lock_of(model: nn.Module) -> Any:
+def exclusive(model: nn.Module) -> Any:
+    """Return the lock that a thread holds while it runs a model on substitutes; reentrant."""
     with LOCK:
         key = id(model)
         if key not in _MODEL_LOCKS:

@@ -20,6 +20,7 @@ from hesscurv.distributed.sharded import (
 from hesscurv.operators.batches import Batches
 from hesscurv.operators.environment import (
     differentiable,
+    exclusive,
     has_own_autocast,
     has_weight_norm,
     is_compiled,
@@ -83,8 +84,9 @@ class Objective:
         self.model = unwrap(model)
         self.broadcasts_buffers = broadcasts_buffers(model)
         refuse_flattened(self.model)
-        reshard(self.model)
-        self._selected = select_parameters(self.model, params)
+        with exclusive(self.model):  # another thread may have substitutes in it
+            reshard(self.model)
+            self._selected = select_parameters(self.model, params)
         self._signatures = {name: _signature(p) for name, p in self._selected.items()}
         self.layout: ParameterLayout = layout_of(self._selected)
         self.device = _common_device(self._selected)
@@ -142,7 +144,7 @@ class Objective:
 
         Sharded parameters are compared by this rank's own shards: nothing is sent.
         """
-        with torch.inference_mode(False), torch.no_grad():
+        with exclusive(self.model), torch.inference_mode(False), torch.no_grad():
             data = self.batches.reread_if_written()
             reshard(self.model)
             self._look_up()
@@ -151,7 +153,7 @@ class Objective:
 
     def take_values(self) -> None:
         """Take the model's present values; sharded ones are gathered, on all ranks together."""
-        with torch.inference_mode(False), torch.no_grad():
+        with exclusive(self.model), torch.inference_mode(False), torch.no_grad():
             selected = self._selected.values()
             self._values = tuple(whole(p).to(self.dtype, copy=True) for p in selected)
             self._copies = tuple(
@@ -243,7 +245,10 @@ class Objective:
 
         And would leave no trace: batch statistics are written to in training mode.
         """
-        modules = list(self.model.modules())
+        with exclusive(self.model):
+            return self._computes_as_found(list(self.model.modules()))
+
+    def _computes_as_found(self, modules: list[nn.Module]) -> bool:
         return (
             self._cast is None
             and not self.is_sharded()
