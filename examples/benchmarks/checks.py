@@ -66,9 +66,9 @@ def without_comparisons() -> Iterator[None]:
     """Leave out every comparison that the library makes by itself."""
     operator = curvature_operator.CurvatureOperator
     with (
-        mock.patch.object(Agreement, "is_due", lambda *_: False),
-        mock.patch.object(operator, "confirm", lambda _: None),
-        mock.patch.object(curvature_operator, "check_derivatives", lambda *_: None),
+        mock.patch.object(Agreement, "is_due", return_value=False),
+        mock.patch.object(operator, "confirm"),
+        mock.patch.object(curvature_operator, "check_derivatives"),
     ):
         yield
 

@@ -290,8 +290,8 @@ class CurvatureOperator(SummedOperator):
     def _find_cause(self, way: str, vector_D: Tensor) -> str:
         for index, batch, _ in self.microbatches():
             used = self.agreement.way_for(index, way)
-            pair = [self.product_on(batch, vector_D[None], w)[0] for w in (None, used)]
-            if not agree(*pair):
+            expected_D, got_D = (self.product_on(batch, vector_D[None], w)[0] for w in (None, used))
+            if not agree(expected_D, got_D):
                 return f"micro-batch {index}, {describe(batch)}, makes the difference"
         return "no micro-batch alone makes the difference at the present weights"
 

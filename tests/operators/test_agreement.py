@@ -242,7 +242,7 @@ def test_a_way_that_goes_wrong_during_a_solve_is_told_of_at_its_end(solve, monke
         nn.Sequential(nn.Linear(8, 9), nn.Tanh(), nn.Linear(9, 3)),
         [(torch.randn(20, 8).double(), torch.arange(20) % 3)],
     )
-    drifting(monkeypatch, after=4)
+    drifting(monkeypatch, after=2)
     operator = problem.operator(HessianOperator, way="batched")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
