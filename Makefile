@@ -11,12 +11,13 @@ IN_VENV := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow lint bench benchmarks clean
+.PHONY: help demo test test-slow test-oldest test-newest lint bench benchmarks clean
 
 help:
 	@echo 'make demo       overlap of magnitude masks and Hessian eigenspace, on real digits'
 	@echo 'make test       the tests that take seconds'
 	@echo 'make test-slow  the tests marked slow'
+	@echo 'make test-oldest, make test-newest   the same with the oldest versions allowed, and the newest'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      products, eigensolves, spectra beside other libraries; memory, storage, scaling, pruning, optimizers, PINNs'
 	@echo 'make clean      remove the virtual environments, caches and build outputs'
@@ -36,6 +37,14 @@ test: $(VENV)/.has-test
 
 test-slow: $(VENV)/.has-test
 	@$(IN_VENV) -m pytest -q -m slow $(PARALLEL) $(ARGS)
+
+# In environments of their own, with PYTHON=... for another interpreter. torch's own builds for Linux,
+# which both take, bring several GB of CUDA packages.
+test-oldest:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest CONSTRAINTS=.ci/oldest.txt test
+
+test-newest:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-newest CONSTRAINTS=.ci/newest.txt test
 
 lint: $(VENV)/.has-dev
 	@$(IN_VENV) -m ruff check --quiet .
@@ -66,7 +75,7 @@ benchmarks: $(VENV)/.has-bench
 	@$(IN_VENV) examples/benchmarks/pinns.py $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-bench build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-bench $(VENV)-oldest $(VENV)-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find hesscurv integrations tests examples -name __pycache__ -prune -exec rm -rf {} +
 
 # One stamp for each extra, so that a target installs what it needs and no more, and a second call

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.func import functionalize, jvp, vmap
-from torch.fx.experimental.const_fold import split_const_subgraphs
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from hesscurv.operators.constant_folding import fold_constants
 from hesscurv.operators.simplification import accumulate_in_place, find_written, simplify
 
 
@@ -42,10 +42,7 @@ def trace_derivative(
     except RuntimeError:  # no rule for what some of them turn into
         graph = _record(fn, params)
     written = _simplify(graph, in_place=in_place)
-    with warnings.catch_warnings():
-        # Folding warns about its own intermediate graph.
-        warnings.filterwarnings("ignore", "Attempted to insert a get_attr Node")
-        return split_const_subgraphs(graph, skip_folding_node_fn=written.__contains__)
+    return fold_constants(graph, written)
 
 
 def vectorize(tangent: fx.GraphModule, block: tuple[Tensor, ...]) -> fx.GraphModule:
