@@ -9,6 +9,8 @@ from contextlib import contextmanager
 
 import torch
 
+from hesscurv.operators.environment import unchanged_random_state
+
 
 @contextmanager
 def unchanged_random_states(device: torch.device) -> Iterator[None]:
@@ -20,9 +22,8 @@ def unchanged_random_states(device: torch.device) -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = None if numpy is None else numpy.random.get_state()
-    devices = [device] if device.type == "cuda" else []
     try:
-        with torch.random.fork_rng(devices):
+        with unchanged_random_state(device):
             yield
     finally:
         random.setstate(python_state)

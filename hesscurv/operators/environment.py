@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
 from threading import RLock
 from typing import Any
@@ -63,9 +63,9 @@ def preserved(
         stack.enter_context(exclusive(model))
         flags = [m.training for m in modules]
         attributes = [dict(vars(m)) for m in modules]
-        stack.enter_context(_random_state_of(device).held())
-        if "torch._dynamo" in sys.modules and not compiling:  # else nothing is compiled
-            stack.enter_context(_EAGER.held())
+        stack.enter_context(unchanged_random_state(device))
+        if not compiling:
+            stack.enter_context(compilation_suspended())
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
             stack.enter_context(_WITHOUT_CUDNN.held())
         if any(map(has_weight_norm, modules)):
@@ -145,6 +145,20 @@ def exclusive(model: nn.Module) -> Any:
             _MODEL_LOCKS[key] = RLock()
             finalize(model, _MODEL_LOCKS.pop, key, None)
         return _MODEL_LOCKS[key]
+
+
+@contextmanager
+def compilation_suspended() -> Iterator[None]:
+    """Run what torch.compile has wrapped as it was: compiled code is not differentiated twice."""
+    with _EAGER.held() if "torch._dynamo" in sys.modules else nullcontext():
+        yield
+
+
+@contextmanager
+def unchanged_random_state(device: torch.device) -> Iterator[None]:
+    """Put back the generators of the CPU and a device, when the last thread inside leaves."""
+    with _random_state_of(device).held():
+        yield
 
 
 @cache
