@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 
 from hesscurv.operators.measurement import WIDTHS, Measurement, agree, probes
 from hesscurv.operators.tasks import tensors_of
-from hesscurv.storage.atomic_files import write_atomically
+from hesscurv.storage.json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from hesscurv.operators.curvature_operator import CurvatureOperator
@@ -154,7 +153,7 @@ def _read(key: str, ways: tuple[str, ...]) -> Calibration | None:
     if folder is None:
         return None
     try:
-        data = json.loads((folder / f"calibration-{key}.json").read_text())
+        data = read_json(folder / f"calibration-{key}.json")
         seconds = {
             way: {int(width): float(s) for width, s in by_width.items()}
             for way, by_width in data["seconds"].items()
@@ -163,7 +162,7 @@ def _read(key: str, ways: tuple[str, ...]) -> Calibration | None:
         kept = bool(data["kept"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    # A file that was cut short or written by hand must not decide anything.
+    # A file that was cut short, changed or written by hand must not decide anything.
     if not any(seconds.values()) or not set(seconds) <= set(ways):
         return None
     return Calibration(seconds, setup, kept)
@@ -176,5 +175,4 @@ def _write(key: str, calibration: Calibration) -> None:
     data = asdict(calibration)
     with contextlib.suppress(OSError):  # a read-only home is no reason to fail
         folder.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(data).encode()
-        write_atomically(folder / f"calibration-{key}.json", lambda file: file.write(content))
+        write_json(folder / f"calibration-{key}.json", data)
