@@ -63,7 +63,7 @@ class HostedMonitor:
         """All records, also those from before a resumption."""
         if self.monitor is not None:
             return self.monitor.records
-        return [] if self._state is None else list(self._state["records"])
+        return [] if self._state is None else list(self._state.get("records", ()))
 
     def begin(
         self,

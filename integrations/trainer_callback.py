@@ -17,6 +17,7 @@ from hesscurv.integrations.causal_lm_task import CausalLMTask, ModelLossTask, is
 from hesscurv.integrations.hosted_monitor import HostedMonitor
 from hesscurv.integrations.training_loggers import TensorBoardLogger, WandbLogger
 from hesscurv.storage.checked_files import read_checked, write_checked
+from hesscurv.storage.destinations import as_file_name
 
 
 class CurvatureTrainerCallback(TrainerCallback):
@@ -143,7 +144,7 @@ class CurvatureTrainerCallback(TrainerCallback):
     @property
     def file_name(self) -> str:
         """The name of the file in a checkpoint's folder."""
-        return f"{self.name.replace('/', '-')}_monitor.pt"
+        return f"{as_file_name(self.name)}_monitor.pt"
 
     def _read(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         """Return the state of the checkpoint that the run was resumed from; empty without one."""
@@ -174,7 +175,9 @@ class CurvatureTrainerCallback(TrainerCallback):
             runs = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(
                 str(args.output_dir), "runs"
             )
-            found.append(TensorBoardLogger(os.path.join(runs, self.name), prefix=prefix))
+            found.append(
+                TensorBoardLogger(os.path.join(runs, as_file_name(self.name)), prefix=prefix)
+            )
         if "wandb" in args.report_to:
             found.append(WandbLogger(prefix=prefix, step_metric="train/global_step"))
         return found

@@ -274,7 +274,7 @@ class Checkpoint:
                 f"{data.get('format')!r} version {data.get('version')!r}; resume it with the "
                 f"hesscurv that wrote it; {_REMEDY}"
             )
-        if not _PARTS <= set(data):
+        if not set(data) >= _PARTS:
             raise ValueError(f"{path} is damaged: it lacks {sorted(_PARTS - set(data))}; {_REMEDY}")
         stored = data["identity"]
         different = differences(stored, self._identity)

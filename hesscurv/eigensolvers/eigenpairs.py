@@ -82,8 +82,8 @@ class Eigenpairs:
         """Return some of the pairs, in the order in which they are asked for.
 
         Args:
-            index: One number, from the end if negative; a slice; a mask (k,); or several numbers, as
-                a list, an array or a tensor.
+            index: One number, from the end if negative; a slice; a mask (k,); or several numbers,
+                as a list, an array or a tensor.
 
         Returns:
             Eigenpairs, also of a single one or of none. Of one number and of a slice that goes

@@ -136,7 +136,7 @@ class Manifest:
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     def _check(self) -> None:
-        """Raise unless all is of its kind and the sizes fit each other, so that none can be huge."""
+        """Raise unless all is of its kind and the sizes fit each other: none can be huge."""
         for name in ("k", "outer", "inner", "chunk", "dim", "seed", "omega_seed", "psi_seed"):
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"{name}={getattr(self, name)!r:.40}")

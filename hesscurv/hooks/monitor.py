@@ -335,11 +335,22 @@ class CurvatureMonitor:
                 f"expected the state dict of a CurvatureMonitor, version {_VERSION}, got "
                 f"{f'version {version}' if version else type(state).__name__}"
             )
-        self._measurements.load_state_dict(state["measurements"])
-        self._budget.load_state_dict(state["budget"])
-        self.records[:] = [dict(record) for record in state["records"]]
-        self._last, self._ask_again = state["last"], state["ask_again"]
-        self._event = state["event"]
+        budget = self._budget.state_dict()
+        try:
+            records = [
+                {**record, "step": operator.index(record["step"])} for record in state["records"]
+            ]
+            last, ask_again, event = state["last"], state["ask_again"], state["event"]
+            self._budget.load_state_dict(state["budget"])
+            self._measurements.load_state_dict(state["measurements"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            self._budget.load_state_dict(budget)
+            raise ValueError(
+                f"expected the state dict of a CurvatureMonitor, got one that is damaged: {error!r}; "
+                "take another checkpoint, or begin without its state"
+            ) from error
+        self.records[:] = records
+        self._last, self._ask_again, self._event = last, ask_again, event
 
     # -- measuring ------------------------------------------------------------------------------
 

@@ -200,7 +200,16 @@ class PruneWhenStable:
             ValueError: If the state is of other sparsities than this trigger's, or its model is
                 not pruned where the state's was.
         """
-        pruned = [(int(step), float(sparsity)) for step, sparsity in state["pruned"]]
+        try:
+            pruned = [(int(step), float(sparsity)) for step, sparsity in state["pruned"]]
+            signals = [dict(signal) for signal in state["signals"]]
+            mask, share = state["mask"], state["share"]
+            seen, in_a_row = int(state["seen"]), int(state["in_a_row"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"expected the state dict of a PruneWhenStable, got one that is damaged: {error!r}; "
+                "take another checkpoint"
+            ) from error
         if [s for _, s in pruned] != self.sparsities[: len(pruned)]:
             raise ValueError(
                 f"expected a state with the sparsities {self.sparsities}, got one that has pruned "
@@ -211,9 +220,8 @@ class PruneWhenStable:
                 f"expected a model pruned to {pruned[-1][1]:g}, got a dense one; load it by "
                 "hesscurv.pruning.load_pruned_ before the trigger's state"
             )
-        self.pruned, self.signals = pruned, [dict(signal) for signal in state["signals"]]
-        self._mask, self._share = state["mask"], state["share"]
-        self._seen, self._in_a_row = int(state["seen"]), int(state["in_a_row"])
+        self.pruned, self.signals, self._mask, self._share = pruned, signals, mask, share
+        self._seen, self._in_a_row = seen, in_a_row
 
     def _is_due(self, step: int) -> bool:
         if self.pruned and self.every is not None:

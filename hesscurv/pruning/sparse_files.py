@@ -202,9 +202,7 @@ def _require_memory(path: Path, entries: list[_Entry], masks: bool) -> None:
         )
 
 
-def _rebuild(
-    entries: list[_Entry], data: dict[str, Any], masks: bool
-) -> OrderedDict[str, Tensor]:
+def _rebuild(entries: list[_Entry], data: dict[str, Any], masks: bool) -> OrderedDict[str, Tensor]:
     state: OrderedDict[str, Tensor] = OrderedDict()
     next_value = dict.fromkeys(data["values"], 0)
     next_place = 0

@@ -9,6 +9,7 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
+_LONGEST_NAME = 200  # bytes, of the 255 that a name may have
 _MOST_LINKS = 40  # as many as Linux follows
 # Names of open files, which are links in /proc that lead to no name, or to one that was removed.
 _OPEN_FILES = re.compile(r"/proc/(self|\d+)(/task/\d+)?/fd|/dev/fd")
@@ -89,6 +90,17 @@ def require_regular_file(path: Path, kind: str) -> None:
         raise ValueError(
             f"expected {kind}, got a device, FIFO or socket in {path}; copy what it gives to a file"
         )
+
+
+def as_file_name(name: str) -> str:
+    """Return a name as part of a file's: no folders, no characters that a system refuses.
+
+    Args:
+        name: Any text. Letters, digits and most signs stay as they are.
+    """
+    text = re.sub(r'[/\\:*?"<>|\x00-\x1f\x7f]', "-", name)
+    text = text.encode("utf-8", "replace")[:_LONGEST_NAME].decode("utf-8", "ignore")
+    return text.strip(". ") or "-"
 
 
 def _is_open_file(path: Path) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Numbers of errors that say that the disk, the user's share of it, or a file's limit is full."""
 
