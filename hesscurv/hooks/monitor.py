@@ -337,16 +337,14 @@ class CurvatureMonitor:
             )
         budget = self._budget.state_dict()
         try:
-            records = [
-                {**record, "step": operator.index(record["step"])} for record in state["records"]
-            ]
+            records = [{**r, "step": operator.index(r["step"])} for r in state["records"]]
             last, ask_again, event = state["last"], state["ask_again"], state["event"]
             self._budget.load_state_dict(state["budget"])
             self._measurements.load_state_dict(state["measurements"])
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             self._budget.load_state_dict(budget)
             raise ValueError(
-                f"expected the state dict of a CurvatureMonitor, got one that is damaged: {error!r}; "
+                f"expected the state dict of a CurvatureMonitor, got a damaged one: {error!r}; "
                 "take another checkpoint, or begin without its state"
             ) from error
         self.records[:] = records

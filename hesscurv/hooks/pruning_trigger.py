@@ -207,7 +207,7 @@ class PruneWhenStable:
             seen, in_a_row = int(state["seen"]), int(state["in_a_row"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(
-                f"expected the state dict of a PruneWhenStable, got one that is damaged: {error!r}; "
+                f"expected the state dict of a PruneWhenStable, got a damaged one: {error!r}; "
                 "take another checkpoint"
             ) from error
         if [s for _, s in pruned] != self.sparsities[: len(pruned)]:

@@ -1,7 +1,7 @@
 """Large files of tensors that ``torch.load`` reads too, and whose every byte is checked.
 
-The file is an archive of ``torch.save``, a zip file. Its comment, the last bytes, is the checksum of
-all bytes before.
+The file is an archive of ``torch.save``, a zip file. Its comment, the last bytes, is the checksum
+of all bytes before.
 """
 
 from __future__ import annotations
