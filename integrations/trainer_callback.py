@@ -175,9 +175,8 @@ class CurvatureTrainerCallback(TrainerCallback):
             runs = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(
                 str(args.output_dir), "runs"
             )
-            found.append(
-                TensorBoardLogger(os.path.join(runs, as_file_name(self.name)), prefix=prefix)
-            )
+            folder = os.path.join(runs, as_file_name(self.name))
+            found.append(TensorBoardLogger(folder, prefix=prefix))
         if "wandb" in args.report_to:
             found.append(WandbLogger(prefix=prefix, step_metric="train/global_step"))
         return found

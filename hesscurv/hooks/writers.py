@@ -84,22 +84,22 @@ class CSVWriter:
         """
         record = {"step": step} | record
         cells = {key: _cell(value) for key, value in record.items()}
-        if is_stream(follow_links(self.path)):
-            columns, rows = self._columns, []
-        else:
-            columns, rows = self._read()
+        once = is_stream(follow_links(self.path))  # what is written cannot be read or changed
+        columns, rows = (self._columns, []) if once else self._read()
         new = [key for key in cells if key not in columns]
         if not new:
             _append(self.path, _lines(columns, [cells]))
             return
         columns = [*columns, *new]
         # A row is a line, so that the new columns' empty cells are commas at its end.
-        lines = [_lines(columns, [dict(zip(columns, columns, strict=True))])]
-        lines += [row.rstrip("\r") + "," * len(new) + "\n" for row in rows] + [
-            _lines(columns, [cells])
-        ]
-        write_atomically(self.path, lambda file: file.write(_encode("".join(lines))))
-        self._columns = columns
+        head = _lines(columns, [dict(zip(columns, columns, strict=True))])
+        before = "".join(row.rstrip("\r") + "," * len(new) + "\n" for row in rows)
+        text = head + before + _lines(columns, [cells])
+        if once:
+            _append(self.path, text)
+            self._columns = columns
+        else:
+            write_atomically(self.path, lambda file: file.write(_encode(text)))
 
     def _read(self) -> tuple[list[str], list[str]]:
         """Return the columns, and the rows as they stand in the file."""

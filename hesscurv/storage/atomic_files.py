@@ -184,7 +184,8 @@ def _explained(target: Path) -> Iterator[None]:
         raise DiskFullError(
             error.errno,
             f"{os.strerror(error.errno)}: the disk is full, {target} was not written and what was "
-            "there before is whole; free some room and make the same call again, or name another folder",
+            "there before is whole; free some room and make the same call again, or name another "
+            "folder",
         ) from error
 
 
