@@ -44,7 +44,7 @@ def flatten_record(record: Mapping[str, Any], prefix: str = "curvature/") -> Fla
     """
     flat = FlatRecord()
     for key, value in record.items():
-        name = f"{prefix}{key}"
+        name = _as_unicode(f"{prefix}{key}")
         if key == "step" or value is None or (key == "status" and value == "ok"):
             continue
         if isinstance(value, Mapping):
@@ -52,7 +52,7 @@ def flatten_record(record: Mapping[str, Any], prefix: str = "curvature/") -> Fla
             for mine, more in zip(vars(flat).values(), vars(inner).values(), strict=True):
                 mine.update(more)
         elif isinstance(value, str):
-            flat.texts[name] = value
+            flat.texts[name] = _as_unicode(value)
         elif hasattr(value, "savefig"):
             flat.figures[name] = value
         elif _is_number(value):
@@ -205,6 +205,11 @@ def _rendered(figure: Any) -> Any:
     if "matplotlib.pyplot" in sys.modules:  # which keeps the figures that it has made
         sys.modules["matplotlib.pyplot"].close(figure)
     return Image.open(buffer)
+
+
+def _as_unicode(text: str) -> str:
+    # A module's name may have code points that no encoding has, which protocol buffers refuse.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_number(value: Any) -> bool:
