@@ -16,6 +16,7 @@ from hesscurv.hooks import MonitorWarning
 from hesscurv.integrations.causal_lm_task import CausalLMTask, ModelLossTask, is_causal_lm
 from hesscurv.integrations.hosted_monitor import HostedMonitor
 from hesscurv.integrations.training_loggers import TensorBoardLogger, WandbLogger
+from hesscurv.operators.descriptions import describe_object
 from hesscurv.storage.checked_files import read_checked, write_checked
 from hesscurv.storage.destinations import as_file_name
 
@@ -80,6 +81,10 @@ class CurvatureTrainerCallback(TrainerCallback):
         self._own_loggers: list[Any] = []
         self._resume_from = None if resume_from is None else Path(resume_from)
         self.name = name
+
+    def __repr__(self) -> str:
+        """Name it, and say what it measures and how often it has."""
+        return describe_object(self, name=self.name, **self._hosted.description())
 
     @property
     def monitor(self) -> Any:

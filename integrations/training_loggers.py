@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hesscurv.operators.descriptions import Described, describe_object
+
 Figures = Mapping[str, Callable[[list[dict[str, Any]]], Any]]
 
 
-@dataclass
-class FlatRecord:
+@dataclass(repr=False)
+class FlatRecord(Described):
     """A record, sorted by what its values are drawn as, under full names.
 
     Args:
@@ -104,6 +106,11 @@ class TensorBoardLogger:
         self.prefix, self.figures = prefix, dict(figures or {})
         self._records: list[dict[str, Any]] = []
 
+    def __repr__(self) -> str:
+        """Name the folder and the prefix."""
+        folder = getattr(self.writer, "log_dir", None)
+        return describe_object(self, log_dir=folder, prefix=self.prefix, figures=list(self.figures))
+
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Write one record; what is written can be seen at once."""
         flat = flatten_record(record, self.prefix)
@@ -164,6 +171,16 @@ class WandbLogger:
         self.step_metric = step_metric or f"{prefix}step"
         self._records: list[dict[str, Any]] = []
         self._defined: Any = None
+
+    def __repr__(self) -> str:
+        """Name the run, the prefix and the metric that values are drawn over."""
+        return describe_object(
+            self,
+            run=getattr(self.run, "name", None),
+            prefix=self.prefix,
+            step_metric=self.step_metric,
+            figures=list(self.figures),
+        )
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Send one record."""

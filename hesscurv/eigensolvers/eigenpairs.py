@@ -116,8 +116,13 @@ class Eigenpairs:
         return (self[i] for i in range(len(self)))
 
     def _map(self, of: Callable[[Tensor], Tensor]) -> Eigenpairs:
-        names = ("eigenvalues", "eigenvectors", "residuals", "converged")
-        return replace(self, **{name: of(getattr(self, name)) for name in names})
+        return replace(
+            self,
+            eigenvalues=of(self.eigenvalues),
+            eigenvectors=of(self.eigenvectors),
+            residuals=of(self.residuals),
+            converged=of(self.converged),
+        )
 
     def __repr__(self) -> str:
         """Summarise sizes, range of eigenvalues, convergence and cost."""

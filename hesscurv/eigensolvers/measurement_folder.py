@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.eigensolvers.measurement_manifest import Manifest
+from hesscurv.operators.descriptions import describe_object
 from hesscurv.storage.atomic_files import create_atomically, write_atomically
 
 _MANIFEST = "manifest.json"
@@ -45,6 +46,16 @@ class MeasurementFolder:
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+
+    def __repr__(self) -> str:
+        """Name the folder and the size of what is measured."""
+        return describe_object(
+            self,
+            path=str(self.path),
+            k=self.manifest.k,
+            measurements=self.manifest.inner,
+            D=self.manifest.dim,
+        )
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> MeasurementFolder:

@@ -12,6 +12,7 @@ import torch
 
 from hesscurv.eigensolvers.single_pass import cut
 from hesscurv.linalg.test_matrices import KINDS
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.fingerprint import differences, hash_text
 from hesscurv.operators.parameters import ParameterLayout
 
@@ -33,8 +34,8 @@ _MEANING = {
 }
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(frozen=True, repr=False)
+class Manifest(Described):
     """What is measured: the settings of the sketch and what the operator is.
 
     Args:

@@ -22,7 +22,8 @@ from hesscurv.hooks.probe import Probe
 from hesscurv.hooks.quantities import QUANTITIES, choose_quantities
 from hesscurv.hooks.schedules import Schedule, dense_then_sparse
 from hesscurv.hooks.unchanged import unchanged_random_states
-from hesscurv.operators.parameters import ParamSelection
+from hesscurv.operators.descriptions import Words, describe_object
+from hesscurv.operators.parameters import ParamSelection, unwrap
 from hesscurv.operators.summed_operator import device_of
 
 _VERSION = 1
@@ -203,6 +204,21 @@ class CurvatureMonitor:
         self._ask_again: int | None = None  # the step at which one that is due is looked at again
         self._event: str | None = None
         self._has_warned = False
+
+    def __repr__(self) -> str:
+        """Say what is measured, when, and how often it was."""
+        failed = sum(record.get("status", "ok") != "ok" for record in self.records)
+        return describe_object(
+            self,
+            model=Words(type(unwrap(self.model)).__name__),
+            task=self.task,
+            k=self._measurements.k,
+            quantities=Words(", ".join(self.quantities)),
+            schedule=self.schedule,
+            records=len(self.records),
+            failed=failed,
+            last_step=self._last,
+        )
 
     @property
     def pairs(self) -> Eigenpairs | None:

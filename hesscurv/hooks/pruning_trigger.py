@@ -16,6 +16,7 @@ from hesscurv.hooks.quantities import NEED_PAIRS
 from hesscurv.hooks.rank_pruning import prune_on_first_rank
 from hesscurv.hooks.stability import Stability, relative_change
 from hesscurv.metrics import intersection_over_union, leverage_scores, magnitude_mask
+from hesscurv.operators.descriptions import describe_object
 from hesscurv.operators.parameters import unwrap
 from hesscurv.optim.arguments import check_count
 from hesscurv.pruning import mask_optimizer_state_, masks_of, prune_model
@@ -147,6 +148,19 @@ class PruneWhenStable:
         self._share: float | None = None
         self._seen = -1  # step of the last record that was looked at
         self._in_a_row = 0
+
+    def __repr__(self) -> str:
+        """Say to what it prunes, when, and what it has done."""
+        return describe_object(
+            self,
+            sparsities=self.sparsities,
+            stability=self.stability,
+            every=self.every,
+            not_before=self.not_before,
+            deadline=self.deadline,
+            pruned=self.pruned,
+            stable_in_a_row=self._in_a_row,
+        )
 
     @property
     def done(self) -> bool:

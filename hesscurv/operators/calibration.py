@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.measurement import WIDTHS, Measurement, agree, probes
 from hesscurv.operators.tasks import tensors_of
 from hesscurv.storage.json_files import read_json, write_json
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 _REMEMBERED: dict[str, Calibration] = {}
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Described):
     """Measured seconds per vector of each way, by the number of vectors at once.
 
     Args:

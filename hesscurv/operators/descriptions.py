@@ -117,8 +117,8 @@ def _container(value: Collection[Any]) -> str:
 
 
 def _one_line(value: Any) -> str:
-    """Return an object's own `repr` if it is a short line, what it says else up to its first one."""
-    if type(value).__repr__ is object.__repr__:
+    """Return an object's own `repr` if it is a short line; of text, its beginning."""
+    if getattr(type(value), "__repr__", None) is object.__repr__:
         return ""
     text = _ADDRESS.sub("", repr(value))
     if "\n" not in text and len(text) <= _LONGEST:
@@ -127,9 +127,9 @@ def _one_line(value: Any) -> str:
 
 
 def inherit_arguments(cls: type) -> None:
-    """Give a class that takes its base's arguments, and does not document them, the base's sections.
+    """Document the arguments that a class takes from its base, where it does not itself.
 
-    They are the sections "Args" and "Raises" of the docstring; an example stays at the end.
+    Its docstring gets the base's sections "Args" and "Raises"; an example stays at the end.
 
     Args:
         cls: A class that has just been made; one with an `__init__` of its own is left alone.

@@ -279,7 +279,10 @@ class ForeignOperator(LinearOperator):
         self.layout = getattr(operator, "layout", None)
 
     def _description(self) -> dict[str, Any]:
-        return {"operator": Words(type(self._operator).__name__), **super()._description()}
+        return {
+            "operator": Words(type(getattr(self, "_operator", None)).__name__),
+            **super()._description(),
+        }
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
         with full_precision(self.device):

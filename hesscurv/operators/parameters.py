@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesscurv.operators.descriptions import brief
+
 ParamSelection = (
     str | Iterable[str] | Iterable[nn.Parameter] | Callable[[str, nn.Parameter], bool] | None
 )
@@ -55,7 +57,7 @@ class ParameterLayout:
     def __repr__(self) -> str:
         """Name the first parameters, and count the others."""
         shown = ", ".join(
-            f"{name!r}: {shape}"
+            f"{brief(name)}: {shape}"
             for name, shape in zip(self.names[:_SHOWN], self.shapes[:_SHOWN], strict=True)
         )
         more = len(self.names) - _SHOWN

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hesscurv.distributed import Communicator
 from hesscurv.distributed.checksums import checksum, sample_checksum
 from hesscurv.distributed.sharded import require_members
-from hesscurv.operators.descriptions import Words
+from hesscurv.operators.descriptions import Words, brief
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParameterLayout
@@ -265,7 +265,6 @@ def _require_same_weights(objective: Objective, communicator: Communicator) -> N
 def _names(layout: ParameterLayout) -> str:
     """Return how many parameters there are, and the names of the first."""
     more = len(layout.names) - _MOST_NAMES
-    return (
-        f"{len(layout.names):,} ({', '.join(map(repr, layout.names[:_MOST_NAMES]))}"
-        + (f", and {more:,} more)" if more > 0 else ")")
+    return f"{len(layout.names):,} ({', '.join(map(brief, layout.names[:_MOST_NAMES]))}" + (
+        f", and {more:,} more)" if more > 0 else ")"
     )

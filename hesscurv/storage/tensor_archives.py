@@ -29,7 +29,7 @@ def save_archive(data: dict[str, Any], file: Any) -> None:
         OSError: What `file.write` raises.
     """
     sink = _Sink(file)
-    torch.save(as_plain(data), sink)
+    torch.save(as_plain(data), sink)  # type: ignore[arg-type]
     if sink.error is not None:
         raise sink.error
 
@@ -85,6 +85,7 @@ def as_plain(value: Any, path: str = "data") -> Any:
         return value
     if isinstance(value, np.generic) and type(value.item()) in _SCALARS:
         return value.item()
+    kind: Any
     for kind in _SCALARS:
         if isinstance(value, kind):
             return kind(value)
