@@ -24,6 +24,7 @@ from torch import Tensor
 from hesscurv.eigensolvers.measurement_manifest import Manifest
 from hesscurv.operators.descriptions import describe_object
 from hesscurv.storage.atomic_files import create_atomically, write_atomically
+from hesscurv.storage.destinations import require_regular_file
 
 _MANIFEST = "manifest.json"
 _MOST_MANIFEST_BYTES = 2**28
@@ -242,6 +243,7 @@ class MeasurementFolder:
         identity, found = np.array(self.manifest.id), np.zeros(2, dtype="<i8")
         present = np.empty_like(identity)
         try:
+            require_regular_file(path, "a file of measurements")
             with path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 _read_member(archive, "manifest", present)
                 _read_member(archive, "range", found)

@@ -53,8 +53,13 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
     with _explained(target), _temporary_file(target, write, old) as temporary:
         if old is not None and old.st_nlink > 1:
             _rewrite(target, temporary)
-        else:
+            return
+        try:
             os.replace(temporary, target)
+        except OSError as error:
+            if error.errno != errno.EBUSY or old is None:
+                raise
+            _rewrite(target, temporary)  # a file that is mounted by itself, as in a container
 
 
 def create_atomically(path: str | os.PathLike[str], content: bytes) -> None:

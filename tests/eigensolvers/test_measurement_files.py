@@ -251,17 +251,15 @@ def test_a_folder_from_before_there_was_a_checksum_is_assembled(folder):
 def test_a_flip_of_any_byte_of_the_manifest_is_found(folder):
     filled(planted(indefinite(100), 100), folder)
     path, expected = folder / "manifest.json", assemble(folder)
-    content, let_through = path.read_bytes(), 0
+    content = path.read_bytes()
     for at in range(0, len(content), 2):
         changed = bytearray(content)
-        changed[at] ^= 0x01
+        changed[at] ^= 0x01  # makes no white space of white space
         path.write_bytes(changed)
-        try:
-            assert_same(assemble(folder), expected)
-            let_through += 1
-        except ValueError as error:
-            assert "manifest.json" in str(error)
-    assert let_through == 0  # a space becomes an exclamation mark, a line's end a tab's neighbour
+        with pytest.raises(ValueError, match=r"manifest\.json"):
+            assemble(folder)
+    path.write_bytes(content)
+    assert_same(assemble(folder), expected)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 10**5, b"null", b"{}", bytes(99)])
@@ -280,8 +278,9 @@ def test_a_flip_of_any_byte_of_a_chunk_is_found_or_changes_nothing(folder):
         changed[at] ^= 0x40
         path.write_bytes(changed)
         try:
-            assert_same(assemble(folder), expected)
-        except ValueError as error:
-            assert path.name in str(error)
+            found = assemble(folder)
+        except ValueError:
             refused += 1
+        else:  # a time, say
+            assert_same(found, expected)
     assert refused > 0.9 * len(content) / 29

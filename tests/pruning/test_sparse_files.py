@@ -1,4 +1,4 @@
-"""A file of `save_sparse` gives the model back, under any names, or is refused before it is large."""
+"""A file of `save_sparse` gives the model back, under any names, or is refused."""
 
 import math
 import os

@@ -257,6 +257,20 @@ def test_no_room_for_the_copy_leaves_a_file_of_two_names(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_file_that_cannot_be_replaced_is_rewritten(tmp_path, monkeypatch):
+    def busy(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")  # of a file mounted by itself
+
+    path = tmp_path / "result"
+    path.write_bytes(b"old and long")
+    monkeypatch.setattr(os, "replace", busy)
+    write(path)
+    assert path.read_bytes() == b"new"
+    assert len(list(tmp_path.iterdir())) == 1
+    with pytest.raises(OSError, match="busy"):
+        write(tmp_path / "other")
+
+
 def test_the_longest_name_there_is(tmp_path):
     for name in ("n" * 255, "名" * 85):
         write(tmp_path / name)
