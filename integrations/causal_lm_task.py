@@ -12,12 +12,13 @@ from torch.nn import functional as F
 
 from hesscurv.integrations.chunked_loss import chunked_sum
 from hesscurv.operators import Task
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.tasks import describe, num_samples
 
 IGNORED = -100  # the label of positions that have no loss
 
 
-class ModelLossTask:
+class ModelLossTask(Described):
     """The loss that a model itself returns: ``model(**batch).loss``, for dict batches with labels.
 
     For the Hessian; the GGN and the Fisher need the loss in two parts, see `hesscurv.Task`. A

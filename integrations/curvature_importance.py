@@ -19,6 +19,7 @@ from hesscurv.integrations.channel_slices import (
     read_group,
 )
 from hesscurv.integrations.joint_ranking import backward_elimination
+from hesscurv.operators.descriptions import Words, describe_object
 from hesscurv.operators.parameters import unwrap
 
 if TYPE_CHECKING:
@@ -81,6 +82,11 @@ class CurvatureImportance(tp.importance.Importance):
         self._marks: tuple[Any, ...] = ()
         self._pruner: Any = None
         self._ranks: dict[Any, Tensor] | None = None
+
+    def __repr__(self) -> str:
+        """Name the model and the settings."""
+        settings = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "model"}
+        return describe_object(self, model=Words(type(self.model).__name__), **settings)
 
     def rank_jointly(self, pruner: Any) -> Self:
         """Rank the channels of all of a pruner's groups together, each in view of the others.

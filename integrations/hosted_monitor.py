@@ -63,7 +63,12 @@ class HostedMonitor:
         """All records, also those from before a resumption."""
         if self.monitor is not None:
             return self.monitor.records
-        return [] if self._state is None else list(self._state["records"])
+        return [] if self._state is None else list(self._state.get("records", ()))
+
+    def description(self) -> dict[str, Any]:
+        """Return what is measured, and how often it was, for `repr`."""
+        given = {name: self.options[name] for name in ("schedule",) if name in self.options}
+        return {"task": self.task, "k": self.k, **given, "records": len(self.records)}
 
     def begin(
         self,

@@ -15,6 +15,7 @@ from hesscurv.integrations.training_loggers import (
     flatten_record,
 )
 from hesscurv.integrations.training_step_task import TrainingStepTask, check_training_step
+from hesscurv.operators.descriptions import describe_object
 
 
 class CurvatureCallback(Callback):
@@ -71,6 +72,10 @@ class CurvatureCallback(Callback):
         self._loggers = None if loggers is None else list(loggers)
         self.name = name
         self._step = 0
+
+    def __repr__(self) -> str:
+        """Name it, and say what it measures and how often it has."""
+        return describe_object(self, name=self.name, **self._hosted.description())
 
     @property
     def monitor(self) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from hesscurv.integrations.sample_rows import Rows
 from hesscurv.operators.batches import split
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.objective import Objective
 from hesscurv.pruning.layer_inputs import unfolded
 from hesscurv.pruning.sample_gradients import output_roots, output_slopes, random_signs
@@ -26,8 +27,8 @@ _MOST_CHECKED = 4
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-@dataclass
-class ReaderRows:
+@dataclass(repr=False)
+class ReaderRows(Described):
     """What has been measured of one layer.
 
     Args:

@@ -16,7 +16,9 @@ from hesscurv.hooks import MonitorWarning
 from hesscurv.integrations.causal_lm_task import CausalLMTask, ModelLossTask, is_causal_lm
 from hesscurv.integrations.hosted_monitor import HostedMonitor
 from hesscurv.integrations.training_loggers import TensorBoardLogger, WandbLogger
+from hesscurv.operators.descriptions import describe_object
 from hesscurv.storage.checked_files import read_checked, write_checked
+from hesscurv.storage.destinations import as_file_name
 
 
 class CurvatureTrainerCallback(TrainerCallback):
@@ -79,6 +81,10 @@ class CurvatureTrainerCallback(TrainerCallback):
         self._own_loggers: list[Any] = []
         self._resume_from = None if resume_from is None else Path(resume_from)
         self.name = name
+
+    def __repr__(self) -> str:
+        """Name it, and say what it measures and how often it has."""
+        return describe_object(self, name=self.name, **self._hosted.description())
 
     @property
     def monitor(self) -> Any:
@@ -143,7 +149,7 @@ class CurvatureTrainerCallback(TrainerCallback):
     @property
     def file_name(self) -> str:
         """The name of the file in a checkpoint's folder."""
-        return f"{self.name.replace('/', '-')}_monitor.pt"
+        return f"{as_file_name(self.name)}_monitor.pt"
 
     def _read(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         """Return the state of the checkpoint that the run was resumed from; empty without one."""
@@ -174,7 +180,8 @@ class CurvatureTrainerCallback(TrainerCallback):
             runs = os.environ.get("TENSORBOARD_LOGGING_DIR") or os.path.join(
                 str(args.output_dir), "runs"
             )
-            found.append(TensorBoardLogger(os.path.join(runs, self.name), prefix=prefix))
+            folder = os.path.join(runs, as_file_name(self.name))
+            found.append(TensorBoardLogger(folder, prefix=prefix))
         if "wandb" in args.report_to:
             found.append(WandbLogger(prefix=prefix, step_metric="train/global_step"))
         return found

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hesscurv.operators.descriptions import Described, describe_object
+
 Figures = Mapping[str, Callable[[list[dict[str, Any]]], Any]]
 
 
-@dataclass
-class FlatRecord:
+@dataclass(repr=False)
+class FlatRecord(Described):
     """A record, sorted by what its values are drawn as, under full names.
 
     Args:
@@ -44,7 +46,7 @@ def flatten_record(record: Mapping[str, Any], prefix: str = "curvature/") -> Fla
     """
     flat = FlatRecord()
     for key, value in record.items():
-        name = f"{prefix}{key}"
+        name = _as_unicode(f"{prefix}{key}")
         if key == "step" or value is None or (key == "status" and value == "ok"):
             continue
         if isinstance(value, Mapping):
@@ -52,7 +54,7 @@ def flatten_record(record: Mapping[str, Any], prefix: str = "curvature/") -> Fla
             for mine, more in zip(vars(flat).values(), vars(inner).values(), strict=True):
                 mine.update(more)
         elif isinstance(value, str):
-            flat.texts[name] = value
+            flat.texts[name] = _as_unicode(value)
         elif hasattr(value, "savefig"):
             flat.figures[name] = value
         elif _is_number(value):
@@ -103,6 +105,11 @@ class TensorBoardLogger:
             self.writer = log_dir
         self.prefix, self.figures = prefix, dict(figures or {})
         self._records: list[dict[str, Any]] = []
+
+    def __repr__(self) -> str:
+        """Name the folder and the prefix."""
+        folder = getattr(self.writer, "log_dir", None)
+        return describe_object(self, log_dir=folder, prefix=self.prefix, figures=list(self.figures))
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Write one record; what is written can be seen at once."""
@@ -165,6 +172,16 @@ class WandbLogger:
         self._records: list[dict[str, Any]] = []
         self._defined: Any = None
 
+    def __repr__(self) -> str:
+        """Name the run, the prefix and the metric that values are drawn over."""
+        return describe_object(
+            self,
+            run=getattr(self.run, "name", None),
+            prefix=self.prefix,
+            step_metric=self.step_metric,
+            figures=list(self.figures),
+        )
+
     def log(self, record: Mapping[str, Any], step: int) -> None:
         """Send one record."""
         run = self._wandb.run if self.run is None else self.run
@@ -205,6 +222,11 @@ def _rendered(figure: Any) -> Any:
     if "matplotlib.pyplot" in sys.modules:  # which keeps the figures that it has made
         sys.modules["matplotlib.pyplot"].close(figure)
     return Image.open(buffer)
+
+
+def _as_unicode(text: str) -> str:
+    # A module's name may have code points that no encoding has, which protocol buffers refuse.
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_number(value: Any) -> bool:

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.tasks import num_samples
 
 _INTERNALS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
 
-class TrainingStepTask:
+class TrainingStepTask(Described):
     """The loss that ``module.training_step(batch, 0)`` returns, for the Hessian.
 
     What the step does beside it comes to nothing: ``self.log``, the trainer's loggers, attributes

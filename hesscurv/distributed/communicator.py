@@ -45,6 +45,10 @@ class Communicator:
         ValueError: If this process is not in it.
     """
 
+    def __repr__(self) -> str:
+        """Name this process among its ranks."""
+        return f"Communicator(rank={self.rank}, size={self.size})"
+
     def __init__(self, group: Any = None, device: torch.device | None = None) -> None:
         self.rank, self.size = 0, 1
         self.group = group

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import time
@@ -36,6 +37,7 @@ from hesscurv.storage.mapped_files import DiskFullError, disk_full
 logger = logging.getLogger(__name__)
 
 _FORMAT, _VERSION = "hesscurv.checkpoint", 1
+_PARTS = {"identity", "generation", "length", "journal", "took", "state"}
 _PIECE_NUMEL = 2**26  # entries of vectors that go through the host's memory at once
 _OVERHEAD = 0.2  # the share of the time that may go into writing states, where blocks are quick
 
@@ -106,7 +108,7 @@ class Checkpoint:
                 with open(path, "rb") as file:
                     for op in self._ops:
                         self._apply(op, file, basis)
-            except FileNotFoundError as error:
+            except (FileNotFoundError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(self._damaged(path)) from error
         # What came after the state that was taken up goes, now that it has proved whole.
         for later, old in self._state_files():
@@ -124,15 +126,21 @@ class Checkpoint:
             return
         tensor = self._read(file, op)
         if op["kind"] == "append":
+            if tensor.shape[1] != basis.dim:
+                raise ValueError(self._damaged(Path(file.name)))
             basis.append(tensor)
         else:
             basis.rotate_(op["start"], op["stop"], tensor)
 
     def _read(self, file: BinaryIO, op: dict[str, Any]) -> Tensor:
-        dtype = getattr(torch, op["dtype"])
-        tensor = torch.empty(op["shape"], dtype=dtype, device="cpu")
+        dtype, shape, offset = getattr(torch, op["dtype"]), op["shape"], op["offset"]
+        end = offset + math.prod(shape) * dtype.itemsize
+        fits = len(shape) == 2 and min(*shape, offset) >= 0
+        if not fits or end > os.fstat(file.fileno()).st_size:  # before memory is taken
+            raise ValueError(self._damaged(Path(file.name)))
+        tensor = torch.empty(shape, dtype=dtype, device="cpu")
         raw = _bytes_of(tensor)
-        file.seek(op["offset"])
+        file.seek(offset)
         got = file.readinto(raw)  # type: ignore[attr-defined]
         if got != raw.nbytes or zlib.crc32(raw) != op["crc"]:
             raise ValueError(self._damaged(Path(file.name)))
@@ -266,6 +274,8 @@ class Checkpoint:
                 f"{data.get('format')!r} version {data.get('version')!r}; resume it with the "
                 f"hesscurv that wrote it; {_REMEDY}"
             )
+        if not set(data) >= _PARTS:
+            raise ValueError(f"{path} is damaged: it lacks {sorted(_PARTS - set(data))}; {_REMEDY}")
         stored = data["identity"]
         different = differences(stored, self._identity)
         if different:

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import time
 import zipfile
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hesscurv.eigensolvers.measurement_manifest import FORMAT, VERSION, Manifest
+from hesscurv.eigensolvers.measurement_manifest import Manifest
+from hesscurv.operators.descriptions import describe_object
 from hesscurv.storage.atomic_files import create_atomically, write_atomically
+from hesscurv.storage.destinations import require_regular_file
 
 _MANIFEST = "manifest.json"
+_MOST_MANIFEST_BYTES = 2**28
 _READ_BYTES = 2**24
 _LEFTOVER_SECONDS = 3600  # a temporary file that nobody wrote to for so long has lost its job
 
@@ -47,6 +48,16 @@ class MeasurementFolder:
         self.path = path
         self.manifest = manifest
 
+    def __repr__(self) -> str:
+        """Name the folder and the size of what is measured."""
+        return describe_object(
+            self,
+            path=str(self.path),
+            k=self.manifest.k,
+            measurements=self.manifest.inner,
+            D=self.manifest.dim,
+        )
+
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> MeasurementFolder:
         """Return an existing folder.
@@ -62,24 +73,9 @@ class MeasurementFolder:
                 f"expected a folder with the {_MANIFEST} of `measure`, found none in {path}; "
                 "run measure(H, k, folder) first"
             )
-        damaged = (
-            f"{file} is damaged; delete it and run a job again with the first one's arguments, "
-            "which writes it anew"
-        )
-        try:
-            data = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise ValueError(damaged) from error
-        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
-            raise ValueError(damaged)
-        if (version := data.pop("version", None)) != VERSION:
-            raise ValueError(
-                f"expected format version {VERSION}, got {version} in {file}; use the hesscurv "
-                "that wrote it"
-            )
-        if set(data) != {field.name for field in fields(Manifest)}:
-            raise ValueError(damaged)
-        return cls(path, Manifest(**data))
+        if (size := file.stat().st_size) > _MOST_MANIFEST_BYTES:
+            raise ValueError(f"expected the {_MANIFEST} of `measure`, got {_size(size)} in {file}")
+        return cls(path, Manifest.from_json(file.read_bytes(), file))
 
     @classmethod
     def join(cls, path: str | os.PathLike[str], wanted: Manifest) -> MeasurementFolder:
@@ -126,6 +122,16 @@ class MeasurementFolder:
     def absent(self) -> list[tuple[int, int]]:
         """Return the chunks without a file, whole or not."""
         return [chunk for chunk in self.manifest.ranges() if not self.file(*chunk).exists()]
+
+    def require_sizes(self) -> None:
+        """Raise DamagedFileError if a file is too short for what the manifest says, unread."""
+        for start, stop in self.manifest.ranges():
+            path, least = self.file(start, stop), self.manifest.num_data_bytes(start, stop)
+            if (size := path.stat().st_size) < least:
+                raise DamagedFileError(
+                    f"{path} is damaged (expected at least {_size(least)}, got {_size(size)}); "
+                    f"{self._remedy(start, stop)}"
+                )
 
     def require_space(self, ranges: list[tuple[int, int]]) -> None:
         """Raise OSError if the files of these chunks do not fit on the disk."""
@@ -226,14 +232,18 @@ class MeasurementFolder:
         except (FileNotFoundError, DamagedFileError):
             return False
 
+    def _remedy(self, start: int, stop: int) -> str:
+        return f"delete it and run {self.manifest.call(self.path, start, stop)} again"
+
     @contextlib.contextmanager
     def _opened(self, start: int, stop: int) -> Iterator[zipfile.ZipFile]:
         """Open a chunk's file, see that it is this chunk of these measurements, and hand it out."""
         path = self.file(start, stop)
-        remedy = f"delete it and run {self.manifest.call(self.path, start, stop)} again"
+        remedy = self._remedy(start, stop)
         identity, found = np.array(self.manifest.id), np.zeros(2, dtype="<i8")
         present = np.empty_like(identity)
         try:
+            require_regular_file(path, "a file of measurements")
             with path.open("rb") as file, zipfile.ZipFile(file) as archive:
                 _read_member(archive, "manifest", present)
                 _read_member(archive, "range", found)

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hesscurv.eigensolvers.single_pass import cut
+from hesscurv.linalg.test_matrices import KINDS
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.fingerprint import differences, hash_text
+from hesscurv.operators.parameters import ParameterLayout
 
 FORMAT, VERSION = "hesscurv.measurements", 1
 
 _OVERHEAD_BYTES = 4096  # of a chunk's file: names, headers, the last block of the disk
+_DTYPES = {"torch.float32": torch.float32, "torch.float64": torch.float64}
+# The squared number of measurements is stored, in doubles: more than these are not on any disk.
+_MOST_MEASUREMENTS, _MOST_ENTRIES = 2 * 10**6, 2**53
 _SETTINGS = ("k", "outer", "inner", "measurements", "seed", "omega_seed", "psi_seed")
 _MEANING = {
     "operator": "its kind",
@@ -28,8 +34,8 @@ _MEANING = {
 }
 
 
-@dataclass(frozen=True)
-class Manifest:
+@dataclass(frozen=True, repr=False)
+class Manifest(Described):
     """What is measured: the settings of the sketch and what the operator is.
 
     Args:
@@ -63,12 +69,12 @@ class Manifest:
     @property
     def id(self) -> str:
         """A hash of all of it, which every file of measurements carries."""
-        return hash_text(self.to_json())
+        return hash_text(_as_text(self._data()))
 
     @property
     def torch_dtype(self) -> torch.dtype:
         """The vectors' dtype."""
-        return {"torch.float32": torch.float32, "torch.float64": torch.float64}[self.dtype]
+        return _DTYPES[self.dtype]
 
     def ranges(self) -> list[tuple[int, int]]:
         """Return the chunks [start, stop) in their order; none has vectors in part."""
@@ -76,17 +82,77 @@ class Manifest:
 
     def num_bytes(self, ranges: Iterable[tuple[int, int]]) -> int:
         """Return how large the files of these chunks are."""
-        return sum(
-            (stop - start) * self.inner * 8
-            + (stop - start) * self.dim * self.torch_dtype.itemsize * (stop <= self.outer)
-            + _OVERHEAD_BYTES
-            for start, stop in ranges
-        )
+        return sum(self.num_data_bytes(*chunk) + _OVERHEAD_BYTES for chunk in ranges)
+
+    def num_data_bytes(self, start: int, stop: int) -> int:
+        """Return the bytes of a chunk's measurements by themselves."""
+        of_one = self.dim * self.torch_dtype.itemsize * (stop <= self.outer)
+        return (stop - start) * (self.inner * 8 + of_one)
 
     def to_json(self) -> str:
-        """Return the manifest as text, the same for the same manifest."""
-        data = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        return json.dumps(data, indent=1, sort_keys=True) + "\n"
+        """Return the manifest as text, the same for the same manifest, with its checksum."""
+        return _as_text({**self._data(), "checksum": self.id})
+
+    @classmethod
+    def from_json(cls, text: bytes, file: Path) -> Manifest:
+        """Read what `to_json` returned, and look whether its sizes fit each other.
+
+        Args:
+            text: The file's content.
+            file: The file, for messages.
+
+        Raises:
+            ValueError: If it is damaged, or of another version.
+        """
+        damaged = (
+            f"{file} is damaged; delete it and run a job again with the first one's arguments, "
+            "which writes it anew"
+        )
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(damaged) from error
+        if not isinstance(data, dict) or data.pop("format", None) != FORMAT:
+            raise ValueError(damaged)
+        if (version := data.pop("version", None)) != VERSION:
+            raise ValueError(
+                f"expected format version {VERSION}, got {version} in {file}; use the hesscurv "
+                "that wrote it"
+            )
+        checksum = data.pop("checksum", None)  # folders from before there was one have none
+        if set(data) != {field.name for field in fields(cls)}:
+            raise ValueError(damaged)
+        manifest = cls(**data)
+        try:
+            manifest._check()
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{damaged} ({error})") from error
+        if checksum not in (None, manifest.id):
+            raise ValueError(
+                f"{damaged} (by its checksum it was changed, or holds other measurements' settings)"
+            )
+        return manifest
+
+    def _data(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, **asdict(self)}
+
+    def _check(self) -> None:
+        """Raise unless all is of its kind and the sizes fit each other: none can be huge."""
+        for name in ("k", "outer", "inner", "chunk", "dim", "seed", "omega_seed", "psi_seed"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"{name}={getattr(self, name)!r:.40}")
+        sizes = (1, self.k, self.outer, self.inner, min(self.dim, _MOST_MEASUREMENTS))
+        if list(sizes) != sorted(sizes) or self.chunk < 1 or self.dim > _MOST_ENTRIES:
+            raise ValueError(
+                f"expected 1 <= k <= outer <= inner <= D, got {self.k}, {self.outer}, "
+                f"{self.inner}, {self.dim} in chunks of {self.chunk}"
+            )
+        if self.dtype not in _DTYPES or self.measurements not in KINDS:
+            raise ValueError(f"{self.measurements!r:.40} in {self.dtype!r:.40}")
+        if not isinstance(self.operator, dict):
+            raise TypeError(f"operator={self.operator!r:.40}")
+        if self.layout is not None and ParameterLayout.from_dict(self.layout).numel != self.dim:
+            raise ValueError(f"expected a layout of {self.dim} entries")
 
     def require_operator(self, fingerprint: dict[str, Any], folder: Path) -> None:
         """Raise ValueError, naming what differs, unless the fingerprint is that of the operator."""
@@ -118,3 +184,7 @@ class Manifest:
             f"outer={self.outer}, inner={self.inner}, measurements={self.measurements!r}, "
             f"seed={self.seed})"
         )
+
+
+def _as_text(data: dict[str, Any]) -> str:
+    return json.dumps(data, indent=1, sort_keys=True) + "\n"

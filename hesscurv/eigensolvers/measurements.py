@@ -214,6 +214,7 @@ def assemble(
             f"{count} of {manifest.inner} measurements are missing in {files.path}; run\n{calls}"
         )
 
+    files.require_sizes()
     basis_mD = torch.empty(manifest.outer, manifest.dim, dtype=H.dtype, device=H.device)
     M_nn = torch.empty(manifest.inner, manifest.inner, dtype=torch.float64)
     for first, last in manifest.ranges():

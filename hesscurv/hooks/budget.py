@@ -81,9 +81,9 @@ class Budget:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state_dict`'s seconds."""
-        self.training, self.measuring = float(state["training"]), float(state["measuring"])
-        self._next_cost, self._calls = float(state["next_cost"]), int(state["calls"])
-        self._left = None
+        seconds = [float(state[name]) for name in ("training", "measuring", "next_cost")]
+        self._calls, self._left = int(state["calls"]), None
+        self.training, self.measuring, self._next_cost = seconds
 
 
 _LONGEST = 1000  # steps after which to ask again: their time may change

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from hesscurv.hooks.layouts import carry_over
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.parameters import ParameterLayout
 
 
-@dataclass(frozen=True)
-class Earlier:
+@dataclass(frozen=True, repr=False)
+class Earlier(Described):
     """What was measured at one step, on the CPU.
 
     Args:

@@ -49,6 +49,7 @@ class Measurements:
         self.pairs: Eigenpairs | None = None
         self.mask: Tensor | None = None
         self.count = 0
+        self._history = history
         self._spaces, self._masks = History(history), History(history)
 
     def take(self, step: int) -> dict[str, Any]:
@@ -120,19 +121,21 @@ class Measurements:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up `state_dict`'s result."""
-        self._spaces.load_state_dict(state["spaces"])
-        self._masks.load_state_dict(state["masks"])
-        self.count = int(state["count"])
-        self.mask = None if self._masks.last is None else self._masks.last.rows
-        last, pairs = self._spaces.last, state["pairs"]
-        self.pairs = None
+        """Take up `state_dict`'s result; after an error nothing is changed."""
+        spaces, masks = History(self._history), History(self._history)
+        spaces.load_state_dict(state["spaces"])
+        masks.load_state_dict(state["masks"])
+        count = int(state["count"])
+        last, pairs = spaces.last, state["pairs"]
+        kept = None
         if last is not None and pairs is not None:
             tensors = {
                 name: pairs[name].cpu() for name in ("eigenvalues", "residuals", "converged")
             }
             plain = {name: pairs[name] for name in ("num_matvecs", "method", "info")}
-            self.pairs = Eigenpairs(eigenvectors=last.rows, layout=last.layout, **tensors, **plain)
+            kept = Eigenpairs(eigenvectors=last.rows, layout=last.layout, **tensors, **plain)
+        self._spaces, self._masks, self.count, self.pairs = spaces, masks, count, kept
+        self.mask = None if masks.last is None else masks.last.rows
 
     def _of_pairs(
         self, pairs: Eigenpairs, weights: Tensor, mask: Tensor | None, layout: ParameterLayout

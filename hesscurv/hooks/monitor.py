@@ -22,7 +22,8 @@ from hesscurv.hooks.probe import Probe
 from hesscurv.hooks.quantities import QUANTITIES, choose_quantities
 from hesscurv.hooks.schedules import Schedule, dense_then_sparse
 from hesscurv.hooks.unchanged import unchanged_random_states
-from hesscurv.operators.parameters import ParamSelection
+from hesscurv.operators.descriptions import Words, describe_object
+from hesscurv.operators.parameters import ParamSelection, unwrap
 from hesscurv.operators.summed_operator import device_of
 
 _VERSION = 1
@@ -204,6 +205,21 @@ class CurvatureMonitor:
         self._event: str | None = None
         self._has_warned = False
 
+    def __repr__(self) -> str:
+        """Say what is measured, when, and how often it was."""
+        failed = sum(record.get("status", "ok") != "ok" for record in self.records)
+        return describe_object(
+            self,
+            model=Words(type(unwrap(self.model)).__name__),
+            task=self.task,
+            k=self._measurements.k,
+            quantities=Words(", ".join(self.quantities)),
+            schedule=self.schedule,
+            records=len(self.records),
+            failed=failed,
+            last_step=self._last,
+        )
+
     @property
     def pairs(self) -> Eigenpairs | None:
         """The last eigenpairs, on the CPU."""
@@ -335,11 +351,20 @@ class CurvatureMonitor:
                 f"expected the state dict of a CurvatureMonitor, version {_VERSION}, got "
                 f"{f'version {version}' if version else type(state).__name__}"
             )
-        self._measurements.load_state_dict(state["measurements"])
-        self._budget.load_state_dict(state["budget"])
-        self.records[:] = [dict(record) for record in state["records"]]
-        self._last, self._ask_again = state["last"], state["ask_again"]
-        self._event = state["event"]
+        budget = self._budget.state_dict()
+        try:
+            records = [{**r, "step": operator.index(r["step"])} for r in state["records"]]
+            last, ask_again, event = state["last"], state["ask_again"], state["event"]
+            self._budget.load_state_dict(state["budget"])
+            self._measurements.load_state_dict(state["measurements"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            self._budget.load_state_dict(budget)
+            raise ValueError(
+                f"expected the state dict of a CurvatureMonitor, got a damaged one: {error!r}; "
+                "take another checkpoint, or begin without its state"
+            ) from error
+        self.records[:] = records
+        self._last, self._ask_again, self._event = last, ask_again, event
 
     # -- measuring ------------------------------------------------------------------------------
 

@@ -16,6 +16,7 @@ from hesscurv.hooks.quantities import NEED_PAIRS
 from hesscurv.hooks.rank_pruning import prune_on_first_rank
 from hesscurv.hooks.stability import Stability, relative_change
 from hesscurv.metrics import intersection_over_union, leverage_scores, magnitude_mask
+from hesscurv.operators.descriptions import describe_object
 from hesscurv.operators.parameters import unwrap
 from hesscurv.optim.arguments import check_count
 from hesscurv.pruning import mask_optimizer_state_, masks_of, prune_model
@@ -148,6 +149,19 @@ class PruneWhenStable:
         self._seen = -1  # step of the last record that was looked at
         self._in_a_row = 0
 
+    def __repr__(self) -> str:
+        """Say to what it prunes, when, and what it has done."""
+        return describe_object(
+            self,
+            sparsities=self.sparsities,
+            stability=self.stability,
+            every=self.every,
+            not_before=self.not_before,
+            deadline=self.deadline,
+            pruned=self.pruned,
+            stable_in_a_row=self._in_a_row,
+        )
+
     @property
     def done(self) -> bool:
         """Whether the last sparsity has been reached."""
@@ -200,7 +214,16 @@ class PruneWhenStable:
             ValueError: If the state is of other sparsities than this trigger's, or its model is
                 not pruned where the state's was.
         """
-        pruned = [(int(step), float(sparsity)) for step, sparsity in state["pruned"]]
+        try:
+            pruned = [(int(step), float(sparsity)) for step, sparsity in state["pruned"]]
+            signals = [dict(signal) for signal in state["signals"]]
+            mask, share = state["mask"], state["share"]
+            seen, in_a_row = int(state["seen"]), int(state["in_a_row"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"expected the state dict of a PruneWhenStable, got a damaged one: {error!r}; "
+                "take another checkpoint"
+            ) from error
         if [s for _, s in pruned] != self.sparsities[: len(pruned)]:
             raise ValueError(
                 f"expected a state with the sparsities {self.sparsities}, got one that has pruned "
@@ -211,9 +234,8 @@ class PruneWhenStable:
                 f"expected a model pruned to {pruned[-1][1]:g}, got a dense one; load it by "
                 "hesscurv.pruning.load_pruned_ before the trigger's state"
             )
-        self.pruned, self.signals = pruned, [dict(signal) for signal in state["signals"]]
-        self._mask, self._share = state["mask"], state["share"]
-        self._seen, self._in_a_row = int(state["seen"]), int(state["in_a_row"])
+        self.pruned, self.signals, self._mask, self._share = pruned, signals, mask, share
+        self._seen, self._in_a_row = seen, in_a_row
 
     def _is_due(self, step: int) -> bool:
         if self.pruned and self.every is not None:

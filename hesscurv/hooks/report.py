@@ -126,7 +126,7 @@ def write_report(
     if pairs is not None and num_parameters is None:
         num_parameters = pairs.eigenvectors.shape[0]
     page = _page(str(title), records, _figures(records, pairs, num_parameters))
-    write_atomically(path, lambda file: file.write(page.encode()))
+    write_atomically(path, lambda file: file.write(page.encode("utf-8", "xmlcharrefreplace")))
     return path
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from hesscurv import plots
 from hesscurv.eigensolvers import Eigenpairs
+from hesscurv.operators.descriptions import Described
 from hesscurv.plots import canvas
 from hesscurv.plots.records import Record, failed, number, series
 
@@ -26,8 +27,8 @@ _WIDE = 6.5
 _PIXELS = 96  # of CSS in an inch
 
 
-@dataclass(frozen=True)
-class Drawing:
+@dataclass(frozen=True, repr=False)
+class Drawing(Described):
     """A figure for a page.
 
     Args:

@@ -5,11 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
+import operator
 import os
 from pathlib import Path
 from typing import Any
 
 from hesscurv.storage.atomic_files import write_atomically
+from hesscurv.storage.destinations import (
+    follow_links,
+    is_stream,
+    open_stream,
+    require_regular_file,
+)
 
 
 class JSONLinesWriter:
@@ -17,6 +24,8 @@ class JSONLinesWriter:
 
     A line is written by one call and reaches the disk before `log` returns. A file that is there
     is gone on with; half a line at its end, of a machine that has lost power, is removed before.
+    Devices, FIFOs and /dev/stdout are written to; a FIFO that nobody reads is an error of `log`,
+    which a monitor survives.
 
     Args:
         path: The file; its folder must exist.
@@ -31,6 +40,10 @@ class JSONLinesWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = _in_a_folder(path)
+
+    def __repr__(self) -> str:
+        """Name the file."""
+        return f"JSONLinesWriter({str(self.path)!r})"
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Append a record.
@@ -56,30 +69,51 @@ class CSVWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = _in_a_folder(path)
+        self._columns: list[str] = []  # of what cannot be read again: a device, a FIFO
+
+    def __repr__(self) -> str:
+        """Name the file."""
+        return f"CSVWriter({str(self.path)!r})"
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Append a record.
 
         Raises:
             OSError: If it cannot be written; the file is as before.
+            ValueError: If the file that is there is no table.
         """
         record = {"step": step} | record
         cells = {key: _cell(value) for key, value in record.items()}
-        columns, rows = self._read()
+        once = is_stream(follow_links(self.path))  # what is written cannot be read or changed
+        columns, rows = (self._columns, []) if once else self._read()
         new = [key for key in cells if key not in columns]
         if not new:
             _append(self.path, _lines(columns, [cells]))
             return
-        columns += new
-        text = _lines(columns, [dict(zip(columns, columns, strict=True)), *rows, cells])
-        write_atomically(self.path, lambda file: file.write(text.encode()))
+        columns = [*columns, *new]
+        # A row is a line, so that the new columns' empty cells are commas at its end.
+        head = _lines(columns, [dict(zip(columns, columns, strict=True))])
+        before = "".join(row.rstrip("\r") + "," * len(new) + "\n" for row in rows)
+        text = head + before + _lines(columns, [cells])
+        if once:
+            _append(self.path, text)
+            self._columns = columns
+        else:
+            write_atomically(self.path, lambda file: file.write(_encode(text)))
 
-    def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
+    def _read(self) -> tuple[list[str], list[str]]:
+        """Return the columns, and the rows as they stand in the file."""
         if not self.path.exists():
             return [], []
-        whole, _, _ = self.path.read_text(encoding="utf-8").rpartition("\n")
-        table = csv.DictReader(io.StringIO(whole))
-        return list(table.fieldnames or []), list(table)
+        try:
+            whole, _, _ = self.path.read_bytes().decode("utf-8").rpartition("\n")
+            header, *rows = whole.split("\n")
+            return next(csv.reader([header]), []), rows
+        except (ValueError, csv.Error) as error:
+            raise ValueError(
+                f"expected a table of a CurvatureMonitor in {self.path}, got another kind of file; "
+                "name another one"
+            ) from error
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -95,13 +129,15 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         FileNotFoundError: If there is no such file.
         ValueError: If a line is no record.
     """
-    lines = Path(path).read_bytes().split(b"\n")[:-1]  # a whole line ends with one
+    path = Path(path)
+    require_regular_file(path, "a file of JSONLinesWriter")
+    lines = path.read_bytes().split(b"\n")[:-1]  # a whole line ends with one
     found: dict[int, dict[str, Any]] = {}
     for number, line in enumerate(lines, start=1):
         try:
             record = json.loads(line)
-            found[record["step"]] = record
-        except (ValueError, TypeError, KeyError) as error:
+            found[operator.index(record["step"])] = record
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(
                 f"expected a record of a CurvatureMonitor in line {number} of {path}, got "
                 f"{line[:80]!r}; look for another program that writes to this file"
@@ -117,7 +153,7 @@ def _cell(value: Any) -> Any:
 
 def _in_a_folder(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
-    if not path.resolve().parent.is_dir():
+    if not follow_links(path).parent.is_dir():
         raise FileNotFoundError(f"expected an existing folder, got {str(path.parent)!r}")
     return path
 
@@ -128,14 +164,24 @@ def _lines(columns: list[str], rows: list[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
+def _encode(text: str) -> bytes:
+    # A module's name may be any text, also what is not Unicode.
+    return text.encode("utf-8", "backslashreplace")
+
+
 def _append(path: Path, text: str) -> None:
     """Append whole lines by one write, so that a kill leaves all of it or nothing."""
+    target = follow_links(path)
+    if is_stream(target):
+        with open_stream(target, wait=False) as stream:
+            stream.write(_encode(text))
+        return
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         end = _end_of_last_line(handle)
         os.ftruncate(handle, end)
         os.lseek(handle, end, os.SEEK_SET)
-        data = text.encode()
+        data = _encode(text)
         try:
             written = os.write(handle, data)
         except OSError:

@@ -19,7 +19,12 @@ Against = Literal["random_space", "random_mask"]
 
 
 class ChanceOverlap(NamedTuple):
-    """Mean and standard deviation of an overlap under chance, both without unit."""
+    """Mean and standard deviation of an overlap under chance, both without unit.
+
+    Args:
+        mean: The mean.
+        std: The standard deviation.
+    """
 
     mean: float
     std: float

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
+from hesscurv.operators.descriptions import Described
 
 Subspace = Tensor | Eigenpairs
 """A bool mask (D,), a floating basis (D, k) with orthonormal columns, or `Eigenpairs`."""
@@ -35,8 +36,8 @@ _BLOCK_ENTRIES = 2**22
 _BLOCK_ROWS = 2**14
 
 
-@dataclass(frozen=True, eq=False)
-class CoordinateSpan:
+@dataclass(frozen=True, eq=False, repr=False)
+class CoordinateSpan(Described):
     """The span of k coordinate axes, given by a mask.
 
     Args:
@@ -70,8 +71,8 @@ class CoordinateSpan:
         return CoordinateSpan(self.mask.to(device), self.indices.to(device))
 
 
-@dataclass(frozen=True, eq=False)
-class ColumnSpan:
+@dataclass(frozen=True, eq=False, repr=False)
+class ColumnSpan(Described):
     """The span of the orthonormal columns of a matrix.
 
     Args:

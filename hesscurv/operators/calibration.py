@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -12,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.measurement import WIDTHS, Measurement
 from hesscurv.operators.tasks import tensors_of
-from hesscurv.storage.atomic_files import write_atomically
+from hesscurv.storage.json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from hesscurv.operators.curvature_operator import CurvatureOperator
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _REMEMBERED: dict[str, Calibration] = {}
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Described):
     """Measured seconds per vector of each way, by the number of vectors at once.
 
     Args:
@@ -149,7 +149,7 @@ def _read(key: str, ways: tuple[str, ...]) -> Calibration | None:
     if folder is None:
         return None
     try:
-        data = json.loads((folder / f"calibration-{key}.json").read_text())
+        data = read_json(folder / f"calibration-{key}.json")
         seconds = {
             way: {int(width): float(s) for width, s in by_width.items()}
             for way, by_width in data["seconds"].items()
@@ -158,7 +158,7 @@ def _read(key: str, ways: tuple[str, ...]) -> Calibration | None:
         kept = bool(data["kept"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    # A file that was cut short or written by hand must not decide anything.
+    # A file that was cut short, changed or written by hand must not decide anything.
     if not any(seconds.values()) or not set(seconds) <= set(ways):
         return None
     return Calibration(seconds, setup, kept)
@@ -171,5 +171,4 @@ def _write(key: str, calibration: Calibration) -> None:
     data = asdict(calibration)
     with contextlib.suppress(OSError):  # a read-only home is no reason to fail
         folder.mkdir(parents=True, exist_ok=True)
-        content = json.dumps(data).encode()
-        write_atomically(folder / f"calibration-{key}.json", lambda file: file.write(content))
+        write_json(folder / f"calibration-{key}.json", data)

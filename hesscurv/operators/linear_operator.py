@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hesscurv.distributed import Communicator
 from hesscurv.linalg.precision import full_precision
+from hesscurv.operators.descriptions import Words, describe_object, inherit_arguments
 
 
 class LinearOperator(ABC):
@@ -36,6 +37,25 @@ class LinearOperator(ABC):
         self.device = torch.device(device)
         self.num_matvecs = 0
         self.communicator = Communicator()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Let a subclass show the arguments that it takes from its base."""
+        super().__init_subclass__(**kwargs)
+        inherit_arguments(cls)
+
+    def __repr__(self) -> str:
+        """Say what it is, how large, and how often it was applied; nothing is computed."""
+        return describe_object(self, **self._description())
+
+    def _description(self) -> dict[str, Any]:
+        """Return what `repr` says, by name, also of an operator that is not built to its end."""
+        shape = getattr(self, "shape", None)
+        return {
+            "D": Words(f"{shape[0]:,}") if shape else None,
+            "dtype": getattr(self, "dtype", None),
+            "device": Words(str(getattr(self, "device", None))),
+            "num_matvecs": getattr(self, "num_matvecs", 0),
+        }
 
     @abstractmethod
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
@@ -260,6 +280,12 @@ class ForeignOperator(LinearOperator):
         )
         self._operator = operator
         self.layout = getattr(operator, "layout", None)
+
+    def _description(self) -> dict[str, Any]:
+        return {
+            "operator": Words(type(getattr(self, "_operator", None)).__name__),
+            **super()._description(),
+        }
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
         with full_precision(self.device):

@@ -10,12 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesscurv.operators.descriptions import brief
+
 ParamSelection = (
     str | Iterable[str] | Iterable[nn.Parameter] | Callable[[str, nn.Parameter], bool] | None
 )
 
 
-@dataclass(frozen=True)
+_SHOWN = 4  # names of a layout that are printed
+
+
+@dataclass(frozen=True, repr=False)
 class ParameterLayout:
     """Where each named parameter lies in a flat vector of length D.
 
@@ -48,6 +53,16 @@ class ParameterLayout:
     def numel(self) -> int:
         """The length D of the flat vector."""
         return sum(prod(shape) for shape in self.shapes)
+
+    def __repr__(self) -> str:
+        """Name the first parameters, and count the others."""
+        shown = ", ".join(
+            f"{brief(name)}: {shape}"
+            for name, shape in zip(self.names[:_SHOWN], self.shapes[:_SHOWN], strict=True)
+        )
+        more = len(self.names) - _SHOWN
+        rest = f", and {more:,} more" if more > 0 else ""
+        return f"ParameterLayout(D={self.numel:,}, {{{shown}{rest}}})"
 
     def slices(self) -> dict[str, slice]:
         """Map each name to its slice of the flat vector."""
@@ -108,8 +123,21 @@ class ParameterLayout:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> ParameterLayout:
-        """Rebuild a layout from `to_dict`'s output."""
-        return cls(tuple(data["names"]), tuple(tuple(s) for s in data["shapes"]))
+        """Rebuild a layout from `to_dict`'s output.
+
+        Raises:
+            ValueError: If it is something else.
+        """
+        try:
+            names, shapes = tuple(data["names"]), tuple(tuple(s) for s in data["shapes"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"expected a layout's names and shapes, got {data!r:.80}") from error
+        sizes = [size for shape in shapes for size in shape]
+        if not all(isinstance(name, str) for name in names) or not all(
+            type(size) is int and size >= 0 for size in sizes
+        ):
+            raise ValueError(f"expected names and sizes of at least 0, got {data!r:.80}")
+        return cls(names, shapes)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from hesscurv.distributed import Communicator
 from hesscurv.distributed.checksums import checksum, sample_checksum
 from hesscurv.distributed.sharded import require_members
+from hesscurv.operators.descriptions import Words, brief
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.objective import Objective
+from hesscurv.operators.parameters import ParameterLayout
 
+_MOST_NAMES = 3  # of parameters that are printed
 _SAME_VECTORS = "draw them with the same seed on all ranks, or broadcast them"
 
 
@@ -47,6 +50,23 @@ class SummedOperator(LinearOperator):
             self._agree()
         require_members(objective.model.parameters(), communicator)
         refresh_together(objective, communicator, "reading the weights")
+
+    def _description(self) -> dict[str, Any]:
+        objective = getattr(self, "objective", None)
+        if objective is None:
+            return super()._description()
+        weight, count = getattr(self, "total_weight", 0.0), objective.batches.count
+        batches = f"{count} (weight {weight:g} in all)" if weight else f"{count}"
+        ranks = getattr(self.communicator, "size", 1)
+        return {
+            "model": Words(type(objective.model).__name__),
+            "params": Words(_names(objective.layout)),
+            "task": objective.task,
+            "batches": None if objective.is_closure else Words(batches),
+            **super()._description(),
+            **({"way": self.way} if hasattr(self, "way") else {}),
+            **({"ranks": ranks} if ranks > 1 else {}),
+        }
 
     @abstractmethod
     def _own_product(self, vectors_BD: Tensor) -> Tensor:
@@ -240,3 +260,11 @@ def _require_same_weights(objective: Objective, communicator: Communicator) -> N
         )
         if objective.training is None:
             step.require_same("training flags of the modules", modes, "set the same mode")
+
+
+def _names(layout: ParameterLayout) -> str:
+    """Return how many parameters there are, and the names of the first."""
+    more = len(layout.names) - _MOST_NAMES
+    return f"{len(layout.names):,} ({', '.join(map(brief, layout.names[:_MOST_NAMES]))}" + (
+        f", and {more:,} more)" if more > 0 else ")"
+    )

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesscurv.operators.descriptions import brief, describe_object
+
 _TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
 
@@ -21,6 +23,11 @@ class Task:
     Subclass it for a model or a batch that `supervised` does not fit. The Hessian needs the whole
     alone; the GGN needs the two parts, and the empirical Fisher also `sample_losses`.
     """
+
+    def __repr__(self) -> str:
+        """Name the task and its public attributes."""
+        values = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return describe_object(self, **values)
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the model's outputs on a batch, one row a sample: shape (n, ...)."""
@@ -64,7 +71,11 @@ class Task:
 
 
 class SupervisedTask(Task):
-    """The task of `supervised`: inputs go to the model, outputs and targets to a loss."""
+    """The task of `supervised`: inputs go to the model, outputs and targets to a loss.
+
+    Args:
+        loss_fn: As for `supervised`.
+    """
 
     def __init__(self, loss_fn: Callable[[Tensor, Tensor], Tensor]) -> None:
         if not callable(loss_fn):
@@ -79,6 +90,10 @@ class SupervisedTask(Task):
                 "measured is the curvature of a mean over all samples"
             )
         self.loss_fn = loss_fn
+
+    def __repr__(self) -> str:
+        """Name the call that made it."""
+        return f"supervised({brief(self.loss_fn)})"
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         """Call the model on the batch's inputs: one tensor, a sequence, or keyword inputs."""

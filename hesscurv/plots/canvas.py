@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Mapping
@@ -27,6 +28,8 @@ def matplotlib_parts() -> Any:
         import matplotlib
         import matplotlib.axes
         import matplotlib.figure
+        import matplotlib.font_manager
+        import matplotlib.mathtext
         import matplotlib.ticker
     except ImportError as error:
         raise ImportError("plots need matplotlib: pip install 'hesscurv[plots]'") from error
@@ -64,6 +67,70 @@ def grid(ax: Any) -> None:
 def title(ax: Any, text: str) -> None:
     """Set the title, to the left."""
     ax.set_title(text, loc="left", fontsize=11)
+
+
+# Texts that are names are drawn as they are: no formulas between dollars, no TeX.
+AS_IT_IS = {"parse_math": False, "usetex": False}
+
+
+def name(text: object) -> str:
+    r"""Return a name as it can be drawn, on one line, with `AS_IT_IS`.
+
+    Control characters, and those that no font of the figure has, become their codes: a line break
+    ``\n``, an ideograph ``\u4e2d``.
+
+    Args:
+        text: The name of a module or parameter, any text.
+    """
+    known = _characters(tuple(_font_files()))
+    return "".join(
+        char if ord(char) in known and char.isprintable() else _code(char) for char in str(text)
+    )
+
+
+def plain(text: object) -> str:
+    """Return a name for a place where formulas and hidden labels are understood: title, legend."""
+    return _shown(name(text).replace("$", r"\$"))
+
+
+def label(text: str) -> str:
+    """Return a label of the caller's, which may have formulas; what is none is a name."""
+    parts = matplotlib_parts()
+    if "$" in text:
+        try:
+            parts.mathtext.MathTextParser("path").parse(text)
+        except ValueError:
+            return plain(text)
+        return _shown(text)
+    return _shown(name(text))
+
+
+def _shown(text: str) -> str:
+    # Matplotlib leaves labels that begin with an underscore out of legends.
+    return f" {text}" if text.startswith("_") else text
+
+
+def _code(char: str) -> str:
+    return char.encode("unicode_escape").decode("ascii")
+
+
+def _font_files() -> list[str]:
+    fonts = matplotlib_parts().font_manager
+    families = fonts.FontProperties().get_family()
+    files = []
+    for family in families:
+        try:
+            files.append(fonts.findfont(family, fallback_to_default=len(families) == 1))
+        except ValueError:  # a family that is not installed, of several
+            continue
+    return files or [fonts.findfont(fonts.FontProperties())]
+
+
+@functools.lru_cache(maxsize=8)
+def _characters(files: tuple[str, ...]) -> frozenset[int]:
+    """Return the codes of all characters that some font has."""
+    fonts = matplotlib_parts().font_manager
+    return frozenset(code for file in files for code in fonts.get_font(file).get_charmap())
 
 
 def legend(ax: Any, **options: Any) -> None:
@@ -129,10 +196,10 @@ def mark_events(ax: Any, records: Iterable[Mapping[str, Any]]) -> None:
     for record in records:
         if record.get("event"):
             events.setdefault(str(record["event"]), []).append(record["step"])
-    for (name, steps), dash in zip(events.items(), itertools.cycle([":", "-.", "--"])):
+    for (event, steps), dash in zip(events.items(), itertools.cycle([":", "-.", "--"])):
         for i, step in enumerate(steps):
             look = {"linestyle": dash, "color": GREY, "linewidth": 1.2, "zorder": 1}
-            ax.axvline(step, **look, **({} if i else {"label": name}))
+            ax.axvline(step, **look, **({} if i else {"label": plain(event)}))
     steps = [record["step"] for record in records if record.get("status", "ok") != "ok"]
     if steps:
         ax.plot(

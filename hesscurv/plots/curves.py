@@ -65,7 +65,7 @@ def by_step(records: Iterable[Record], quantity: str, ax: Any = None, *, label: 
             label="± 2 standard errors",
         )
     canvas.mark_events(ax, as_records(records))
-    ax.set_ylabel(name_of(quantity))
+    ax.set_ylabel(canvas.plain(name_of(quantity)))
     canvas.step_axis(ax, found.steps)
     canvas.grid(ax)
     canvas.legend(ax)
@@ -134,7 +134,7 @@ def curve(ax: Any, steps: list[int], values: list[float], color: str, label: str
     """Draw a line with a mark at each measurement; few of them get larger marks."""
     size = 5 if len(steps) <= 40 else 2.5 if len(steps) <= 150 else 0
     shown = sum(map(math.isfinite, values))
-    options = {"label": label} if label else {}
+    options = {"label": canvas.label(label)} if label else {}
     ax.plot(
         *(steps, values, "o-" if size or shown == 1 else "-"),
         color=color,

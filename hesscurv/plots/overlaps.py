@@ -16,6 +16,7 @@ from hesscurv.plots.curves import curve
 from hesscurv.plots.records import Record, as_records, failed, having, number, series
 
 _MOST_IN_LEGEND = 6
+_CHANCE = "chance ± 3 std, k / D"
 
 
 def overlap_by_k(
@@ -77,7 +78,7 @@ def overlap_by_k(
         )
     ax = canvas.axes_or_new(ax)
     again = len(ax.get_lines())
-    if num_parameters is not None and "chance" not in str(ax.get_legend_handles_labels()[1]):
+    if num_parameters is not None and _CHANCE not in ax.get_legend_handles_labels()[1]:
         _draw_chance(ax, range(1, largest + 1), num_parameters)
     colors = _colors(len(curves), again)
     step = max(1, math.ceil((len(curves) - 1) / (_MOST_IN_LEGEND - 1)))
@@ -85,7 +86,7 @@ def overlap_by_k(
     for i, ((name, points), color) in enumerate(zip(curves, colors, strict=True)):
         look = {"marker": "o", "markersize": 4} if len(points) <= 30 else {}
         if i in named:
-            look["label"] = name
+            look["label"] = canvas.label(name)
         ax.plot(points.keys(), points.values(), color=color, linewidth=canvas.WIDTH, **look)
     ax.set(xlabel="k", ylabel="overlap", xlim=(0, None), ylim=(0, None))
     ax.autoscale_view()
@@ -146,7 +147,7 @@ def _by_k(values: Any) -> dict[int, float]:
 
 def _draw_chance(ax: Any, ks: range, dim: int) -> None:
     levels = [chance_overlap(k, dim) for k in ks]
-    canvas.band(ax, ks, [c.mean for c in levels], [c.std for c in levels], "chance ± 3 std, k / D")
+    canvas.band(ax, ks, [c.mean for c in levels], [c.std for c in levels], _CHANCE)
 
 
 def _colors(count: int, again: int) -> list[Any]:

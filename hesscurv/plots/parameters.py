@@ -14,7 +14,7 @@ from hesscurv.metrics import leverage_by_parameter
 from hesscurv.plots import canvas
 from hesscurv.plots.records import Record, as_records, failed, having, number
 
-_LONGEST_NAME = 34
+_LONGEST_NAME, _LONGEST_WHOLE = 34, 80
 _ROW = 0.2  # inches for a row with a name
 _TALLEST = 15.0
 
@@ -116,10 +116,10 @@ def by_parameter(
         ValueError: If there is no record, or none holds the quantity.
     """
     found = having(records, quantity)
-    label = quantity.replace("_", " ") if label is None else label
+    given = canvas.plain(quantity.replace("_", " ")) if label is None else canvas.label(label)
     if len(found) == 1:
-        ax = _bars({n: number(v) for n, v in found[0][quantity].items()}, label, ax, limits=limits)
-        canvas.title(ax, f"{_capital(label)}, step {found[0]['step']:,}")
+        ax = _bars({n: number(v) for n, v in found[0][quantity].items()}, given, ax, limits=limits)
+        canvas.title(ax, f"{_capital(given)}, step {found[0]['step']:,}")
         return ax
     names = list(dict.fromkeys(name for record in found for name in record[quantity]))
     columns = [r for r in as_records(records) if failed(r) or r.get(quantity)]
@@ -131,7 +131,7 @@ def by_parameter(
     low, high = limits or (min(0.0, _finite(rows, min)), _finite(rows, max))
     scale = canvas.matplotlib_parts().colormaps[canvas.SEQUENTIAL].with_extremes(bad=canvas.MISSING)
     image = ax.imshow(rows, cmap=scale, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
-    ax.figure.colorbar(image, ax=ax, label=label, pad=0.02).outline.set_visible(False)
+    ax.figure.colorbar(image, ax=ax, label=given, pad=0.02).outline.set_visible(False)
     _name_rows(ax, names)
     name_steps(ax, [record["step"] for record in columns])
     for column in [i for i, record in enumerate(columns) if failed(record)]:
@@ -139,7 +139,7 @@ def by_parameter(
         if _inches(ax, "width") / len(columns) < 0.14:
             break  # no room: grey alone
         ax.text(column, (len(names) - 1) / 2, "failed", color="black", fontsize=8, **place)
-    canvas.title(ax, _capital(label))
+    canvas.title(ax, _capital(given))
     return ax
 
 
@@ -158,7 +158,7 @@ def name_steps(ax: Any, steps: list[int]) -> None:
 def shorten(names: Iterable[str], longest: int = _LONGEST_NAME) -> list[str]:
     """Return names without the beginning that all share, cut in the middle where too long.
 
-    Where two would become one they are left whole.
+    Where two would become one they are left whole, or, if very long, numbered.
     """
     names = list(names)
     parts = [name.split(".")[:-1] for name in names]
@@ -170,7 +170,14 @@ def shorten(names: Iterable[str], longest: int = _LONGEST_NAME) -> list[str]:
         name if len(name) <= longest else f"{name[:keep]}…{name[-(longest - keep - 1) :]}"
         for name in rest
     ]
-    return cut if len(set(cut)) == len(set(names)) else rest
+    if len(set(cut)) == len(set(names)):
+        return cut
+    if max(map(len, rest)) <= _LONGEST_WHOLE:
+        return rest
+    return [
+        short if cut.count(short) == 1 else f"{short} ({cut[: i + 1].count(short)})"
+        for i, short in enumerate(cut)
+    ]
 
 
 def _bars(
@@ -205,8 +212,8 @@ def _name_rows(ax: Any, names: list[str]) -> None:
     every = max(1, math.ceil(0.11 / inches))
     size = min(10.0, max(6.5, 72 * every * inches * 0.72))
     places = range(0, len(names), every)
-    short = shorten(names)
-    ax.set_yticks(list(places), [short[i] for i in places], fontsize=size)
+    short = shorten(map(canvas.name, names))
+    ax.set_yticks(list(places), [short[i] for i in places], fontsize=size, **canvas.AS_IT_IS)
     ax.tick_params(axis="y", length=0)
 
 
@@ -224,7 +231,7 @@ def _height(rows: int) -> float:
 
 
 def _width(names: Iterable[str], columns: int) -> float:
-    longest = max(map(len, shorten(names)))
+    longest = max(map(len, shorten(map(canvas.name, names))))
     return min(10.0, max(4.8, 1.5 + 0.07 * longest + 0.18 * columns))
 
 

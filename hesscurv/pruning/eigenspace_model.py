@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.linalg.woodbury import DiagonalBlock, LowRankPlusBlocks
 from hesscurv.metrics.subspace import as_column_span, row_blocks
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.parameters import ParameterLayout
 from hesscurv.pruning.quadratic_model import QuadraticModel
 from hesscurv.pruning.weights import (
@@ -28,8 +29,8 @@ from hesscurv.pruning.weights import (
 _DAMPING_BESIDE_DIAGONAL = 1e-2
 
 
-@dataclass(frozen=True)
-class EigenspaceCurvature:
+@dataclass(frozen=True, repr=False)
+class EigenspaceCurvature(Described):
     """What eigenpairs, and perhaps a diagonal, say about some of a model's weights.
 
     Args:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from hesscurv.operators.descriptions import Described
 from hesscurv.pruning.ranking import as_scores, check_amount, check_int, check_scores, lowest
 from hesscurv.pruning.rollback import unchanged_on_error
 from hesscurv.pruning.weights import (
@@ -23,7 +24,7 @@ from hesscurv.pruning.weights import (
 )
 
 
-class _CurvatureMethod(prune.BasePruningMethod):
+class _CurvatureMethod(Described, prune.BasePruningMethod):
     """What the three methods share: checks before, and a whole module after."""
 
     @classmethod

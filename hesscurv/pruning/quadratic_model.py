@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hesscurv.linalg.woodbury import Block, DiagonalBlock, KroneckerBlock, LowRankPlusBlocks
 from hesscurv.operators.batches import split
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParameterLayout
 from hesscurv.pruning.eigenspace_rows import eigenspace_rows
@@ -44,8 +45,8 @@ _MOST_AT_ONCE = 32
 _MOST_LOOKED_AT = 4
 
 
-@dataclass(frozen=True)
-class QuadraticModel:
+@dataclass(frozen=True, repr=False)
+class QuadraticModel(Described):
     """A quadratic model of the loss in some weights.
 
     Args:

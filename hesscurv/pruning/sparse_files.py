@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesscurv.linalg.device_memory import free_memory
 from hesscurv.pruning.state_dicts import dense_state_dict, masks_of
 from hesscurv.storage.checked_files import read_checked, write_checked
 
 _FORMAT = "hesscurv sparse weights"
 _VERSION = 1
+_MOST_ENTRIES = 2**62
 
 
 def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> int:
@@ -44,7 +47,6 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> int:
     Cost:
         A copy of the state on the CPU, and its file in memory.
     """
-    path = Path(path)
     state, masks = dense_state_dict(model), masks_of(model)
     entries: list[dict[str, Any]] = []
     values: dict[str, list[Tensor]] = {}
@@ -83,7 +85,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> int:
                 "masked": mask is not None,
             }
         )
-    write_checked(
+    return write_checked(
         path,
         {
             "format": _FORMAT,
@@ -94,7 +96,6 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> int:
             "places": torch.cat(places) if places else torch.empty(0, dtype=torch.uint8),
         },
     )
-    return path.stat().st_size
 
 
 def load_sparse(path: str | os.PathLike[str], *, masks: bool = False) -> OrderedDict[str, Tensor]:
@@ -110,7 +111,9 @@ def load_sparse(path: str | os.PathLike[str], *, masks: bool = False) -> Ordered
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged, not one of `save_sparse`'s, or of another version.
+        IsADirectoryError: If it is a folder.
+        ValueError: If the file is damaged, not one of `save_sparse`'s, or of another version, or
+            there is not enough memory for what it says.
 
     Cost:
         The file in memory, and the dense state.
@@ -124,32 +127,110 @@ def load_sparse(path: str | os.PathLike[str], *, masks: bool = False) -> Ordered
             f"expected format version {_VERSION}, got {data.get('version')} in {path}; read it "
             "with the hesscurv that wrote it"
         )
+    try:
+        entries = _entries(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}; {_REMEDY}") from error
+    _require_memory(path, entries, masks)
+    try:
+        return _rebuild(entries, data, masks)
+    except (KeyError, ValueError, RuntimeError, IndexError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}; {_REMEDY}") from error
+
+
+_REMEDY = "take another copy, or save it again"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a file says of one tensor."""
+
+    name: str
+    same_as: str | None = None
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    where: str = "all"
+    count: int = 0
+    masked: bool = False
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def num_places(self) -> int:
+        """The bytes that say where the values are."""
+        return 0 if self.where == "all" else _num_bytes(self.where, self.numel, self.count)
+
+
+def _entries(data: dict[str, Any]) -> list[_Entry]:
+    """Return the entries, whose sizes fit each other and what the file holds."""
+    entries = [_Entry(**entry) for entry in data["entries"]]
+    values = {dtype: len(stored) for dtype, stored in data["values"].items()}
+    claimed, places = dict.fromkeys(values, 0), 0
+    for entry in filter(lambda entry: entry.same_as is None, entries):
+        sizes = [*entry.shape, entry.count, _MOST_ENTRIES - entry.numel, entry.numel - entry.count]
+        if not all(type(size) is int and size >= 0 for size in sizes):
+            raise ValueError(f"{entry.name!r} of shape {entry.shape} with {entry.count} values")
+        if entry.where not in ("all", "bits", "indices") or (
+            entry.where == "all" and entry.count != entry.numel
+        ):
+            raise ValueError(f"{entry.name!r}, {entry.where}: {entry.count} of {entry.numel}")
+        if data["values"][entry.dtype].dtype != getattr(torch, entry.dtype):
+            raise ValueError(f"{entry.name!r} is not of {entry.dtype}")
+        claimed[entry.dtype] += entry.count
+        places += entry.num_places
+    if claimed != values or places != len(data["places"]):
+        raise ValueError(f"{values} values are stored, and {claimed} named")
+    return entries
+
+
+def _require_memory(path: Path, entries: list[_Entry], masks: bool) -> None:
+    """Refuse what cannot be made dense: a few bytes may stand for any number of zeros."""
+    needed = sum(
+        entry.numel * getattr(torch, entry.dtype).itemsize * (2 if masks and entry.masked else 1)
+        for entry in entries
+        if entry.same_as is None
+    )
+    largest = max((entry.numel for entry in entries), default=0)
+    free = free_memory(torch.device("cpu"))
+    if needed + largest > free:  # a byte for each entry says where its values are
+        raise ValueError(
+            f"expected weights that fit into {free / 1e9:.3g} GB of free memory, got "
+            f"{needed / 1e9:.3g} GB when dense in {path}; load it on a larger machine if it is "
+            "meant to be so large"
+        )
+
+
+def _rebuild(entries: list[_Entry], data: dict[str, Any], masks: bool) -> OrderedDict[str, Tensor]:
     state: OrderedDict[str, Tensor] = OrderedDict()
     next_value = dict.fromkeys(data["values"], 0)
     next_place = 0
-    for entry in data["entries"]:
-        name = entry["name"]
-        if "same_as" in entry:
-            for end in ("", "_orig", "_mask"):
-                if entry["same_as"] + end in state:
-                    state[name + end] = state[entry["same_as"] + end]
+    for entry in entries:
+        name = entry.name
+        if entry.same_as is not None:
+            same = [end for end in ("", "_orig", "_mask") if entry.same_as + end in state]
+            if not same:
+                raise ValueError(f"{name!r} is the same as {entry.same_as!r}, which is not there")
+            state |= {name + end: state[entry.same_as + end] for end in same}
             continue
-        numel, start = prod(entry["shape"]), next_value[entry["dtype"]]
-        next_value[entry["dtype"]] += entry["count"]
-        stored = data["values"][entry["dtype"]][start : start + entry["count"]]
-        kept = torch.ones(numel, dtype=torch.bool)
-        if entry["where"] != "all":
-            num_bytes = _num_bytes(entry["where"], numel, entry["count"])
-            place = data["places"][next_place : next_place + num_bytes]
-            next_place += num_bytes
-            kept = _unpack(entry["where"], place, numel)
-        flat = torch.zeros(numel, dtype=stored.dtype)
+        start = next_value[entry.dtype]
+        next_value[entry.dtype] += entry.count
+        stored = data["values"][entry.dtype][start : start + entry.count]
+        kept = torch.ones(entry.numel, dtype=torch.bool)
+        if entry.where != "all":
+            place = data["places"][next_place : next_place + entry.num_places]
+            next_place += entry.num_places
+            kept = _unpack(entry.where, place, entry.numel)
+        if int(kept.sum()) != entry.count:
+            raise ValueError(f"{name!r} has {entry.count} values for {int(kept.sum())} places")
+        flat = torch.zeros(entry.numel, dtype=stored.dtype)
         flat[kept] = stored
-        if masks and entry["masked"]:
-            state[f"{name}_orig"] = flat.view(entry["shape"])
-            state[f"{name}_mask"] = kept.view(entry["shape"]).to(stored.dtype)
+        if masks and entry.masked:
+            state[f"{name}_orig"] = flat.view(entry.shape)
+            state[f"{name}_mask"] = kept.view(entry.shape).to(stored.dtype)
         else:
-            state[name] = flat.view(entry["shape"])
+            state[name] = flat.view(entry.shape)
     return state
 
 

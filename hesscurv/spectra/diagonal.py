@@ -11,6 +11,7 @@ from torch import Tensor
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.spectra.arguments import check_estimate
 from hesscurv.spectra.leave_one_out import deflate, project, sketch_range
@@ -19,8 +20,8 @@ from hesscurv.spectra.leave_one_out import deflate, project, sketch_range
 _FEWEST = {"xdiag": 4, "hutchinson": 2}
 
 
-@dataclass(frozen=True, eq=False)
-class DiagonalEstimate:
+@dataclass(frozen=True, eq=False, repr=False)
+class DiagonalEstimate(Described):
     """An estimate of diag H.
 
     Args:

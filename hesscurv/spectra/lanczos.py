@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from hesscurv.linalg.orthogonalization import column_norms, project_out_
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.linear_operator import LinearOperator
 
 
-@dataclass(frozen=True, eq=False)
-class Tridiagonal:
+@dataclass(frozen=True, eq=False, repr=False)
+class Tridiagonal(Described):
     """The symmetric tridiagonal matrix T = Q^T H Q of one process.
 
     Args:

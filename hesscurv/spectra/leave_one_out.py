@@ -14,14 +14,15 @@ from torch import Tensor
 
 from hesscurv.linalg.orthogonalization import column_norms, inner_products, orthonormalize_
 from hesscurv.linalg.test_matrices import TestMatrix
+from hesscurv.operators.descriptions import Described
 from hesscurv.operators.linear_operator import LinearOperator
 
 # A measurement is alone in a direction when its leverage is 1; leverages are good to 1e-15.
 _LEVERAGE_GAP = 1e-8
 
 
-@dataclass(frozen=True, eq=False)
-class SketchedRange:
+@dataclass(frozen=True, eq=False, repr=False)
+class SketchedRange(Described):
     """``H Omega = Q R``, and which direction of Q is lost with each measurement.
 
     With P = Q Q^T, the projector without measurement i is ``P_i = Q (I - s_i s_i^T) Q^T``: s_i is

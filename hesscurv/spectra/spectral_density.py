@@ -14,6 +14,7 @@ from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.linalg.test_matrices import KINDS, draw_seed, make_test_matrix
+from hesscurv.operators.descriptions import describe_object
 from hesscurv.spectra.arguments import (
     check_choice,
     check_count,
@@ -34,8 +35,12 @@ class Estimate(NamedTuple):
     value: Tensor
     standard_error: Tensor
 
+    def __repr__(self) -> str:
+        """Write single numbers out, and name others by their shape."""
+        return describe_object(self, **self._asdict())
 
-@dataclass(frozen=True, eq=False)
+
+@dataclass(frozen=True, eq=False, repr=False)
 class SpectralDensity:
     """The spectrum of H as p probes see it: nodes and weights of a quadrature for each.
 
@@ -52,6 +57,7 @@ class SpectralDensity:
         eigenvalues: Shape (k,): those taken as known, in full (deflated); empty by default.
         dim: D, the number of eigenvalues.
         num_matvecs: Products with H that were used.
+        info: Plain values about the run.
     """
 
     nodes: Tensor
@@ -60,6 +66,20 @@ class SpectralDensity:
     dim: int
     num_matvecs: int
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        """Say how it was measured, and where the spectrum lies."""
+        probes, steps = self.nodes.shape
+        low, high = self.range if self.nodes.numel() else (math.nan, math.nan)
+        return describe_object(
+            self,
+            D=self.dim,
+            num_probes=probes,
+            num_steps=steps,
+            num_known=len(self.eigenvalues),
+            range=(low, high),
+            num_matvecs=self.num_matvecs,
+        )
 
     def expectation(self, fn: Callable[[Tensor], Tensor]) -> Estimate:
         """Estimate the mean of a function over the eigenvalues, ``tr f(H) / D``.

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import io
+import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hesscurv.storage.atomic_files import write_atomically
-from hesscurv.storage.mapped_files import disk_full
+from hesscurv.storage.destinations import require_regular_file
+from hesscurv.storage.tensor_archives import load_archive, save_archive
 
 _MAGIC = b"hesscurv file 1\n"
 
 
-def write_checked(path: Path, data: dict[str, Any]) -> None:
+def write_checked(path: str | os.PathLike[str], data: dict[str, Any]) -> int:
     """Write tensors and plain values to a file, atomically, with a checksum.
 
     Args:
-        path: The file; its folder must exist.
+        path: The file, as for `write_atomically`; its folder must exist.
         data: Nested dicts and lists of tensors, str, int, float, bool and None.
 
+    Returns:
+        The number of bytes.
+
     Raises:
+        TypeError: If `data` holds something else.
         DiskFullError: If the disk is full; an older file of this name is untouched.
     """
     buffer = io.BytesIO()
-    torch.save(data, buffer)
+    save_archive(data, buffer)
     payload = buffer.getbuffer()
 
     def write(file: Any) -> None:
@@ -34,30 +38,28 @@ def write_checked(path: Path, data: dict[str, Any]) -> None:
         file.write(hashlib.sha256(payload).digest())
         file.write(payload)
 
-    try:
-        write_atomically(path, write)
-    except OSError as error:
-        raise disk_full(error, path.parent, len(payload)) from error
+    write_atomically(path, write)
+    return len(_MAGIC) + hashlib.sha256().digest_size + len(payload)
 
 
-def read_checked(path: Path) -> dict[str, Any]:
+def read_checked(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read what `write_checked` wrote, without pickle.
 
     Raises:
         FileNotFoundError: If there is no such file.
+        IsADirectoryError: If it is a folder.
         ValueError: If it is damaged, cut short, or another kind of file.
     """
-    content = path.read_bytes()
-    start = len(_MAGIC) + hashlib.sha256().digest_size
-    if content[: len(_MAGIC)] != _MAGIC:
-        raise ValueError(f"{path} is not a file of this library, or its beginning is damaged")
-    payload = memoryview(content)[start:]
-    if hashlib.sha256(payload).digest() != content[len(_MAGIC) : start]:
+    path = Path(path)
+    require_regular_file(path, "a file of this library")
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:  # before a foreign file's size is taken
+            raise ValueError(f"{path} is not a file of this library, or its beginning is damaged")
+        digest = file.read(hashlib.sha256().digest_size)
+        payload = file.read()
+    if hashlib.sha256(payload).digest() != digest:
         raise ValueError(f"{path} is damaged or cut short: its checksum does not fit its content")
     try:
-        data = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
-    except Exception as error:
+        return load_archive(io.BytesIO(payload), len(payload), compare_members=False)
+    except ValueError as error:
         raise ValueError(f"{path} cannot be read by this version: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} holds a {type(data).__name__} where a dictionary was expected")
-    return data

@@ -12,6 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Numbers of errors that say that the disk, the user's share of it, or a file's limit is full."""
+
 
 class DiskFullError(OSError):
     """There is no room on the disk for what was to be written; what was there before is whole."""
@@ -79,7 +82,7 @@ def disk_full(error: OSError, folder: Path, size: int) -> OSError:
         folder: Where it happened.
         size: The bytes that were to be written.
     """
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno not in DISK_FULL or isinstance(error, DiskFullError):
         return error
     return DiskFullError(
         error.errno,

@@ -16,6 +16,7 @@ from planted import planted
 import hesscurv
 from hesscurv.eigensolvers.checkpoint import Checkpoint
 from hesscurv.operators.linear_operator import DenseOperator
+from hesscurv.storage.checked_files import read_checked, write_checked
 from hesscurv.storage.mapped_files import DiskFullError
 
 WORKER = Path(__file__).parents[1] / "killed_solves.py"
@@ -326,3 +327,40 @@ def test_a_refused_checkpoint_is_not_locked_any_more(tmp_path):
 def test_other_methods_say_that_they_have_no_checkpoint(method, tmp_path):
     with pytest.raises(ValueError, match="has no checkpoint; use method='block_krylov'"):
         hesscurv.eigsh(matrix(), K, method=method, checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"shape": [10**9, 10**9]},
+        {"shape": [-4, -300]},
+        {"shape": [4 * 300]},
+        {"shape": "wide"},
+        {"offset": -8},
+        {"offset": 10**15},
+        {"dtype": "load"},
+        {"dtype": "float16"},
+        {"kind": "append", "crc": None},
+    ],
+)
+def test_sizes_that_the_journal_cannot_hold_take_no_memory(changes, tmp_path):
+    A = matrix()
+    interrupted(A, tmp_path)
+    for path in tmp_path.glob("state-*.pt"):
+        data = read_checked(path)
+        data["journal"][0].update(changes)
+        write_checked(path, data)
+    with pytest.raises(ValueError, match=r"is damaged, cut short.*delete this one"):
+        solve(A, tmp_path)
+
+
+@pytest.mark.parametrize("part", ["journal", "state", "identity", "length"])
+def test_a_state_without_a_part_is_refused(part, tmp_path):
+    A = matrix()
+    interrupted(A, tmp_path)
+    for path in tmp_path.glob("state-*.pt"):
+        data = read_checked(path)
+        del data[part]
+        write_checked(path, data)
+    with pytest.raises(ValueError, match=f"is damaged: it lacks .*{part}"):
+        solve(A, tmp_path)

@@ -192,3 +192,95 @@ def test_products_that_are_not_finite_are_not_written(folder):
     with pytest.raises(ValueError, match="have NaN or inf"):
         measure(PlainOperator(matrix), 3, folder)
     assert list(folder.glob("*.npz")) == []
+
+
+def rewritten(folder, **changes):
+    """Change a manifest as one that has no checksum, from before there was one."""
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    data.pop("checksum", None)
+    path.write_text(json.dumps({**data, **changes}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"dim": 10**18},
+        {"dim": -100},
+        {"inner": 10**12, "dim": 10**13},
+        {"outer": 10**9},
+        {"outer": 0},
+        {"k": -1},
+        {"k": 1.5},
+        {"k": True},
+        {"chunk": 0},
+        {"chunk": -4},
+        {"seed": "0"},
+        {"dtype": "torch.int8"},
+        {"dtype": ["torch.float64"]},
+        {"measurements": "others"},
+        {"measurements": {}},
+        {"operator": 3},
+        {"layout": {"names": ["w"], "shapes": [[10**9]]}},
+        {"layout": {"names": ["w"]}},
+        {"layout": 7},
+    ],
+)
+def test_sizes_that_cannot_be_are_refused_unread(folder, changes):
+    filled(planted(indefinite(100), 100), folder)
+    rewritten(folder, **changes)
+    for refused in (lambda: assemble(folder), lambda: missing(folder)):
+        with pytest.raises(ValueError, match=r"manifest\.json is damaged; delete it"):
+            refused()
+
+
+def test_sizes_that_the_files_cannot_hold_take_no_memory(folder):
+    filled(planted(indefinite(100), 100), folder)
+    rewritten(folder, dim=2**52)
+    with pytest.raises(ValueError, match=r"expected at least 1\.44e\+05 TB, got .*delete it"):
+        assemble(folder)
+
+
+def test_a_folder_from_before_there_was_a_checksum_is_assembled(folder):
+    filled(planted(indefinite(100), 100), folder)
+    expected = assemble(folder)
+    rewritten(folder)
+    assert_same(assemble(folder), expected)
+
+
+def test_a_flip_of_any_byte_of_the_manifest_is_found(folder):
+    filled(planted(indefinite(100), 100), folder)
+    path, expected = folder / "manifest.json", assemble(folder)
+    content = path.read_bytes()
+    for at in range(0, len(content), 2):
+        changed = bytearray(content)
+        changed[at] ^= 0x01  # makes no white space of white space
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"manifest\.json"):
+            assemble(folder)
+    path.write_bytes(content)
+    assert_same(assemble(folder), expected)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 10**5, b"null", b"{}", bytes(99)])
+def test_a_foreign_manifest_is_refused(folder, content):
+    filled(planted(indefinite(100), 100), folder)
+    (folder / "manifest.json").write_bytes(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged; delete it"):
+        assemble(folder)
+
+
+def test_a_flip_of_any_byte_of_a_chunk_is_found_or_changes_nothing(folder):
+    path = filled(planted(indefinite(100), 100), folder)[1]
+    expected, content, refused = assemble(folder), path.read_bytes(), 0
+    for at in range(0, len(content), 29):
+        changed = bytearray(content)
+        changed[at] ^= 0x40
+        path.write_bytes(changed)
+        try:
+            found = assemble(folder)
+        except ValueError:
+            refused += 1
+        else:  # a time, say
+            assert_same(found, expected)
+    assert refused > 0.9 * len(content) / 29

@@ -4,8 +4,10 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from hooks import watched
 from plots import recorded
+from torch import nn
 
 import hesscurv
 from hesscurv.hooks import report_figures
@@ -201,3 +203,32 @@ def test_a_monitor_reports_what_it_measured_and_changes_no_setting(tmp_path):
     assert "Watched" in page.words
     assert dict(matplotlib.rcParams) == settings
     assert monitor.records == before
+
+
+def test_a_report_shows_modules_of_any_name(tmp_path):
+    pytest.importorskip("matplotlib")
+    model = nn.Sequential()
+    names = ["a$_b^$", "<b>&", "_x", "层", "new\nline", "\ud800", "y" * 300]
+    for name in names:
+        model.add_module(name, nn.Linear(3, 3))
+    batches = [(torch.randn(8, 3, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 3)]
+    monitor = hesscurv.hooks.CurvatureMonitor(model, watched.TASK, batches, 2, quantities="full")
+    monitor.notify("_pruned <$a_^$>")
+    monitor.measure(0)
+    monitor.measure(1)
+    assert [r["status"] for r in monitor.records] == ["ok", "ok"]
+    page, _ = read(monitor.report(tmp_path / "run.html", title="_a$ <i> \ud800"))
+    assert "_a$ <i> &#55296;" in "".join(page.words).replace("\ufffd", "&#55296;")
+    assert "_pruned <$a_^$>" in page.words
+    assert len(page.figures) > 8
+
+
+def test_a_report_goes_through_a_link_and_keeps_the_mode(tmp_path, without_figures):
+    target, link = tmp_path / "run.html", tmp_path / "latest.html"
+    target.write_text("old")
+    target.chmod(0o640)
+    link.symlink_to("run.html")
+    write_report(RECORDS, link)
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o640
+    read(target)

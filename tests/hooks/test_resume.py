@@ -116,3 +116,39 @@ def test_another_state_is_refused_and_nothing_changes(state):
     with pytest.raises(ValueError, match="expected the state dict of a CurvatureMonitor"):
         monitor.load_state_dict(state)
     assert equal(monitor.state_dict(), before)
+
+
+def without(state, *path):
+    """A deep copy of a state that lacks one of its parts."""
+    out = {k: v for k, v in state.items() if k != path[0] or len(path) > 1}
+    if len(path) > 1:
+        out[path[0]] = without(state[path[0]], *path[1:])
+    return out
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda s: without(s, "last"),
+        lambda s: without(s, "budget", "calls"),
+        lambda s: without(s, "measurements", "masks"),
+        lambda s: without(s, "measurements", "pairs", "converged"),
+        lambda s: without(s, "measurements", "spaces", "last", "layout"),
+        lambda s: {**s, "records": [{"status": "ok"}]},
+        lambda s: {**s, "records": 3},
+        lambda s: {**s, "records": [{"step": "two"}]},
+        lambda s: {**s, "budget": {**s["budget"], "training": "long"}},
+        lambda s: {**s, "measurements": {**s["measurements"], "count": None}},
+    ],
+)
+def test_a_damaged_state_is_refused_and_changes_nothing(damage):
+    monitor = monitor_of(net())
+    monitor.measure(0)
+    monitor.measure(2)
+    before = monitor.state_dict()
+    other = monitor_of(net(seed=3))
+    other.measure(5)
+    with pytest.raises(ValueError, match="expected the state dict of a CurvatureMonitor"):
+        monitor.load_state_dict(damage(other.state_dict()))
+    assert equal(monitor.state_dict(), before)
+    assert [r["step"] for r in monitor.records] == [0, 2]

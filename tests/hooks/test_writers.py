@@ -135,3 +135,125 @@ def test_a_run_writes_its_records(tmp_path):
         rows = list(csv.DictReader(file))
     for row, record in zip(rows, monitor.records, strict=True):
         assert math.isclose(float(row["sharpness"]), record["sharpness"])
+
+
+WRITERS = {"jsonl": JSONLinesWriter, "csv": CSVWriter}
+
+
+def rows_of(path, kind):
+    if kind == "jsonl":
+        return [record["step"] for record in read_records(path)]
+    with open(path, newline="") as file:
+        return [int(row["step"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_link_stays_one_and_a_file_keeps_its_mode(tmp_path, kind):
+    target, link = tmp_path / "run", tmp_path / "latest"
+    link.symlink_to("run")
+    writer = WRITERS[kind](link)
+    writer.log(RECORDS[0], 0)
+    target.chmod(0o640)
+    for record in RECORDS[1:]:  # with new columns
+        writer.log(record, record["step"])
+    assert link.is_symlink()
+    assert target.stat().st_mode & 0o777 == 0o640
+    assert rows_of(target, kind) == [0, 3, 6]
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_records_go_through_a_fifo(tmp_path, kind):
+    path, got = tmp_path / "pipe", []
+    os.mkfifo(path)
+    writer = WRITERS[kind](path)
+    with pytest.raises(OSError, match="No such device"):  # nobody reads, and nobody waits
+        writer.log(RECORDS[0], 0)
+    keep = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        for record in RECORDS:
+            writer.log(record, record["step"])
+            got.append(os.read(keep, 10_000).decode())
+    finally:
+        os.close(keep)
+    if kind == "jsonl":
+        assert [json.loads(text) for text in got] == RECORDS
+    else:
+        assert [text.count("step,") for text in got] == [1, 1, 1]  # the columns grew each time
+
+
+def test_a_table_with_cells_of_any_length_gets_columns(tmp_path):
+    path = tmp_path / "run.csv"
+    writer = CSVWriter(path)
+    values = [1 / 3] * 20_000  # longer than the csv module reads by default
+    writer.log({"step": 0, "eigenvalues": values}, 0)
+    writer.log({"step": 1, "eigenvalues": values, "loss": 1.0}, 1)
+    limit = csv.field_size_limit(10**7)
+    try:
+        with open(path, newline="") as file:
+            rows = list(csv.DictReader(file))
+    finally:
+        csv.field_size_limit(limit)
+    assert [row["loss"] for row in rows] == ["", "1.0"]
+    assert [json.loads(row["eigenvalues"]) for row in rows] == [values, values]
+
+
+def test_a_table_that_a_spreadsheet_has_saved_is_gone_on_with(tmp_path):
+    path = tmp_path / "run.csv"
+    path.write_bytes(b"step,loss\r\n0,1.5\r\n")
+    CSVWriter(path).log({"step": 1, "loss": 1.0, "trace": 2.0}, 1)
+    with open(path, newline="") as file:
+        assert list(csv.DictReader(file)) == [
+            {"step": "0", "loss": "1.5", "trace": ""},
+            {"step": "1", "loss": "1.0", "trace": "2.0"},
+        ]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"\x80" * 100])
+def test_another_kind_of_file_is_not_made_a_table(tmp_path, content):
+    path = tmp_path / "model.pt"
+    path.write_bytes(content + b"\n")
+    with pytest.raises(ValueError, match="got another kind of file"):
+        CSVWriter(path).log(RECORDS[0], 0)
+    assert path.read_bytes() == content + b"\n"
+
+
+@pytest.mark.parametrize(
+    "line", [b"{}", b"[1]", b"\xff", b"[" * 10**5, b'{"step": "a"}', b'{"step": [1]}', b"null"]
+)
+def test_a_line_that_is_no_record_is_named(tmp_path, line):
+    path = tmp_path / "run.jsonl"
+    JSONLinesWriter(path).log(RECORDS[0], 0)
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(ValueError, match="in line 2 of"):
+        read_records(path)
+
+
+def test_a_folder_holds_no_records(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        read_records(tmp_path)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_any_name_is_written_and_read(tmp_path, kind):
+    names = ["a$_b^$", "层", 'a,b;"c"', "new\nline", "\ud800", "x" * 500, "<b>", ""]
+    values = {name: float(i) for i, name in enumerate(names)}
+    path = tmp_path / "run"
+    WRITERS[kind](path).log({"step": 0, "sparsity_by_parameter": values, "event": "\ud800"}, 0)
+    if kind == "jsonl":
+        assert read_records(path)[0]["sparsity_by_parameter"] == values
+    else:
+        with open(path, newline="") as file:
+            (row,) = csv.DictReader(file)
+        assert json.loads(row["sparsity_by_parameter"]) == values
+
+
+def test_standard_output_is_a_place_for_records(tmp_path):
+    code = (
+        "from hesscurv.hooks import JSONLinesWriter\n"
+        "print('half a line', end=' ', flush=True)\n"
+        "JSONLinesWriter('/dev/stdout').log({'step': 1, 'loss': 0.5}, 1)\n"
+    )
+    with (tmp_path / "out").open("wb") as file:
+        subprocess.run([sys.executable, "-c", code], stdout=file, check=True)
+    assert (tmp_path / "out").read_text() == 'half a line {"step": 1, "loss": 0.5}\n'

@@ -63,6 +63,28 @@ def test_tensorboard_has_what_was_logged(tmp_path):
     assert events.Tensors("run/event/text_summary")[0].tensor_proto.string_val == [b"pruned"]
 
 
+def test_tensorboard_takes_any_name(tmp_path):
+    pytest.importorskip("tensorboard")
+    names = ["a$_b^$", "a_", "层", "x/y", "new\nline", "\ud800", "z" * 500, "<b>", ""]
+    logger = TensorBoardLogger(tmp_path)
+    logger.log({"step": 1, "by": {name: float(i) for i, name in enumerate(names)}}, 1)
+    logger.log({"step": 2, "event": "\ud800"}, 2)
+    logger.close()
+    events = read(tmp_path)
+    values = {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"]}
+    shown = [name.replace("\ud800", "\\ud800") for name in names]
+    assert values == {f"curvature/by/{name}": float(i) for i, name in enumerate(shown)}
+
+
+def test_loggers_tell_where_they_write(tmp_path):
+    pytest.importorskip("tensorboard")
+    logger = TensorBoardLogger(tmp_path, figures={"history": plots.sharpness})
+    logger.close()
+    text = repr(logger)
+    assert str(tmp_path) in text
+    assert "0x" not in text
+
+
 def test_a_writer_that_is_given_stays_open(tmp_path):
     pytest.importorskip("tensorboard")
     from torch.utils.tensorboard import SummaryWriter

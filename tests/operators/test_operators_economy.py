@@ -263,6 +263,24 @@ def test_the_users_cache_folder_is_the_default_place(tmp_path, monkeypatch):
     assert path.suffix == ".json"
 
 
+def test_a_calibration_that_was_changed_is_measured_again(tmp_path, monkeypatch):
+    monkeypatch.setenv("HESSCURV_CACHE", str(tmp_path))
+    monkeypatch.setattr(calibration, "_REMEMBERED", {})
+    H = HessianOperator(net(), TASK, data(6))
+    H.calibrate()
+    (path,) = tmp_path.iterdir()
+    content = path.read_bytes()
+    stored = json.loads(content)
+    way = next(iter(stored["seconds"]))
+    stored["seconds"][way] = dict.fromkeys(stored["seconds"][way], 1e-9)
+    for damaged in (json.dumps(stored).encode(), content[:-5], b"", b"\xff", b"[" * 10**5):
+        path.write_bytes(damaged)
+        calibration.forget()
+        found = HessianOperator(net(), TASK, data(6)).calibrate()
+        assert min(found.seconds[way].values()) > 1e-9
+        assert path.read_bytes() != damaged  # written again
+
+
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("HESSCURV_CACHE", str(tmp_path / "file" / "below"))

@@ -1,0 +1,150 @@
+"""Archives of ``torch.save`` that hold plain values alone and no more than their file has bytes."""
+
+from __future__ import annotations
+
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_READ_BYTES = 2**22
+_SCALARS = (bool, int, float, complex, str, bytes)
+_AS_THEY_ARE = (type(None), *_SCALARS, torch.dtype, torch.device, torch.Size)
+
+
+def save_archive(data: dict[str, Any], file: Any) -> None:
+    """Write tensors and plain values as ``torch.save`` does, so that `load_archive` reads them.
+
+    Args:
+        data: Nested dicts, lists, tuples and sets of tensors and plain values. NumPy's numbers
+            become Python's.
+        file: Has `write`; it is written from front to back.
+
+    Raises:
+        TypeError: If there is something else in it, which could not be read without pickle.
+        OSError: What `file.write` raises.
+    """
+    sink = _Sink(file)
+    torch.save(as_plain(data), sink)  # type: ignore[arg-type]
+    if sink.error is not None:
+        raise sink.error
+
+
+def load_archive(
+    file: BinaryIO,
+    size: int,
+    *,
+    compare_members: bool = True,
+    map_location: str | torch.device | None = "cpu",
+) -> dict[str, Any]:
+    """Read what `save_archive` wrote, without pickle, and no more than the file can hold.
+
+    Args:
+        file: Open at its beginning; it can seek.
+        size: The number of its bytes, which bounds every size that it names.
+        compare_members: Whether to compare the checksum of each part, CRC-32, which torch does not.
+        map_location: As in ``torch.load``.
+
+    Raises:
+        ValueError: If it is damaged, or no archive of a dict.
+    """
+    try:
+        _check_members(file, size, compare_members)
+        file.seek(0)
+        data = torch.load(file, map_location=map_location, weights_only=True)
+    except Exception as error:  # zipfile and torch raise what they stumble over, of any type
+        first = str(error).strip().split("\n")[0][:200]
+        raise ValueError(f"{type(error).__name__}: {first}") from error
+    if not isinstance(data, dict):
+        raise ValueError(f"it holds a {type(data).__name__} where a dictionary was expected")
+    for tensor in _tensors(data):
+        held = tensor.layout == torch.strided and tensor.device.type != "meta"
+        if not held or tensor.numel() * tensor.element_size() > size:
+            raise ValueError(
+                f"it names a tensor of shape {tuple(tensor.shape)}, which {size} bytes cannot hold"
+            )
+    return data
+
+
+def as_plain(value: Any, path: str = "data") -> Any:
+    """Return a value of nothing but what ``torch.load(weights_only=True)`` reads.
+
+    Args:
+        value: Tensors and plain values, nested; NumPy's numbers and subclasses of Python's become
+            Python's.
+        path: What it is called in the message.
+
+    Raises:
+        TypeError: If there is something else in it.
+    """
+    if type(value) in _AS_THEY_ARE or isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.generic) and type(value.item()) in _SCALARS:
+        return value.item()
+    kind: Any
+    for kind in _SCALARS:
+        if isinstance(value, kind):
+            return kind(value)
+    if isinstance(value, Mapping):
+        pairs = (
+            (as_plain(key, f"a key of {path}"), as_plain(inner, f"{path}[{key!r}]"))
+            for key, inner in value.items()
+        )
+        return OrderedDict(pairs) if isinstance(value, OrderedDict) else dict(pairs)
+    for sequence in (list, tuple, set):
+        if isinstance(value, sequence):
+            return sequence(as_plain(inner, f"{path}[{i}]") for i, inner in enumerate(value))
+    raise TypeError(
+        f"expected tensors, numbers, text, None, and lists and dicts of them, got a "
+        f"{type(value).__name__} as {path}, which could not be read without pickle; convert it, by "
+        "str(...) for instance"
+    )
+
+
+class _Sink:
+    """Takes what torch.save writes; torch's own code in C++ makes a riddle of an error in it."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return memoryview(data).nbytes
+
+    def flush(self) -> None:
+        pass
+
+
+def _check_members(file: BinaryIO, size: int, compare: bool) -> None:
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        if sum(member.file_size for member in members) > size or any(
+            member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size
+            for member in members
+        ):
+            raise ValueError(f"its parts are larger than its {size} bytes")
+        if compare:
+            for member in members:
+                with archive.open(member) as part:  # the checksum is compared where it ends
+                    while part.read(_READ_BYTES):
+                        pass
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _tensors(inner)
+    elif isinstance(value, (list, tuple, set)):
+        for inner in value:
+            yield from _tensors(inner)
