@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from hesscurv.integrations.chunked_loss import chunked_sum
 from hesscurv.operators import Task
-from hesscurv.operators.tasks import describe, num_samples
+from hesscurv.operators.samples import describe, num_samples
 
 IGNORED = -100  # the label of positions that have no loss
 

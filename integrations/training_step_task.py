@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hesscurv.operators.tasks import num_samples
+from hesscurv.operators.samples import num_samples
 
 _INTERNALS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 

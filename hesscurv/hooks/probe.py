@@ -28,7 +28,7 @@ from hesscurv.operators.parameters import (
     unwrap,
 )
 from hesscurv.operators.summed_operator import device_of
-from hesscurv.operators.tasks import map_tensors
+from hesscurv.operators.samples import map_tensors
 from hesscurv.optim.curvature_samples import take_samples
 
 OPERATORS: dict[str, type[CurvatureOperator]] = {

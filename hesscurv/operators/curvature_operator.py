@@ -32,7 +32,7 @@ from hesscurv.operators.probe import (
     check_symmetric,
 )
 from hesscurv.operators.summed_operator import SummedOperator, device_of
-from hesscurv.operators.tasks import num_samples
+from hesscurv.operators.samples import num_rows
 from hesscurv.operators.way_choice import EXPECTED, WayChoice
 
 logger = logging.getLogger(__name__)
@@ -322,7 +322,7 @@ class CurvatureOperator(SummedOperator):
         objective = self.objective
         for i, batch in enumerate(objective.batches.first_pass()):
             weight = self._add_weight(i, batch)
-            is_larger = num_samples(batch) > num_samples(self._largest)
+            is_larger = num_rows(batch) > num_rows(self._largest)
             if weight and (self._largest is None or is_larger):
                 self._largest = batch
             if self._checking and weight:
@@ -350,10 +350,10 @@ class CurvatureOperator(SummedOperator):
 
     def _may_cut(self, size: int) -> bool:
         """Whether every batch's loss is its parts' mean; cheap where no batch has to be cut."""
-        return num_samples(self._largest) <= size or all(
+        return num_rows(self._largest) <= size or all(
             is_mean_over_parts(self.objective, batch, size)
             for batch in self.objective.batches
-            if num_samples(batch) > size and self.objective.weight(batch)
+            if num_rows(batch) > size and self.objective.weight(batch)
         )
 
     def _forget(self) -> None:
@@ -381,7 +381,7 @@ class CurvatureOperator(SummedOperator):
             self._plan = self._plan.without_kept_graphs()
             self._choice.forget()
             return
-        samples = min(self._plan.max_samples, num_samples(self._largest)) // 2
+        samples = min(self._plan.max_samples, num_rows(self._largest)) // 2
         if samples == 0 or not self._separable or not self._may_cut(samples):
             raise torch.OutOfMemoryError(
                 "out of memory for a single vector on "
