@@ -194,9 +194,9 @@ def select_rows(batch: Any, which: slice | Tensor, n: int) -> Any:
     """Return a batch with some rows of each of its tensors that have n; see `split`."""
     if not is_cuttable(batch):
         raise ValueError(
-            f"expected a batch that can be cut into samples, got {describe(batch)}, which is one "
-            "whole (graphs, a packed sequence, a list of samples); use smaller batches, or, where a "
-            "number of samples was asked for, all samples of a batch"
+            f"expected a batch that can be cut into samples, got {describe(batch)}, which is "
+            "one whole (graphs, a packed sequence, a list of samples); use smaller batches, or, "
+            "where a number of samples was asked for, whole batches"
         )
 
     def cut(t: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ from hesscurv.operators.blocks import cut_block, put_block
 from hesscurv.operators.calibration import Calibration
 from hesscurv.operators.environment import differentiable
 from hesscurv.operators.linearizations import Linearization
+from hesscurv.operators.mean_check import MeanCheck
 from hesscurv.operators.memory import (
     MemoryPlan,
     is_mean_over_parts,
     is_mean_over_samples,
     plan_memory,
+    weighed_part,
 )
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParamSelection
@@ -31,8 +33,8 @@ from hesscurv.operators.probe import (
     check_finite,
     check_symmetric,
 )
-from hesscurv.operators.summed_operator import SummedOperator, device_of
 from hesscurv.operators.samples import num_rows
+from hesscurv.operators.summed_operator import SummedOperator, device_of
 from hesscurv.operators.way_choice import EXPECTED, WayChoice
 
 logger = logging.getLogger(__name__)
@@ -319,7 +321,7 @@ class CurvatureOperator(SummedOperator):
     # -- set-up and memory ----------------------------------------------------------------------
 
     def _look_at_data(self) -> None:
-        objective = self.objective
+        objective, means = self.objective, MeanCheck(self.objective)
         for i, batch in enumerate(objective.batches.first_pass()):
             weight = self._add_weight(i, batch)
             is_larger = num_rows(batch) > num_rows(self._largest)
@@ -331,15 +333,17 @@ class CurvatureOperator(SummedOperator):
                     loss = objective.loss(params, batch).detach()
                     check_finite(loss, i)
                     self._check_batch(params, batch, loss)
+                means.look_at(i, batch)
         if self.own_weight == 0:
             return
         if self._checking:
             check_deterministic(objective, self._largest)
+            means.refuse(self.communicator.size)
         self._set_separable(is_mean_over_samples(objective, self._largest))
         if self._checking:
             if not self._may_cut(self._plan.max_samples):
                 self._set_separable(False)
-            few = split(self._largest, 32)[0] if self._separable else self._largest
+            few = weighed_part(objective, self._largest, 32) if self._separable else self._largest
             check_dependent(objective, few)
             check_symmetric(self, few)
 

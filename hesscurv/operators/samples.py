@@ -128,9 +128,12 @@ def _number(value: Any) -> int | None:
 def _number_of_targets(value: Any, key: str) -> int | None:
     if isinstance(value, Mapping):
         targets = value[key] if key in value.keys() else None  # noqa: SIM118 - TensorDict
-    elif isinstance(value, (list, type, types.ModuleType)) or callable(value):
-        return None
-    elif type(value) is tuple or isinstance(value, str):
+    elif (
+        isinstance(value, (list, type, types.ModuleType))
+        or callable(value)
+        or type(value) is tuple
+        or isinstance(value, str)
+    ):
         return None
     else:
         targets = getattr(value, key, None)
@@ -208,7 +211,9 @@ def _open(value: Any) -> _Opened | None:
         return [value.data], lambda new: value._replace(data=new[0])
     if isinstance(value, Mapping):
         keys = list(value)
-        return [value[k] for k in keys], lambda new: _mapping(value, dict(zip(keys, new, strict=True)))
+        return [value[k] for k in keys], lambda new: _mapping(
+            value, dict(zip(keys, new, strict=True))
+        )
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return list(value), lambda new: type(value)(*new)
     if isinstance(value, (list, tuple)):
@@ -304,9 +309,7 @@ def _open_by_apply(value: Any) -> _Opened | None:
         size = [sizes.pop(), *value.batch_size[1:]] if len(sizes) == 1 else []
         same = all(a.shape == b.shape for a, b in zip(found, new, strict=True))
         device = new[0].device if new and value.device is not None else None
-        return value.apply(
-            replace, batch_size=value.batch_size if same else size, device=device
-        )
+        return value.apply(replace, batch_size=value.batch_size if same else size, device=device)
 
     return found, rebuild
 

@@ -155,7 +155,11 @@ class SupervisedTask(Task):
         targets = split_batch(batch)[1]
         if self.torch_loss is None or not isinstance(targets, Tensor):
             return None
-        return self.torch_loss.weigh_rows(targets) if len(targets.shape) and len(targets) == n else None
+        return (
+            self.torch_loss.weigh_rows(targets)
+            if len(targets.shape) and len(targets) == n
+            else None
+        )
 
 
 def supervised(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> SupervisedTask:
