@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hesscurv.operators.measurement import WIDTHS, Measurement, agree, probes
-from hesscurv.operators.samples import tensors_of
+from hesscurv.operators.tasks import tensors_of
 from hesscurv.storage.atomic_files import write_atomically
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.operators.linear_operator import DenseOperator, LinearOperator
-from hesscurv.operators.samples import tensors_of
+from hesscurv.operators.tasks import tensors_of
 
 _CHUNK_NUMEL = 2**22  # entries copied to the host at once
 

@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hesscurv.operators import linearizations as ways
 from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.operators.linearizations import Block, Linearization, Product
-from hesscurv.operators.samples import map_tensors, tensors_of
+from hesscurv.operators.tasks import map_tensors, tensors_of
 from hesscurv.operators.tracing import PlainZeros
 
 _WAYS = {

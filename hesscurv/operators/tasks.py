@@ -20,6 +20,18 @@ from hesscurv.operators.samples import (
 )
 from hesscurv.operators.torch_losses import TorchLoss, may_average, reduction_of, torch_loss_of
 
+__all__ = [
+    "SupervisedTask",
+    "Task",
+    "as_loss",
+    "describe",
+    "map_tensors",
+    "num_samples",
+    "split_batch",
+    "supervised",
+    "tensors_of",
+]
+
 
 class Task:
     """A loss in two parts, ``loss(outputs(model, batch), batch)``, mean over the batch's samples.
@@ -38,10 +50,10 @@ class Task:
         raise NotImplementedError
 
     def sample_losses(self, outputs: Tensor, batch: Any) -> Tensor:
-        """Return each sample's loss, shape (n,); their mean, weighted by `weight`, must be `loss`.
+        """Return each sample's loss, shape (n,); their mean must be `loss`.
 
         By default `loss` on each row alone, vectorised: right for every mean over samples, and for
-        weighted means whose `weight` is that of their samples in all.
+        weighted means, where `weight` of a row alone says what it counts.
         """
         n = outputs.shape[0]
 
@@ -150,16 +162,12 @@ class SupervisedTask(Task):
         known = any(t.ndim > 0 for t in tensors_of(targets))
         return float(num_samples(targets if known else batch))
 
-    def row_weights(self, batch: Any, n: int) -> Tensor | None:
-        """Return what each of n rows of targets counts, shape (n,), or None if all are alike."""
+    def row_weights(self, batch: Any) -> Tensor | None:
+        """Return what each row of targets counts, shape (n,); None where all count the same."""
         targets = split_batch(batch)[1]
         if self.torch_loss is None or not isinstance(targets, Tensor):
             return None
-        return (
-            self.torch_loss.weigh_rows(targets)
-            if len(targets.shape) and len(targets) == n
-            else None
-        )
+        return self.torch_loss.weigh_rows(targets)
 
 
 def supervised(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> SupervisedTask:

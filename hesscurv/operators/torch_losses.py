@@ -80,11 +80,10 @@ class TorchLoss:
         return targets.numel() / self._divisor(targets)
 
     def weigh_rows(self, targets: Tensor) -> Tensor | None:
-        """Return the same for each row of targets alone, shape (n,), or None if all are alike."""
+        """Return the same for each row of targets alone, shape (n,); None if all are alike."""
         if self.counted != _CLASSES or targets.is_floating_point() or targets.ndim == 0:
             return None
-        weights = self._of_classes(targets).reshape(len(targets), -1).sum(1)
-        return None if bool((weights == weights[:1]).all()) else weights
+        return self._of_classes(targets).reshape(len(targets), -1).sum(1)
 
     def _of_classes(self, targets: Tensor) -> Tensor:
         valid = targets != self.ignore_index
