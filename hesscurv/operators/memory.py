@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from dataclasses import dataclass, replace
@@ -105,8 +106,9 @@ def weighed_part(objective: Objective, batch: Any, size: int) -> Any:
     n = num_rows(batch)
     for start in range(0, n, size):
         part = part_of(batch, start, start + size) if n > size else batch
-        if objective.weight(part) > 0:
-            return part
+        with contextlib.suppress(ValueError):  # a part whose mean is infinite
+            if objective.weight(part) > 0:
+                return part
     return batch
 
 

@@ -56,6 +56,7 @@ _FUNCTIONS: dict[Any, str] = {
 }
 if hasattr(nn, "LinearCrossEntropyLoss"):  # torch 2.13
     _MODULES[nn.LinearCrossEntropyLoss] = _CLASSES
+_OPTIONS = ("weight", "ignore_index", "label_smoothing", "reduction")
 _DIVERGENCES = (nn.KLDivLoss, F.kl_div)
 
 
@@ -67,16 +68,29 @@ class TorchLoss:
         counted: What the mean divides by.
         weight: Class weights, shape (C,), or None.
         ignore_index: The class of targets that count nothing.
+        is_smoothed: Whether labels are smoothed, so that a target of weight 0 has a loss.
     """
 
     counted: str
     weight: Tensor | None = None
     ignore_index: int = -100
+    is_smoothed: bool = False
 
     def weigh(self, targets: Tensor) -> float:
-        """Return what the loss's mean over some targets is divided by; 0 where none is valid."""
+        """Return what the loss's mean over some targets is divided by; 0 where none is valid.
+
+        Raises:
+            ValueError: If the mean is infinite: valid targets have no weight, and yet a loss.
+        """
         if self.counted == _CLASSES and not targets.is_floating_point():
-            return float(self._of_classes(targets).sum())
+            total = float(self._of_classes(targets).sum())
+            if self.is_smoothed and total == 0 and bool((targets != self.ignore_index).any()):
+                raise ValueError(
+                    "expected a positive class weight for some target of each batch, got 0 for "
+                    "all: with label_smoothing their mean loss is infinite; give each class a "
+                    "positive weight, or take larger batches"
+                )
+            return total
         return targets.numel() / self._divisor(targets)
 
     def weigh_rows(self, targets: Tensor) -> Tensor | None:
@@ -122,7 +136,7 @@ def torch_loss_of(loss_fn: Any) -> TorchLoss | None:
         loss_fn = getattr(loss_fn, "_orig_mod", loss_fn)  # of torch.compile
         kind = next((k for k in _MODULES if _is_plain(loss_fn, k)), None)
         counted = None if kind is None else _MODULES[kind]
-        options = {n: getattr(loss_fn, n, None) for n in ("weight", "ignore_index", "reduction")}
+        options = {name: getattr(loss_fn, name, None) for name in _OPTIONS}
     else:
         kind, options = loss_fn, {}
         counted = _FUNCTIONS.get(loss_fn) if callable(loss_fn) and _is_hashable(loss_fn) else None
@@ -136,7 +150,12 @@ def torch_loss_of(loss_fn: Any) -> TorchLoss | None:
     if counted != _CLASSES:
         return TorchLoss(counted)
     ignored = options.get("ignore_index")
-    return TorchLoss(counted, options.get("weight"), -100 if ignored is None else int(ignored))
+    return TorchLoss(
+        counted,
+        options.get("weight"),
+        -100 if ignored is None else int(ignored),
+        bool(options.get("label_smoothing")),
+    )
 
 
 def reduction_of(options: Any) -> str:
