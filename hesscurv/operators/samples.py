@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
+import operator
 import types
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
@@ -109,8 +111,8 @@ def _number(value: Any) -> int | None:
         found = _number_of_targets(value, key)
         if found is not None:
             return found
-    graphs = getattr(value, "num_graphs", None)
-    if isinstance(graphs, int):
+    graphs = _num_graphs(value)
+    if graphs is not None:
         return graphs
     if _is_graphs(value):
         return None  # its tensors have rows of nodes and of edges
@@ -128,16 +130,18 @@ def _number(value: Any) -> int | None:
 def _number_of_targets(value: Any, key: str) -> int | None:
     if isinstance(value, Mapping):
         targets = value[key] if key in value.keys() else None  # noqa: SIM118 - TensorDict
-    elif (
-        isinstance(value, (list, type, types.ModuleType))
-        or callable(value)
-        or type(value) is tuple
-        or isinstance(value, str)
-    ):
+    elif type(value) in (list, tuple) or _is_code(value):
         return None
     else:
         targets = getattr(value, key, None)
     return None if targets is None or targets is value else _number(targets)
+
+
+def _num_graphs(value: Any) -> int | None:
+    try:
+        return operator.index(value.num_graphs)
+    except (AttributeError, TypeError):
+        return None
 
 
 def _most_frequent(numbers: list[int]) -> int:
@@ -218,12 +222,16 @@ def _open(value: Any) -> _Opened | None:
         return list(value), lambda new: type(value)(*new)
     if isinstance(value, (list, tuple)):
         return list(value), lambda new: type(value)(new)
-    if isinstance(value, (type, types.ModuleType, nn.Module)) or callable(value):
+    if _is_code(value):
         return None
     names = _attribute_names(value)
     if not names:
         return None
     return [getattr(value, n) for n in names], lambda new: _with_attributes(value, names, new)
+
+
+def _is_code(value: Any) -> bool:
+    return isinstance(value, (type, types.ModuleType, nn.Module)) or inspect.isroutine(value)
 
 
 def _mapping(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
@@ -253,7 +261,7 @@ def _holds_tensors(value: Any, depth: int) -> bool:
         return any(_holds_tensors(v, depth + 1) for v in value.values())
     if isinstance(value, (list, tuple)):
         return any(_holds_tensors(v, depth + 1) for v in value)
-    if isinstance(value, (type, types.ModuleType, nn.Module)) or callable(value):
+    if _is_code(value):
         return False
     attributes = getattr(value, "__dict__", None) or {}
     return any(_holds_tensors(v, depth + 1) for v in attributes.values())
@@ -261,7 +269,7 @@ def _holds_tensors(value: Any, depth: int) -> bool:
 
 def _with_attributes(like: Any, names: list[str], values: list[Any]) -> Any:
     # Not made by its class: what __init__ does to tensors has been done to these.
-    out = copy.copy(like)
+    out = _copy(like)
     for name, value in zip(names, values, strict=True):
         object.__setattr__(out, name, value)
     return out
@@ -273,9 +281,7 @@ def _is_graphs(value: Any) -> bool:
         return False
     if _is_tensordict(value) or not callable(getattr(value, "to", None)):
         return False
-    return callable(getattr(value, "apply", None)) or isinstance(
-        getattr(value, "num_graphs", None), int
-    )
+    return callable(getattr(value, "apply", None)) or _num_graphs(value) is not None
 
 
 def _is_tensordict(value: Any) -> bool:
@@ -315,10 +321,25 @@ def _open_by_apply(value: Any) -> _Opened | None:
 
 
 def _copy_apart(value: Any) -> Any:
-    """Return a copy that an `apply` in place leaves the original by."""
-    out = copy.copy(value)
+    """Return a copy whose `apply`, in place, leaves the original as it is."""
+    out = _copy(value)
     if not hasattr(type(value), "__copy__") and hasattr(out, "__dict__"):
         for name, held in list(vars(out).items()):
             if isinstance(held, (dict, list)):
                 vars(out)[name] = copy.copy(held)
     return out
+
+
+def _copy(value: Any) -> Any:
+    """Return a shallow copy, also of an object whose `__getattr__` needs attributes to be there."""
+    kind = type(value)
+    is_plain = kind.__new__ is object.__new__ and hasattr(value, "__dict__")
+    if not is_plain or hasattr(kind, "__copy__") or any(_slots(k) for k in kind.__mro__):
+        return copy.copy(value)
+    out = object.__new__(kind)
+    vars(out).update(vars(value))
+    return out
+
+
+def _slots(kind: type) -> Any:
+    return vars(kind).get("__slots__")

@@ -150,7 +150,11 @@ def test_weighted_means_over_batches_make_up_the_loss_over_all_data(name):
     for sizes in ([N], [1] * N, [5, 1, 11, 7], [3] * 8):
         parts = [(outputs[i], y[i]) for i in order.split(sizes)]
         weights = [task.weight(part) for part in parts]
-        found = sum(w * float(task.loss(*part[:1], part)) for w, part in zip(weights, parts) if w)
+        found = sum(
+            w * float(task.loss(*part[:1], part))
+            for w, part in zip(weights, parts, strict=True)
+            if w
+        )
         assert found / sum(weights) == pytest.approx(expected, rel=1e-12)
 
 
