@@ -13,21 +13,25 @@ from torch.nn import functional as F
 from hesscurv.integrations.chunked_loss import chunked_sum
 from hesscurv.operators import Task
 from hesscurv.operators.descriptions import Described
-from hesscurv.operators.tasks import describe, num_samples
+from hesscurv.operators.samples import describe, num_samples
 
 IGNORED = -100  # the label of positions that have no loss
+_OTHER_COUNTS = {"shift_labels", "num_items_in_batch"}  # that make the mean another one
 
 
 class ModelLossTask(Described):
     """The loss that a model itself returns: ``model(**batch).loss``, for dict batches with labels.
 
     For the Hessian; the GGN and the Fisher need the loss in two parts, see `hesscurv.Task`. A
-    batch counts by its labels other than -100 where these are integers, else by its samples.
+    batch counts by its labels other than -100 where these are integers, else by its samples;
+    operators test whether the loss is a mean over them.
 
     Args:
         shifted: Whether the model predicts each next token, so that the first label of a sequence
             has no loss; default False.
     """
+
+    tests_mean = True  # what it counts is believed after a test
 
     def __init__(self, shifted: bool = False) -> None:
         self.shifted = shifted
@@ -49,8 +53,19 @@ class ModelLossTask(Described):
         return found
 
     def weight(self, batch: Any) -> float:
-        """Return the number of labels that the loss is a mean over."""
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        """Return the number of labels that the loss is a mean over.
+
+        Raises:
+            ValueError: If the batch says what its loss is divided by.
+        """
+        if "num_items_in_batch" in _mapping(batch):
+            raise ValueError(
+                "expected batches without num_items_in_batch, by which the model's loss is no mean "
+                "over the batch's labels; leave it out"
+            )
+        labels = batch.get("labels")
+        if isinstance(batch.get("shift_labels"), Tensor):
+            return float((batch["shift_labels"] != IGNORED).sum())
         if isinstance(labels, Tensor) and labels.ndim > 0 and not labels.is_floating_point():
             return float(((labels[..., 1:] if self.shifted else labels) != IGNORED).sum())
         return float(num_samples(batch))
@@ -142,7 +157,11 @@ class CausalLMTask(Task):
 
     def weight(self, batch: Any) -> float:
         """Return the number of tokens that are predicted."""
-        return float((_split(batch)[1][:, 1:] != IGNORED).sum())
+        return float(self.row_weights(batch).sum())
+
+    def row_weights(self, batch: Any) -> Tensor:
+        """Return the number of tokens that are predicted in each sequence, shape (B,)."""
+        return (_split(batch)[1][:, 1:] != IGNORED).sum(1).double()
 
 
 def is_causal_lm(model: nn.Module) -> bool:
@@ -230,6 +249,12 @@ def _mapping(batch: Any) -> Mapping[str, Any]:
 def _split(batch: Any) -> tuple[dict[str, Any], Tensor]:
     """Split a batch into the model's inputs and the labels."""
     inputs = dict(_mapping(batch))
+    for name in _OTHER_COUNTS & inputs.keys():
+        raise ValueError(
+            f"expected batches of inputs and labels, got one with {name!r}, by which the model's "
+            "loss is another; leave it out, or pass hesscurv.integrations.ModelLossTask() as the "
+            "task"
+        )
     labels = inputs.pop("labels", None)
     if not isinstance(labels, Tensor) or labels.ndim != 2:
         raise ValueError(

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from hesscurv.hooks import CurvatureMonitor
 from hesscurv.hooks.unchanged import unchanged_random_states
 from hesscurv.operators.batches import check_source
-from hesscurv.operators.tasks import describe, num_samples
+from hesscurv.operators.samples import describe, num_samples
 from hesscurv.optim.curvature_samples import take_samples
 
 _BATCHES = 4  # of the training loader, where nobody says how many samples

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hesscurv.hooks import MonitorWarning
-from hesscurv.integrations.causal_lm_task import CausalLMTask, ModelLossTask, is_causal_lm
 from hesscurv.integrations.hosted_monitor import HostedMonitor
+from hesscurv.integrations.trainer_loss import check_own_loss, own_loss
 from hesscurv.integrations.training_loggers import TensorBoardLogger, WandbLogger
 from hesscurv.operators.descriptions import describe_object
 from hesscurv.storage.checked_files import read_checked, write_checked
@@ -36,7 +36,9 @@ class CurvatureTrainerCallback(TrainerCallback):
         task: What is measured, called with the model and a batch: `CausalLMTask`, `ModelLossTask`,
             or any callable ``(model, batch) -> scalar mean loss``. None takes the model's own loss:
             for causal language models by `CausalLMTask`, in little memory, for others by
-            `ModelLossTask`. A Trainer that computes another loss needs a task.
+            `ModelLossTask`. Batches count by their valid labels, as the Trainer's
+            ``num_items_in_batch`` does. A Trainer that computes another loss (`compute_loss_func`,
+            a `compute_loss` of its own, smoothed labels) needs a task.
         batches: The probe set, dict batches. None takes samples of the training loader, read once,
             in an order of its own seed, without disturbing it.
         k: Number of eigenpairs; default 10.
@@ -57,8 +59,9 @@ class CurvatureTrainerCallback(TrainerCallback):
 
     Raises:
         TypeError: If an argument is of a wrong type.
-        ValueError: When training starts, if the training loader cannot be read beside it, labels
-            are smoothed and there is no task, or the file in the checkpoint is damaged.
+        ValueError: When training starts, if the training loader cannot be read beside it, there is
+            no task and the Trainer's loss is not the model's own, or the file in the checkpoint is
+            damaged.
 
     Example:
         >>> Trainer(..., callbacks=[CurvatureTrainerCallback(schedule=every(100))])
@@ -101,11 +104,8 @@ class CurvatureTrainerCallback(TrainerCallback):
     ) -> None:
         """Read probe set and checkpoint, and measure before the first step if it is time to."""
         model: nn.Module = kwargs["model"]
-        if self._hosted.task is None and args.label_smoothing_factor:
-            raise ValueError(
-                "expected label_smoothing_factor=0 for the model's own loss, got "
-                f"{args.label_smoothing_factor}; pass the loss that is trained as the task"
-            )
+        if self._hosted.task is None:
+            check_own_loss(self, args)
         if state.global_step > 0:
             self._hosted.load_state_dict(self._read(args, state))
         loggers = self._loggers
@@ -185,13 +185,6 @@ class CurvatureTrainerCallback(TrainerCallback):
         if "wandb" in args.report_to:
             found.append(WandbLogger(prefix=prefix, step_metric="train/global_step"))
         return found
-
-
-def own_loss(model: nn.Module) -> Callable[..., Tensor]:
-    """Return the task that has a model's own loss."""
-    if is_causal_lm(model):
-        return CausalLMTask()
-    return ModelLossTask(shifted="CausalLM" in type(model).__name__)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

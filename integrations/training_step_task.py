@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hesscurv.operators.descriptions import Described
-from hesscurv.operators.tasks import num_samples
+from hesscurv.operators.samples import num_samples
 
 _INTERNALS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
 
@@ -22,11 +22,14 @@ class TrainingStepTask(Described):
     of modules and the tensors, lists, dicts and sets in them (outputs that are collected, states of
     metrics). What reaches further, files or global variables say, is the step's own responsibility.
 
-    A module with manual optimization is refused: its step trains. A batch counts by its samples.
+    A module with manual optimization is refused: its step trains. A batch counts by its samples,
+    and operators test whether the loss is a mean over them.
 
     Raises:
         TypeError: When called, for a module without such a step, or whose loss is no tensor.
     """
+
+    tests_mean = True  # what it counts is believed after a test
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """Return the training step's loss on a batch."""

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from hesscurv.linalg.process_settings import LOCK
-from hesscurv.operators.tasks import describe, map_tensors, num_samples, tensors_of
+from hesscurv.operators.samples import (
+    describe,
+    is_cuttable,
+    map_tensors,
+    num_rows,
+    tensors_of,
+)
 
 _END = object()
 
@@ -162,9 +168,13 @@ class Batches:
 def split(batch: Any, size: int) -> list[Any]:
     """Cut a batch into parts of at most `size` samples.
 
-    Tensors of another length stay whole, and sparse ones, which hold no samples.
+    Tensors of another length stay whole, and sparse ones, which hold no samples. A batch whose
+    number of samples is not known is one part.
+
+    Raises:
+        ValueError: If its samples cannot be told apart: graphs, packed sequences.
     """
-    n = num_samples(batch)
+    n = num_rows(batch)
     if n <= size:
         return [batch]
 
@@ -178,7 +188,17 @@ def part_of(batch: Any, start: int, stop: int) -> Any:
 
 def select(batch: Any, which: slice | Tensor) -> Any:
     """Return the samples of a batch that a slice, a mask or indices choose; see `split`."""
-    n = num_samples(batch)
+    return select_rows(batch, which, num_rows(batch))
+
+
+def select_rows(batch: Any, which: slice | Tensor, n: int) -> Any:
+    """Return a batch with some rows of each of its tensors that have n; see `split`."""
+    if not is_cuttable(batch):
+        raise ValueError(
+            f"expected a batch that can be cut into samples, got {describe(batch)}, which is "
+            "one whole (graphs, a packed sequence, a list of samples); use smaller batches, or, "
+            "where a number of samples was asked for, whole batches"
+        )
 
     def cut(t: Tensor) -> Tensor:
         if t.ndim == 0 or t.shape[0] != n or t.layout is not torch.strided:

@@ -19,6 +19,7 @@ from hesscurv.operators.calibration import Calibration
 from hesscurv.operators.derivative_check import Slope, check_derivatives
 from hesscurv.operators.environment import differentiable
 from hesscurv.operators.linearizations import Linearization
+from hesscurv.operators.mean_check import MeanCheck
 from hesscurv.operators.memory import MemoryPlan
 from hesscurv.operators.micro_batches import MicroBatches
 from hesscurv.operators.objective import Objective
@@ -29,8 +30,8 @@ from hesscurv.operators.probe import (
     check_finite,
     check_symmetric,
 )
+from hesscurv.operators.samples import describe
 from hesscurv.operators.summed_operator import SummedOperator, device_of
-from hesscurv.operators.tasks import describe
 from hesscurv.operators.way_choice import EXPECTED, WayChoice
 
 logger = logging.getLogger(__name__)
@@ -442,6 +443,7 @@ class CurvatureOperator(SummedOperator):
 
     def _look_at_data(self) -> None:
         objective, micro_batches = self.objective, self._micro_batches
+        means = MeanCheck(objective)
         for i, batch in enumerate(objective.batches.first_pass()):
             if not self._add_weight(i, batch):
                 continue
@@ -452,10 +454,12 @@ class CurvatureOperator(SummedOperator):
                     loss = objective.loss(params, batch).detach()
                     check_finite(loss, i)
                     self._check_batch(params, batch, loss)
+                means.look_at(i, batch)
         if self.own_weight == 0:
             return
         if self._checking:
             check_deterministic(objective, micro_batches.largest)
+            means.refuse(self.communicator.size)
         micro_batches.make_plan(self._checking)
         if self._checking:
             few = micro_batches.few(32)

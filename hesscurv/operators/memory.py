@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from dataclasses import dataclass, replace
@@ -11,8 +12,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hesscurv.linalg.device_memory import device_memory
-from hesscurv.operators.batches import split
-from hesscurv.operators.tasks import num_samples, tensors_of
+from hesscurv.operators.batches import part_of, split
+from hesscurv.operators.samples import is_cuttable, num_rows, tensors_of
 
 if TYPE_CHECKING:
     from hesscurv.operators.objective import Objective
@@ -62,13 +63,13 @@ def plan_memory(objective: Objective, budget: int, batch: Any, separable: bool) 
         batch: The largest batch, to measure on.
         separable: Whether batches may be cut.
     """
-    n = num_samples(batch)
+    n = num_rows(batch)
     samples = _UNLIMITED
     fixed, slope = 0.0, 0.0
     if separable and n > 1:
         low, high = max(1, min(4, n // 2)), min(8, n)
-        b_low = _graph_bytes(objective, split(batch, low)[0])
-        b_high = _graph_bytes(objective, split(batch, high)[0])
+        b_low = _graph_bytes(objective, part_of(batch, 0, low))
+        b_high = _graph_bytes(objective, part_of(batch, 0, high))
         slope = max(0.0, (b_high - b_low) / (high - low))
         fixed = max(0.0, b_high - slope * high)
         room = budget / 4 - fixed
@@ -89,14 +90,50 @@ def plan_memory(objective: Objective, budget: int, batch: Any, separable: bool) 
 
 def is_mean_over_samples(objective: Objective, batch: Any) -> bool:
     """Whether a few samples' loss is their halves' mean; not so for batch statistics, rankings."""
-    few = split(batch, 8)[0]
-    return is_mean_over_parts(objective, few, -(-num_samples(few) // 2))
+    if not is_cuttable(batch):
+        return False
+    few = weighed_part(objective, batch, 8)
+    return is_mean_over_parts(objective, few, -(-num_rows(few) // 2))
+
+
+def weighed_part(objective: Objective, batch: Any, size: int) -> Any:
+    """Return the first `size` samples of a batch, or the next that have a weight in the mean.
+
+    The loss of samples whose targets are all ignored is 0 / 0, which tells nothing.
+    """
+    if not is_cuttable(batch):
+        return batch
+    n = num_rows(batch)
+    for start in range(0, n, size):
+        part = part_of(batch, start, start + size) if n > size else batch
+        with contextlib.suppress(ValueError):  # a part whose mean is infinite
+            if objective.weight(part) > 0:
+                return part
+    return batch
 
 
 def is_mean_over_parts(objective: Objective, batch: Any, size: int) -> bool:
     """Whether a batch's loss is the mean over its parts of at most `size` samples; two forwards."""
-    if num_samples(batch) <= size:
+    if num_rows(batch) <= size:
         return True
+    found = losses_of_parts(objective, batch, size)
+    if found is None:
+        return False
+    loss, weights, losses = found
+    if not sum(weights) > 0:
+        return False
+    mean = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
+    tolerance = 1e3 * torch.finfo(objective.dtype).eps
+    return abs(loss - mean) <= tolerance * max(abs(loss), abs(mean), tolerance)
+
+
+def losses_of_parts(
+    objective: Objective, batch: Any, size: int
+) -> tuple[float, list[float], list[float]] | None:
+    """Return a batch's loss, and the weights and losses of its parts of at most `size` samples.
+
+    Parts of no weight are left out. None where the batch cannot be cut.
+    """
     with objective.environment(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what cannot be cut may warn of shapes
         params = objective.parameters()
@@ -108,11 +145,8 @@ def is_mean_over_parts(objective: Objective, batch: Any, size: int) -> bool:
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a model of fixed batch size, in whatever way it says so
-            return False
-    weights = [w for w, _ in parts]
-    mean = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
-    tolerance = 1e3 * torch.finfo(objective.dtype).eps
-    return abs(loss - mean) <= tolerance * max(abs(loss), abs(mean), tolerance)
+            return None
+    return loss, [w for w, _ in parts], losses
 
 
 def _graph_bytes(objective: Objective, batch: Any) -> float:

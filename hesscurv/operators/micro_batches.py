@@ -14,9 +14,10 @@ from hesscurv.operators.memory import (
     is_mean_over_parts,
     is_mean_over_samples,
     plan_memory,
+    weighed_part,
 )
 from hesscurv.operators.objective import Objective
-from hesscurv.operators.tasks import describe, num_samples
+from hesscurv.operators.samples import describe, num_rows
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ class MicroBatches:
 
     def note(self, batch: Any) -> None:
         """Remember the largest of the batches that count."""
-        if self.largest is None or num_samples(batch) > num_samples(self.largest):
+        if self.largest is None or num_rows(batch) > num_rows(self.largest):
             self.largest = batch
 
     def make_plan(self, checking: bool) -> None:
@@ -56,7 +57,9 @@ class MicroBatches:
 
     def few(self, size: int) -> Any:
         """Return some samples of the largest batch, or all of it where it cannot be cut."""
-        return split(self.largest, size)[0] if self.separable else self.largest
+        if not self.separable:
+            return self.largest
+        return weighed_part(self._objective, self.largest, size)
 
     def shares(self, total_weight: float) -> Iterator[tuple[int, Any, float]]:
         """Yield number, samples and share in the mean of all that goes through at once."""
@@ -76,7 +79,7 @@ class MicroBatches:
     def describe(self, index: int, total_weight: float) -> str:
         """Say which micro-batch a number is, for messages."""
         batch = next(part for i, part, _ in self.shares(total_weight) if i == index)
-        return f"micro-batch {index}, {describe(batch)} with {num_samples(batch)} samples"
+        return f"micro-batch {index}, {describe(batch)} with {num_rows(batch)} samples"
 
     def shrink(self) -> bool:
         """Take less at once after memory ran out; return whether micro-batches are other ones now.
@@ -88,7 +91,7 @@ class MicroBatches:
             logger.warning("out of memory: going on without keeping graphs between products")
             self.plan = self.plan.without_kept_graphs()
             return False
-        samples = min(self.plan.max_samples, num_samples(self.largest)) // 2
+        samples = min(self.plan.max_samples, num_rows(self.largest)) // 2
         if samples == 0 or not self.separable or not self._may_cut(samples):
             raise torch.OutOfMemoryError(
                 "out of memory for a single vector on "
@@ -106,8 +109,8 @@ class MicroBatches:
 
     def _may_cut(self, size: int) -> bool:
         """Whether every batch's loss is its parts' mean; cheap where no batch has to be cut."""
-        return num_samples(self.largest) <= size or all(
+        return num_rows(self.largest) <= size or all(
             is_mean_over_parts(self._objective, batch, size)
             for batch in self._objective.batches
-            if num_samples(batch) > size and self._objective.weight(batch)
+            if num_rows(batch) > size and self._objective.weight(batch)
         )

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
+import functools
 import inspect
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hesscurv.operators.descriptions import brief, describe_object
+from hesscurv.operators.samples import (
+    TARGET_KEYS,
+    describe,
+    map_tensors,
+    num_samples,
+    tensors_of,
+)
+from hesscurv.operators.torch_losses import TorchLoss, may_average, reduction_of, torch_loss_of
 
-_TARGET_KEYS = ("labels", "label", "targets", "target", "y")
+__all__ = [
+    "SupervisedTask",
+    "Task",
+    "as_loss",
+    "describe",
+    "map_tensors",
+    "num_samples",
+    "split_batch",
+    "supervised",
+    "tensors_of",
+]
 
 
 class Task:
     """A loss in two parts, ``loss(outputs(model, batch), batch)``, mean over the batch's samples.
 
     Subclass it for a model or a batch that `supervised` does not fit. The Hessian needs the whole
-    alone; the GGN needs the two parts, and the empirical Fisher also `sample_losses`.
+    alone; the GGN needs the two parts, and the empirical Fisher also `sample_losses`. A loss that
+    averages something else than samples needs `weight`: operators test a loss without one.
     """
 
     def __repr__(self) -> str:
@@ -40,7 +58,8 @@ class Task:
     def sample_losses(self, outputs: Tensor, batch: Any) -> Tensor:
         """Return each sample's loss, shape (n,); their mean must be `loss`.
 
-        By default `loss` on each row alone, vectorised: right for every mean over samples.
+        By default `loss` on each row alone, vectorised: right for every mean over samples, and for
+        weighted means, where `weight` of a row alone says what it counts.
         """
         n = outputs.shape[0]
 
@@ -60,8 +79,13 @@ class Task:
     def weight(self, batch: Any) -> float:
         """Return the batch's weight in the mean over all data: its number of samples.
 
-        Override it where the loss averages something else than samples, say unmasked tokens, and
-        for batches whose tensors lie in objects of other kinds, which count as one sample each.
+        Override it where the loss averages something else than samples, say unmasked tokens: it is
+        what the mean is divided by. Also where the number of samples cannot be known, or where the
+        loss of a batch depends on all of it (contrastive losses, rankings) and several batches are
+        to be averaged. What is overridden is believed: the loss is not tested then.
+
+        Raises:
+            ValueError: If the number of samples cannot be known.
         """
         return float(num_samples(batch))
 
@@ -83,13 +107,21 @@ class SupervisedTask(Task):
                 f"expected a loss such as torch.nn.CrossEntropyLoss(), got {type(loss_fn).__name__}"
             )
         given = getattr(loss_fn, "keywords", {})  # of a functools.partial
-        reduction = given.get("reduction", getattr(loss_fn, "reduction", "mean"))
-        if reduction != "mean":
+        inner = getattr(loss_fn, "func", loss_fn)
+        reduction = reduction_of({"reduction": getattr(inner, "reduction", "mean"), **given})
+        if not may_average(loss_fn, reduction):
             raise ValueError(
                 f"expected a loss with reduction='mean', got reduction={reduction!r}; what is "
                 "measured is the curvature of a mean over all samples"
             )
         self.loss_fn = loss_fn
+        self._torch_loss = torch_loss_of(loss_fn)
+
+    @property
+    def torch_loss(self) -> TorchLoss | None:
+        """What is known of the loss if it is one of torch's, and used as it is; else None."""
+        own = type(self).loss is not SupervisedTask.loss
+        return None if own else self._torch_loss
 
     def __repr__(self) -> str:
         """Name the call that made it."""
@@ -115,30 +147,52 @@ class SupervisedTask(Task):
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Return the loss of outputs against the batch's targets."""
         targets = split_batch(batch)[1]
+
+        def is_other(t: Any) -> bool:
+            return isinstance(t, Tensor) and t.is_floating_point() and t.dtype != outputs.dtype
+
+        # Class weights and the like, in the dtype that the outputs are computed in.
         if isinstance(self.loss_fn, nn.Module):
-            # Its class weights and the like, in the dtype that the outputs are computed in.
             state = dict(self.loss_fn.named_parameters()) | dict(self.loss_fn.named_buffers())
-            other = {
-                name: t.to(outputs.dtype)
-                for name, t in state.items()
-                if t.is_floating_point() and t.dtype != outputs.dtype
-            }
+            other = {name: t.to(outputs.dtype) for name, t in state.items() if is_other(t)}
             if other:
                 return torch.func.functional_call(self.loss_fn, other, (outputs, targets))
+        if isinstance(self.loss_fn, functools.partial):
+            bound = self.loss_fn.keywords
+            other = {name: t.to(outputs.dtype) for name, t in bound.items() if is_other(t)}
+            return self.loss_fn(outputs, targets, **other)
         return self.loss_fn(outputs, targets)
 
     def weight(self, batch: Any) -> float:
-        """Return the number of targets: inputs may have another dimension first."""
+        """Return what the loss's mean over the batch's targets is divided by.
+
+        For torch's losses: the class weights of its targets other than `ignore_index`, or their
+        number; the number of elements of losses by element. For others the number of targets:
+        inputs may have another dimension first.
+        """
         targets = split_batch(batch)[1]
-        return float(num_samples(targets if tensors_of(targets) else batch))
+        if self.torch_loss is not None and isinstance(targets, Tensor):
+            return self.torch_loss.weigh(targets)
+        known = any(t.ndim > 0 for t in tensors_of(targets))
+        return float(num_samples(targets if known else batch))
+
+    def row_weights(self, batch: Any) -> Tensor | None:
+        """Return what each row of targets counts, shape (n,); None where all count the same."""
+        targets = split_batch(batch)[1]
+        if self.torch_loss is None or not isinstance(targets, Tensor):
+            return None
+        return self.torch_loss.weigh_rows(targets)
 
 
 def supervised(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> SupervisedTask:
     """Make the task of a model with inputs and targets: ``loss_fn(model(inputs), targets)``.
 
     Args:
-        loss_fn: A loss with mean reduction over samples, such as ``torch.nn.CrossEntropyLoss()``
-            or any callable ``(outputs, targets) -> scalar``.
+        loss_fn: A loss with mean reduction, such as ``torch.nn.CrossEntropyLoss()``, or any
+            callable ``(outputs, targets) -> scalar``. Losses of `torch.nn` and
+            `torch.nn.functional` (options bound by `functools.partial`) count each batch by what
+            their mean is divided by: class weights, targets other than `ignore_index`, elements.
+            Any other has to be a mean over samples, which operators test.
 
     Returns:
         A task for batches ``(inputs, targets)``, where the inputs may themselves be a sequence
@@ -147,7 +201,7 @@ def supervised(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> SupervisedTask:
 
     Raises:
         TypeError: If `loss_fn` cannot be called.
-        ValueError: If its `reduction` is not "mean".
+        ValueError: If its `reduction` is none to a mean ("sum", "none").
     """
     return SupervisedTask(loss_fn)
 
@@ -201,11 +255,11 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
         ValueError: If the batch is neither a pair nor a mapping with a target.
     """
     if isinstance(batch, Mapping):
-        for key in _TARGET_KEYS:
+        for key in TARGET_KEYS:
             if key in batch:
                 return {k: v for k, v in batch.items() if k != key}, batch[key]
         raise ValueError(
-            f"expected a dict batch with its targets under one of {_TARGET_KEYS}, got keys "
+            f"expected a dict batch with its targets under one of {TARGET_KEYS}, got keys "
             f"{list(batch)}; subclass hesscurv.Task, or pass a callable (model, batch) -> loss"
         )
     if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) == 2:
@@ -214,54 +268,6 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
         f"expected batches (inputs, targets) or dicts, got {describe(batch)}; subclass "
         "hesscurv.Task, or pass a callable (model, batch) -> loss"
     )
-
-
-def num_samples(batch: Any) -> int:
-    """Return the length of the first tensor's first dimension; 1 where there is none."""
-    for tensor in tensors_of(batch):
-        if tensor.ndim > 0:
-            return tensor.shape[0]
-    return 1
-
-
-def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to every tensor in nested dicts, lists, tuples and dataclasses."""
-    if isinstance(value, Tensor):
-        return fn(value)
-    if isinstance(value, Mapping):
-        mapped = {k: map_tensors(v, fn) for k, v in value.items()}
-        if type(value) is dict or not isinstance(value, MutableMapping):
-            return mapped
-        value = copy.copy(value)  # a Hugging Face BatchEncoding stays one
-        value.update(mapped)
-        return value
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(v, fn) for v in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(v, fn) for v in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = [f.name for f in dataclasses.fields(value) if f.init]
-        changes = {name: map_tensors(getattr(value, name), fn) for name in fields}
-        return dataclasses.replace(value, **changes)
-    return value
-
-
-def tensors_of(value: Any) -> list[Tensor]:
-    """Return every tensor that `map_tensors` finds, in order."""
-    found: list[Tensor] = []
-    map_tensors(value, found.append)
-    return found
-
-
-def describe(value: Any) -> str:
-    """Say what a batch is, for an error message."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if isinstance(value, Mapping):
-        return f"a dict with keys {list(value)}"
-    if isinstance(value, (list, tuple)):
-        return f"a {type(value).__name__} of length {len(value)}"
-    return f"a {type(value).__name__}"
 
 
 def _call_with_keywords(model: nn.Module, inputs: Mapping[str, Any]) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from hesscurv.operators.batches import part_of
-from hesscurv.operators.tasks import map_tensors, num_samples
+from hesscurv.operators.samples import map_tensors, num_rows, num_samples
 
 
 def take_samples(batches: Iterable[Any], counts: list[int | None], seed: int) -> list[list[Any]]:
@@ -38,7 +38,9 @@ def take_samples(batches: Iterable[Any], counts: list[int | None], seed: int) ->
     with _drawing_from_seed(batches, seed):
         index, taken = 0, 0
         for batch in batches:
-            start, size = 0, num_samples(batch)
+            # Where all are taken, nobody needs to know how many there are.
+            size = num_rows(batch) if counts == [None] else num_samples(batch)
+            start = 0
             while start < size and index < len(counts):
                 count = counts[index]
                 stop = size if count is None else min(size, start + count - taken)

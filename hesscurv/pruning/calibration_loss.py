@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hesscurv.operators.batches import Batches, part_of, split
 from hesscurv.operators.objective import Objective
-from hesscurv.operators.tasks import num_samples
+from hesscurv.operators.samples import num_samples
 
 _END = object()
 

@@ -23,7 +23,7 @@ from torch.func import grad, jacrev, vmap
 
 from hesscurv.operators.batches import split
 from hesscurv.operators.objective import Objective
-from hesscurv.operators.tasks import map_tensors, num_samples, tensors_of
+from hesscurv.operators.samples import map_tensors, num_samples, tensors_of
 
 Values = dict[str, Tensor]
 

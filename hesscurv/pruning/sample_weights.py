@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hesscurv.operators.batches import select, split
 from hesscurv.operators.objective import Objective
-from hesscurv.operators.tasks import num_samples
+from hesscurv.operators.samples import num_samples
 from hesscurv.pruning.sample_gradients import one_loss
 
 # A batch, and its samples' weights, shape (n,), float64 and positive.

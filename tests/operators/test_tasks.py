@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import hesscurv
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from hesscurv.operators.memory import is_mean_over_parts, is_mean_over_samples
-from hesscurv.operators.tasks import map_tensors, num_samples, split_batch, tensors_of
+from hesscurv.operators.tasks import map_tensors, split_batch, tensors_of
 
 Pair = namedtuple("Pair", ["inputs", "targets"])
 X, Y = torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 0])
@@ -66,11 +66,6 @@ def test_mapping_tensors_keeps_the_structure_and_the_original(value):
     )
     others = [map_tensors(v, lambda t: None) for v in (value, doubled)]
     assert others[0] == others[1]
-
-
-def test_the_number_of_samples_is_that_of_the_first_tensor_with_a_dimension():
-    assert num_samples({"temperature": torch.tensor(2.0), "x": X, "y": Y}) == 3
-    assert num_samples(torch.tensor(1.0)) == num_samples("no tensor") == num_samples(None) == 1
 
 
 # -- calling the model ------------------------------------------------------------------------
@@ -258,7 +253,7 @@ def test_a_loss_that_only_looks_like_a_mean_is_not_cut():
     (batch,) = masked_batches(6)
     batch = map_tensors(batch, lambda t: t.repeat_interleave(7, 0))
     batch["y"][30:] = -100
-    task = hesscurv.supervised(nn.CrossEntropyLoss())
+    task = hesscurv.supervised(lambda out, y: F.cross_entropy(out, y))
     pair = (batch["x"], batch["y"])
     whole = HessianOperator(model, task, [pair])
     small = HessianOperator(model, task, [pair], memory_budget=3000)

@@ -1,0 +1,336 @@
+"""Tests that a loss is the mean over samples that its batches are weighed for.
+
+The loss over all data is ``sum_b (w_b / W) L_b``, with w_b from `weight(batch)`. It does not depend
+on how data are batched where a batch's loss is that of any two parts of it, weighed alike:
+``L = (w_1 L_1 + w_2 L_2) / (w_1 + w_2)``. That is tested, for a task that does not say itself
+what a batch counts: on the rows of fixed outputs where the task has its two parts, so that batch
+statistics inside the model do not matter, and otherwise through the model.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscurv.operators.batches import select_rows
+from hesscurv.operators.memory import losses_of_parts
+from hesscurv.operators.objective import Objective
+from hesscurv.operators.samples import (
+    TARGET_KEYS,
+    describe,
+    first_dimensions,
+    is_cuttable,
+    map_tensors,
+    num_rows,
+    tensors_of,
+)
+from hesscurv.operators.tasks import SupervisedTask, Task, split_batch
+
+_MOST_JOINED = 2  # of batches that go through the model together
+
+
+@dataclass(frozen=True)
+class _Finding:
+    """How the loss of a batch compares with that of its parts.
+
+    Args:
+        holds: Whether the loss is the weighted mean of the parts'.
+        is_sum: Whether it is their sum instead.
+        loss: The loss of the whole.
+        mean: The weighted mean.
+    """
+
+    holds: bool
+    is_sum: bool = False
+    loss: float = 0.0
+    mean: float = 0.0
+
+
+class MeanCheck:
+    """Tests the batches of an operator, each as it is first read.
+
+    Args:
+        objective: What is measured, refreshed.
+
+    Cost: for a task that is tested, about one forward pass over the data, and the loss on fixed
+    outputs a few times more; for torch's own losses one forward pass of the first batch.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self._objective = objective
+        self._task: Any = objective.task
+        self._is_torch_loss = getattr(self._task, "torch_loss", None) is not None
+        self._tested = not objective.is_closure and not says_its_weight(self._task)
+        self._has_parts = (
+            callable(getattr(self._task, "outputs", None))
+            and callable(getattr(self._task, "loss", None))
+            and isinstance(self._task, Task)
+            and type(self._task).__call__ is Task.__call__
+        )
+        self._failure: tuple[int, Any, _Finding] | None = None
+        self._before: tuple[Any, Tensor | None] | None = None  # a batch, and its outputs
+        self._uncut: tuple[int, Any] | None = None
+        self._layouts: set[tuple[int, ...]] = set()
+        self._seen = self._joined = 0
+
+    def look_at(self, index: int, batch: Any) -> None:
+        """Test one batch, of positive weight, and its union with the one before."""
+        self._seen += 1
+        if not self._tested or (self._is_torch_loss and self._seen > 1):
+            return
+        self._layouts.add(first_dimensions(batch))
+        objective, out, found = self._objective, None, None
+        with objective.environment(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what cannot be cut may warn of shapes
+            if self._has_parts:
+                out = objective.outputs(objective.parameters(), batch).detach()
+                found = self._on_fixed_outputs(out, batch)
+        if self._is_torch_loss:
+            # What it divides by is known, but for outputs that broadcast against their targets.
+            self._note(index, batch, found)
+            return
+        if found is None or not found.holds:
+            found = self._through_the_model(batch) or found
+        self._note(index, batch, found)
+        if found is None and num_rows(batch) > 1:
+            self._uncut = self._uncut or (index, batch)
+        if self._before is not None and (
+            out is not None or self._joined < _MOST_JOINED or num_rows(batch) == 1
+        ):
+            self._note(index, batch, self._on_union(batch, out))
+        self._before = batch, out
+
+    def refuse(self, ranks: int = 1) -> None:
+        """Refuse a loss that was found to be no mean over samples.
+
+        A single batch's loss has the curvature that it has, however it depends on its samples: it
+        is refused only where it is a sum, whose size depends on how many there are.
+
+        Args:
+            ranks: Over how many ranks batches are averaged.
+
+        Raises:
+            ValueError: With the remedy.
+        """
+        many = self._seen > 1 or ranks > 1
+        if self._failure is not None and (many or self._failure[2].is_sum):
+            index, batch, found = self._failure
+            cause, remedy = self._explain(found)
+            raise ValueError(
+                f"expected a loss that is a mean over samples, got {found.loss:.6g} for samples of "
+                f"batch {index}, {describe(batch)}, together, and {found.mean:.6g} as the mean of "
+                f"their parts: {cause}, so that the matrix would depend on how data are batched; "
+                f"{remedy}"
+            )
+        if many and self._uncut is not None:
+            self._require_certain_number(*self._uncut)
+
+    # -- the tests ------------------------------------------------------------------------------
+
+    def _on_fixed_outputs(self, out: Tensor, batch: Any) -> _Finding | None:
+        """Compare the loss of some outputs with that of their rows; None where it cannot be cut."""
+        n = len(out) if out.ndim else 1
+        if n < 2 or not is_cuttable(batch) or not self._has_rows(batch, n):
+            return None
+        generator = torch.Generator("cpu").manual_seed(0)
+        order = torch.randperm(n, generator=generator, device="cpu").to(out.device)
+        # Neighbours, and samples at random: in data in order, halves may be alike.
+        cuts: list[list[Any]] = [[slice(0, n // 2), slice(n // 2, n)]]
+        if n > 2:
+            cuts.append([order[: n // 3], order[n // 3 :]])
+        found = None
+        for cut in cuts:
+            parts = [(out[i], select_rows(batch, i, n)) for i in (slice(None), *cut)]
+            found = self._compare(parts)
+            if found is None or not found.holds:
+                break
+        return found
+
+    def _through_the_model(self, batch: Any) -> _Finding | None:
+        """Compare the loss of a batch with that of its halves; None where it cannot be cut."""
+        n = num_rows(batch)
+        if n < 2 or not is_cuttable(batch):
+            return None
+        try:
+            found = losses_of_parts(self._objective, batch, -(-n // 2))
+        except torch.OutOfMemoryError:
+            return None
+        if found is None:
+            return None
+        return self._unless_of_batch(_judge(*found, self._objective.dtype))
+
+    def _on_union(self, batch: Any, out: Tensor | None) -> _Finding | None:
+        """Compare two batches with both in one; None where they cannot be joined."""
+        assert self._before is not None
+        objective, (before, out_before) = self._objective, self._before
+        try:
+            union = _join(before, batch)
+            if union is None:
+                return None
+            with objective.environment(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                if out is not None and out_before is not None and out.ndim and out_before.ndim:
+                    both = torch.cat([out_before, out])
+                    if self._has_rows(union, len(both)):
+                        return self._compare([(both, union), (out_before, before), (out, batch)])
+                self._joined += 1
+                params, weights = (
+                    objective.parameters(),
+                    list(map(objective.weight, (before, batch))),
+                )
+                losses = [float(objective.loss(params, b).detach()) for b in (union, before, batch)]
+        except Exception:  # samples of other sizes, or too many at once
+            return None
+        return self._unless_of_batch(_judge(losses[0], weights, losses[1:], objective.dtype))
+
+    def _compare(self, pairs: list[tuple[Tensor, Any]]) -> _Finding | None:
+        """Compare the first of some outputs and batches with the others, which make it up.
+
+        In float64, where rounding of a loss that is a small difference does not pass for another
+        mean; in their own dtype where the loss takes no other.
+        """
+        for cast in (_double, lambda value: value):
+            try:
+                found = [cast(pair) for pair in pairs]
+                weights = [self._objective.weight(batch) for _, batch in found[1:]]
+                whole = self._task.loss(*found[0]).detach()
+                losses = [
+                    float(self._task.loss(*pair).detach()) if w > 0 else 0.0
+                    for w, pair in zip(weights, found[1:], strict=True)
+                ]
+                return _judge(float(whole), weights, losses, whole.dtype)
+            except torch.OutOfMemoryError:
+                return None
+            except Exception:  # rows that are no samples, in whatever way the loss says so
+                continue
+        return None
+
+    def _has_rows(self, batch: Any, n: int) -> bool:
+        """Whether targets, or anything in a batch of an own task, have n rows."""
+        is_pair = isinstance(self._task, SupervisedTask)
+        tensors = tensors_of(split_batch(batch)[1] if is_pair else batch)
+        return any(t.ndim > 0 and len(t) == n for t in tensors)
+
+    def _unless_of_batch(self, found: _Finding | None) -> _Finding | None:
+        """Drop a finding that batch statistics explain: batches are averaged as training has them.
+
+        A sum remains one with them.
+        """
+        if found is None or found.holds or found.is_sum:
+            return found
+        mode = self._objective.training
+        for module in self._objective.model.modules():
+            training = module.training if mode is None else mode
+            if isinstance(module, nn.modules.batchnorm._NormBase):
+                if training or module.running_mean is None:
+                    return None
+            elif training and any(name.startswith("running_") for name in module._buffers):
+                return None
+        return found
+
+    # -- the outcome ----------------------------------------------------------------------------
+
+    def _note(self, index: int, batch: Any, found: _Finding | None) -> None:
+        if found is None or found.holds:
+            return
+        if self._failure is None or (found.is_sum and not self._failure[2].is_sum):
+            self._failure = index, batch, found
+
+    def _explain(self, found: _Finding) -> tuple[str, str]:
+        own = "define weight(batch) in a subclass of hesscurv.Task"
+        if found.is_sum:
+            return (
+                "the loss is a sum (reduction='sum')",
+                f"use reduction='mean', or say what a batch counts: {own}",
+            )
+        if self._is_torch_loss:
+            return (
+                "the outputs and the targets have other shapes and broadcast against each other",
+                f"give both the same shape, or say what a batch counts: {own}",
+            )
+        return (
+            "it averages something else than samples (class weights, ignored targets, tokens), or "
+            "the samples of a batch depend on each other",
+            f"say what each batch counts, which is what its mean is divided by: {own}",
+        )
+
+    def _require_certain_number(self, index: int, batch: Any) -> None:
+        """Refuse batches that could not be cut to test them, and may count otherwise as well."""
+        dimensions = {n for n in first_dimensions(batch) if n != 1}
+        as_many = len({len(layout) for layout in self._layouts}) == 1
+        if len(self._layouts) == 1 or (as_many and len(dimensions) < 2):
+            return
+        if isinstance(self._task, SupervisedTask) or _names_targets(batch):
+            return
+        raise ValueError(
+            f"expected batches whose number of samples is known, got batch {index}, "
+            f"{describe(batch)}, whose tensors have the first dimensions "
+            f"{list(first_dimensions(batch))}, and which the loss does not take in parts, to tell; "
+            "say what each batch counts in the mean: define weight(batch) in a subclass of "
+            "hesscurv.Task"
+        )
+
+
+def says_its_weight(task: Any) -> bool:
+    """Whether a task says itself what a batch counts, and is to be believed."""
+    own = getattr(task, "weight", None)
+    if not callable(own) or getattr(task, "tests_mean", False):
+        return False
+    return getattr(own, "__func__", None) not in (Task.weight, SupervisedTask.weight)
+
+
+def _judge(
+    loss: float, weights: list[float], losses: list[float], dtype: torch.dtype
+) -> _Finding | None:
+    """Compare a loss with the weighted mean of its parts', and with their sum."""
+    kept = [(w, x) for w, x in zip(weights, losses, strict=True) if w > 0]
+    total = sum(w for w, _ in kept)
+    if not total > 0:
+        return None
+    mean, added = sum(w * x for w, x in kept) / total, sum(x for _, x in kept)
+    size = max(abs(loss), *(abs(x) for _, x in kept))
+    if not math.isfinite(size):  # refused elsewhere, in its own words
+        return None
+    # Far above the rounding of a sum over samples, far below what another weight makes.
+    tolerance = torch.finfo(dtype).eps ** 0.5 * size
+    if abs(loss - mean) <= tolerance:
+        return _Finding(True)
+    return _Finding(False, abs(loss - added) <= tolerance, loss, mean)
+
+
+def _double(value: Any) -> Any:
+    return map_tensors(value, lambda t: t.double() if t.is_floating_point() else t)
+
+
+def _names_targets(batch: Any) -> bool:
+    if isinstance(batch, Mapping):
+        return any(key in batch.keys() for key in TARGET_KEYS)  # noqa: SIM118 - TensorDict
+    return not isinstance(batch, (list, Tensor)) and any(hasattr(batch, k) for k in TARGET_KEYS)
+
+
+def _join(first: Any, second: Any) -> Any | None:
+    """Return two batches in one; None where something in them is neither joined nor the same."""
+    if not (is_cuttable(first) and is_cuttable(second)):
+        return None
+    if map_tensors(first, _nothing) != map_tensors(second, _nothing):
+        return None
+    sizes, joined = (num_rows(first), num_rows(second)), []
+    for a, b in zip(tensors_of(first), tensors_of(second), strict=True):
+        if a.ndim and b.ndim and (len(a), len(b)) == sizes and a.layout is torch.strided:
+            joined.append(torch.cat([a, b]).detach().requires_grad_(a.requires_grad))
+        elif a.shape == b.shape and bool((a == b).all()):
+            joined.append(a)
+        else:
+            return None
+    left = iter(joined)
+    return map_tensors(first, lambda _: next(left))
+
+
+def _nothing(tensor: Tensor) -> None:
+    return None
