@@ -23,6 +23,7 @@ from hesscurv.operators.memory import (
     is_mean_over_samples,
     plan_memory,
 )
+from hesscurv.operators.missing_derivatives import Differentiation, explain
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParamSelection
 from hesscurv.operators.probe import (
@@ -31,6 +32,7 @@ from hesscurv.operators.probe import (
     check_finite,
     check_symmetric,
 )
+from hesscurv.operators.references import on_batch, with_reference
 from hesscurv.operators.summed_operator import SummedOperator, device_of
 from hesscurv.operators.tasks import num_samples
 from hesscurv.operators.way_choice import EXPECTED, WayChoice
@@ -81,6 +83,7 @@ class CurvatureOperator(SummedOperator):
     traced: tuple[str, ...] = ()  # those with a long set-up
     needs_parts = False  # whether the task must have the parts `outputs` and `loss`
     extra_ways: tuple[str, ...] = ()  # not tried by themselves on CPUs
+    fallbacks: tuple[str, ...] = ()  # further references, where the first has no derivative
 
     def __init__(
         self,
@@ -134,6 +137,10 @@ class CurvatureOperator(SummedOperator):
     def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
         """Set up the product of one batch's curvature with blocks of vectors."""
 
+    @abstractmethod
+    def _needs(self, batch: Any) -> list[Differentiation]:
+        """Return what is differentiated on a batch, and how often."""
+
     def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
         """Refuse a batch that this kind of curvature cannot be computed on."""
 
@@ -142,8 +149,12 @@ class CurvatureOperator(SummedOperator):
     def _own_product(self, vectors_BD: Tensor) -> Tensor:
         if self.own_weight == 0:
             return torch.zeros_like(vectors_BD)
-        self._choice.prepare(len(vectors_BD))
-        out_BD = self.within_memory(lambda: self._accumulate(vectors_BD))
+
+        def multiply() -> Tensor:
+            self._choice.prepare(len(vectors_BD))
+            return self.within_memory(lambda: self._accumulate(vectors_BD))
+
+        out_BD = with_reference(self, multiply)
         if not bool(torch.stack(out_BD.aminmax()).isfinite().all()):  # NaN propagates
             raise ValueError(
                 "the product has NaN or inf entries, so the loss has no finite second derivative "
@@ -164,8 +175,9 @@ class CurvatureOperator(SummedOperator):
         out_BD = torch.empty_like(vectors_BD)
         way, chunk = self.choice(vectors_BD.shape[0])
         for number, (index, batch, weight) in enumerate(self.microbatches()):
-            apply = self._prepared(index, batch, way)
-            self._multiply_into(out_BD, way, apply, vectors_BD, weight, chunk, add=number > 0)
+            with on_batch(way, batch):
+                apply = self._prepared(index, batch, way)
+                self._multiply_into(out_BD, way, apply, vectors_BD, weight, chunk, add=number > 0)
         return out_BD
 
     def _multiply_into(
@@ -260,13 +272,37 @@ class CurvatureOperator(SummedOperator):
 
     def product_on(self, batch: Any, vectors_BD: Tensor, way: str | None = None) -> Tensor:
         """Return one batch's curvature times vectors (B, D), by the reference way by default."""
-        way = way or self.ways[0]
-        return self.run(self.prepare(batch, way), vectors_BD, way)
+
+        def multiply() -> Tensor:
+            chosen = way or self.ways[0]
+            with on_batch(chosen, batch):
+                return self.run(self.prepare(batch, chosen), vectors_BD, chosen)
+
+        return with_reference(self, multiply)
 
     def release(self) -> None:
         """Give up graphs and copies of the weights; the next product takes them anew."""
         self._forget()
         self.objective.release()
+
+    # -- the reference --------------------------------------------------------------------------
+
+    def take_reference(self, way: str) -> None:
+        """Let products agree with another way from here on, the first one having failed."""
+        failed = self.ways[0]
+        self.ways = (way, *(w for w in self.ways if w not in (way, failed)))
+        self.verified = {way}
+        self._drop_graphs()
+        self._choice.forget()
+
+    def explained(self, error: Exception, batch: Any) -> Exception:
+        """Return an error that says which operation of the model lacks a derivative, and what to do.
+
+        Args:
+            error: What was raised on a batch; returned as it is where it is something else.
+            batch: The batch.
+        """
+        return explain(self.objective, batch, error, self._needs, type(self).__name__)
 
     # -- choosing the way -----------------------------------------------------------------------
 
@@ -288,7 +324,7 @@ class CurvatureOperator(SummedOperator):
             The measured seconds per vector of every way, on this rank.
         """
         with self.communicator.together("measuring the ways of computing"):
-            return self._choice.calibrate(expected)
+            return with_reference(self, lambda: self._choice.calibrate(expected))
 
     def expect(self, products: int) -> None:
         """Choose the way for so many products from here on, whatever was computed before.
@@ -326,11 +362,7 @@ class CurvatureOperator(SummedOperator):
             if weight and (self._largest is None or is_larger):
                 self._largest = batch
             if self._checking and weight:
-                with objective.environment():
-                    params = objective.parameters()
-                    loss = objective.loss(params, batch).detach()
-                    check_finite(loss, i)
-                    self._check_batch(params, batch, loss)
+                self._evaluate(i, batch)
         if self.own_weight == 0:
             return
         if self._checking:
@@ -341,7 +373,23 @@ class CurvatureOperator(SummedOperator):
                 self._set_separable(False)
             few = split(self._largest, 32)[0] if self._separable else self._largest
             check_dependent(objective, few)
-            check_symmetric(self, few)
+            with_reference(self, lambda: check_symmetric(self, few))
+
+    def _evaluate(self, index: int, batch: Any) -> None:
+        objective = self.objective
+        try:
+            with objective.environment():
+                params = objective.parameters()
+                loss = objective.loss(params, batch).detach()
+                check_finite(loss, index)
+                self._check_batch(params, batch, loss)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            explained = self.explained(error, batch)
+            if explained is error:
+                raise
+            raise explained from error
 
     def _set_separable(self, separable: bool) -> None:
         self._separable = separable
@@ -392,7 +440,7 @@ class CurvatureOperator(SummedOperator):
         self._plan = self._plan.with_fewer_samples(samples)
 
 
-_RUN_MODEL_CODE = ("vmapped", "compiled")
+_RUN_MODEL_CODE = ("vmapped", "compiled", "forward")
 
 
 def _empty_cache(device: torch.device) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesscurv.operators import linearizations as ways
-from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.operators.ggn import GAUSS_NEWTON_WAYS
-from hesscurv.operators.linearizations import Linearization
+from hesscurv.operators.ggn import GaussNewtonOperator
+from hesscurv.operators.linearizations import LinearMap, Params
+from hesscurv.operators.missing_derivatives import Differentiation
 
 
-class EmpiricalFisherOperator(CurvatureOperator):
+class EmpiricalFisherOperator(GaussNewtonOperator):
     r"""The empirical Fisher :math:`F = \frac1N \sum_n g_n g_n^T`, by products.
 
     :math:`g_n` is the gradient of sample n's loss at its given target; F is positive semi-definite
@@ -26,15 +27,14 @@ class EmpiricalFisherOperator(CurvatureOperator):
     arguments; ``F @ v`` costs about one gradient over the data.
     """
 
-    ways = tuple(GAUSS_NEWTON_WAYS)
-    loops = ("retained",)
-    needs_parts = True
-    traced = ("linearized_batched",)
+    def parts(self, batch: Any) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], LinearMap]]:
+        """Return the samples' losses as a function of the parameters, and their curvature."""
+        return lambda p: self._sample_losses(p, batch), ways.scaled_identity
 
-    def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
-        return GAUSS_NEWTON_WAYS[way](
-            lambda p: self._sample_losses(p, batch), ways.scaled_identity, params
-        )
+    def _needs(self, batch: Any) -> list[Differentiation]:
+        return [
+            Differentiation(lambda p: self._sample_losses(p, batch), self.objective.leaves(), 1)
+        ]
 
     def _sample_losses(self, params: tuple[Tensor, ...], batch: Any) -> Tensor:
         losses = self.objective.task_parts.sample_losses(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
+from hesscurv.operators import first_derivatives
 from hesscurv.operators import linearizations as ways
 from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.operators.linearizations import Linearization
+from hesscurv.operators.linearizations import LinearMap, Linearization, Params
+from hesscurv.operators.missing_derivatives import Differentiation, of_ggn
+from hesscurv.operators.tasks import num_samples
 
 GAUSS_NEWTON_WAYS = {
     "retained": ways.gauss_newton_retained,
@@ -18,7 +22,38 @@ GAUSS_NEWTON_WAYS = {
 }
 
 
-class GGNOperator(CurvatureOperator):
+class GaussNewtonOperator(CurvatureOperator):
+    """A matrix J^T C J, with the Jacobian J of some outputs and a curvature C on these.
+
+    Only first derivatives of the model are needed. The reference way takes J v from the derivative
+    of the backward pass ("retained"), which some operations do not have; then from forward mode
+    ("forward"); and where that is missing too, from J by rows, a backward pass an output ("rows").
+    """
+
+    ways = tuple(GAUSS_NEWTON_WAYS)
+    fallbacks = ("forward", "rows")
+    loops = ("retained", "forward")
+    needs_parts = True
+    traced = ("linearized_batched",)
+
+    def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
+        outputs, curvature = self.parts(batch)
+        if way == "forward":
+            return first_derivatives.gauss_newton_forward(outputs, curvature, params)
+        if way == "rows":
+            return first_derivatives.gauss_newton_rows(
+                outputs, curvature, params, self._bytes_for_rows()
+            )
+        return GAUSS_NEWTON_WAYS[way](outputs, curvature, params)
+
+    def _bytes_for_rows(self) -> int:
+        """Return the bytes that each micro-batch's rows may take between products."""
+        plan, batches = self.memory_plan, self.objective.batches
+        parts = -(-num_samples(self._largest) // plan.max_samples) * batches.count
+        return plan.budget // (8 * (parts if plan.keep_graphs else 1))
+
+
+class GGNOperator(GaussNewtonOperator):
     r"""The generalised Gauss-Newton matrix :math:`G = \sum_b (n_b / N) J_b^T C_b J_b`, by products.
 
     :math:`J_b` is the Jacobian of a batch's outputs in the parameters and :math:`C_b` the Hessian
@@ -30,18 +65,16 @@ class GGNOperator(CurvatureOperator):
     `CurvatureOperator` for the arguments; ``G @ v`` costs about one gradient over the data.
     """
 
-    ways = tuple(GAUSS_NEWTON_WAYS)
-    loops = ("retained",)
-    needs_parts = True
-    traced = ("linearized_batched",)
-
-    def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
+    def parts(self, batch: Any) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], LinearMap]]:
+        """Return the outputs as a function of the parameters, and their curvature at z."""
         task = self.objective.task_parts
-        return GAUSS_NEWTON_WAYS[way](
+        return (
             lambda p: self.objective.outputs(p, batch),
             ways.output_hessian(lambda z: task.loss(z, batch)),
-            params,
         )
+
+    def _needs(self, batch: Any) -> list[Differentiation]:
+        return of_ggn(self.objective, batch)
 
     def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
         self.objective.outputs(params, batch)  # a wrong type is refused before any product

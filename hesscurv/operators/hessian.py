@@ -11,6 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hesscurv.operators import linearizations as ways
 from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.operators.linearizations import Block, Linearization, Product
+from hesscurv.operators.missing_derivatives import Differentiation, of_hessian
 from hesscurv.operators.tasks import map_tensors, tensors_of
 from hesscurv.operators.tracing import PlainZeros
 
@@ -53,6 +54,9 @@ class HessianOperator(CurvatureOperator):
         if way == "compiled":
             return self._compiled_product(params, batch)
         return _WAYS[way](lambda p: self.objective.loss(p, batch), params)
+
+    def _needs(self, batch: Any) -> list[Differentiation]:
+        return of_hessian(self.objective, batch)
 
     def _compiled_product(self, params: tuple[Tensor, ...], batch: Any) -> Linearization:
         """Trace forward over reverse to a plain graph of tensor operations, and compile that.

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hesscurv.operators.linearizations import NonFiniteLossError
 from hesscurv.operators.objective import Objective
+from hesscurv.operators.references import AsymmetryError, WayError
 
 if TYPE_CHECKING:
     from hesscurv.operators.curvature_operator import CurvatureOperator
@@ -84,7 +85,7 @@ def check_symmetric(operator: CurvatureOperator, batch: Any) -> None:
     """Compare u.(H v) with v.(H u) for two random pairs on part of a batch; four products.
 
     Raises:
-        ValueError: If they differ by more than rounding, with the likely cause.
+        WayError: If they differ by more than rounding; its error has the likely cause.
     """
     generator = torch.Generator().manual_seed(0)
     size = operator.shape[0]
@@ -98,12 +99,13 @@ def check_symmetric(operator: CurvatureOperator, batch: Any) -> None:
         scale = float(u.norm() * h_v.norm() + v.norm() * h_u.norm()) / (2 * size**0.5)
         # 2e-2 in float32: a derivative that is wrong somewhere is wrong by far more.
         if abs(left - right) > torch.finfo(operator.dtype).eps ** 0.25 * scale:
-            raise ValueError(
+            error = AsymmetryError(
                 f"the operator is not symmetric: u.Hv = {left:.6g} but v.Hu = {right:.6g} for "
                 "random u, v; some function's backward is not its derivative (a custom "
                 "autograd.Function, a gradient that is changed on the way); replace it, or pass "
                 "check=False to go on at your own risk"
             )
+            raise WayError(operator.ways[0], batch, error) from error
 
 
 def _drops_out(module: nn.Module) -> bool:
