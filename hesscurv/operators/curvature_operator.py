@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from hesscurv.distributed import Communicator
 from hesscurv.operators.batches import split
-from hesscurv.operators.blocks import cut_block, put_block
+from hesscurv.operators.blocks import BlockCutter, put_block
 from hesscurv.operators.calibration import Calibration
 from hesscurv.operators.environment import differentiable
 from hesscurv.operators.linearizations import Linearization
@@ -118,6 +118,7 @@ class CurvatureOperator(SummedOperator):
                 _ = objective.task_parts
         super().__init__(objective, communicator)
         self.layout = objective.layout
+        self._cutter = BlockCutter(self.layout)
         self.way = way
         if self.device.type == "cuda":
             self.ways = known
@@ -199,7 +200,7 @@ class CurvatureOperator(SummedOperator):
                 size = 1 if way in self.loops else min(chunk, self._plan.max_vectors)
                 part_BD = vectors_BD[start : start + size]
                 try:
-                    product = apply(cut_block(self.layout, part_BD))
+                    product = self._cutter.apply(apply, part_BD)
                 except torch.OutOfMemoryError:
                     if len(part_BD) == 1:
                         raise
@@ -381,6 +382,9 @@ class CurvatureOperator(SummedOperator):
             with objective.environment():
                 params = objective.parameters()
                 loss = objective.loss(params, batch).detach()
+            if objective.find_writes():
+                return self._evaluate(index, batch)
+            with objective.environment():
                 check_finite(loss, index)
                 self._check_batch(params, batch, loss)
         except torch.OutOfMemoryError:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hesscurv.operators.linearizations import Block, LinearMap, Linearization, Params, Product
+from hesscurv.operators.plain_embeddings import dense
 from hesscurv.operators.tracing import load_forward_rules
 
 
@@ -102,9 +103,8 @@ class _OutputGraph:
             entries[i] = 0
 
     def _gradients(self, u: Tensor) -> tuple[Tensor | None, ...]:
-        return torch.autograd.grad(
-            self.z, self._leaves, u, retain_graph=True, allow_unused=True
-        )
+        found = torch.autograd.grad(self.z, self._leaves, u, retain_graph=True, allow_unused=True)
+        return tuple(None if g is None else dense(g) for g in found)
 
 
 def _inner_products(block: Block, row: tuple[Tensor | None, ...]) -> Tensor:
