@@ -23,16 +23,16 @@ from hesscurv.operators.memory import (
     is_mean_over_samples,
     plan_memory,
 )
-from hesscurv.operators.missing_derivatives import Differentiation, explain
+from hesscurv.operators.missing_derivatives import Differentiation
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParamSelection
 from hesscurv.operators.probe import (
     check_dependent,
     check_deterministic,
-    check_finite,
+    check_loss,
     check_symmetric,
 )
-from hesscurv.operators.references import on_batch, with_reference
+from hesscurv.operators.references import explaining, on_batch, with_reference
 from hesscurv.operators.summed_operator import SummedOperator, device_of
 from hesscurv.operators.tasks import num_samples
 from hesscurv.operators.way_choice import EXPECTED, WayChoice
@@ -139,10 +139,10 @@ class CurvatureOperator(SummedOperator):
         """Set up the product of one batch's curvature with blocks of vectors."""
 
     @abstractmethod
-    def _needs(self, batch: Any) -> list[Differentiation]:
+    def needs(self, batch: Any) -> Iterable[Differentiation]:
         """Return what is differentiated on a batch, and how often."""
 
-    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
+    def _check_batch(self, batch: Any, loss: Tensor) -> None:
         """Refuse a batch that this kind of curvature cannot be computed on."""
 
     # -- products -------------------------------------------------------------------------------
@@ -296,15 +296,6 @@ class CurvatureOperator(SummedOperator):
         self._drop_graphs()
         self._choice.forget()
 
-    def explained(self, error: Exception, batch: Any) -> Exception:
-        """Return an error that says which operation of the model lacks a derivative, and what to do.
-
-        Args:
-            error: What was raised on a batch; returned as it is where it is something else.
-            batch: The batch.
-        """
-        return explain(self.objective, batch, error, self._needs, type(self).__name__)
-
     # -- choosing the way -----------------------------------------------------------------------
 
     def choice(self, width: int) -> tuple[str, int]:
@@ -350,7 +341,8 @@ class CurvatureOperator(SummedOperator):
         """
         with self.communicator.together("measuring the ways of computing"):
             block = max(1, min(block, self._plan.max_vectors))
-            own = self._choice.seconds_per_vector(block) * self.objective.batches.count
+            seconds = with_reference(self, lambda: self._choice.seconds_per_vector(block))
+            own = seconds * self.objective.batches.count
         return own if self.communicator.size == 1 else self.largest_of_all(own)
 
     # -- set-up and memory ----------------------------------------------------------------------
@@ -363,7 +355,8 @@ class CurvatureOperator(SummedOperator):
             if weight and (self._largest is None or is_larger):
                 self._largest = batch
             if self._checking and weight:
-                self._evaluate(i, batch)
+                with explaining(self, batch):
+                    self._check_batch(batch, check_loss(objective, i, batch))
         if self.own_weight == 0:
             return
         if self._checking:
@@ -373,27 +366,9 @@ class CurvatureOperator(SummedOperator):
             if not self._may_cut(self._plan.max_samples):
                 self._set_separable(False)
             few = split(self._largest, 32)[0] if self._separable else self._largest
-            check_dependent(objective, few)
+            with explaining(self, few):
+                check_dependent(objective, few)
             with_reference(self, lambda: check_symmetric(self, few))
-
-    def _evaluate(self, index: int, batch: Any) -> None:
-        objective = self.objective
-        try:
-            with objective.environment():
-                params = objective.parameters()
-                loss = objective.loss(params, batch).detach()
-            if objective.find_writes():
-                return self._evaluate(index, batch)
-            with objective.environment():
-                check_finite(loss, index)
-                self._check_batch(params, batch, loss)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:
-            explained = self.explained(error, batch)
-            if explained is error:
-                raise
-            raise explained from error
 
     def _set_separable(self, separable: bool) -> None:
         self._separable = separable

@@ -47,13 +47,18 @@ class FailingOperation:
         """Name the operation and its module."""
         if not self.kind:
             return f"{self.name} in the loss"
-        return f"{self.name} in " + (f"module {self.module!r}" if self.module else "the model") + (
-            f" ({self.kind})"
+        return (
+            f"{self.name} in "
+            + (f"module {self.module!r}" if self.module else "the model")
+            + (f" ({self.kind})")
         )
 
 
 def find_failing_operation(
-    model: nn.Module, fn: Callable[[tuple[Tensor, ...]], Tensor], leaves: Sequence[Tensor], order: int
+    model: nn.Module,
+    fn: Callable[[tuple[Tensor, ...]], Tensor],
+    leaves: Sequence[Tensor],
+    order: int,
 ) -> FailingOperation | None:
     """Run a function and differentiate it; return what fails, or None if nothing does.
 

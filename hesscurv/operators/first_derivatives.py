@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from hesscurv.operators.linearizations import Block, LinearMap, Linearization, Params, Product
+from hesscurv.operators.linearizations import Block, Linearization, LinearMap, Params, Product
 from hesscurv.operators.plain_embeddings import dense
 from hesscurv.operators.tracing import load_forward_rules
 

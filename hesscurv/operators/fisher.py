@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -31,15 +31,16 @@ class EmpiricalFisherOperator(GaussNewtonOperator):
         """Return the samples' losses as a function of the parameters, and their curvature."""
         return lambda p: self._sample_losses(p, batch), ways.scaled_identity
 
-    def _needs(self, batch: Any) -> list[Differentiation]:
+    def needs(self, batch: Any) -> Iterable[Differentiation]:
         return [
             Differentiation(lambda p: self._sample_losses(p, batch), self.objective.leaves(), 1)
         ]
 
     def _sample_losses(self, params: tuple[Tensor, ...], batch: Any) -> Tensor:
-        losses = self.objective.task_parts.sample_losses(
-            self.objective.outputs(params, batch), batch
-        )
+        return self._losses_of(self.objective.outputs(params, batch), batch)
+
+    def _losses_of(self, outputs: Tensor, batch: Any) -> Tensor:
+        losses = self.objective.task_parts.sample_losses(outputs, batch)
         if losses.ndim != 1:
             raise ValueError(
                 f"expected sample_losses of shape (n,), got {tuple(losses.shape)}; give one loss a "
@@ -47,8 +48,11 @@ class EmpiricalFisherOperator(GaussNewtonOperator):
             )
         return losses
 
-    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
-        mean = self._sample_losses(params, batch).mean()
+    def _check_batch(self, batch: Any, loss: Tensor) -> None:
+        # Of the same outputs: those of a random model differ, and are refused elsewhere.
+        outputs = self.objective.outputs(self.objective.parameters(), batch)
+        mean = self._losses_of(outputs, batch).mean()
+        loss = self.objective.task_parts.loss(outputs, batch)
         tolerance = 1e3 * torch.finfo(self.dtype).eps
         if not torch.isclose(mean, loss, rtol=tolerance, atol=tolerance):
             raise ValueError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from hesscurv.operators import first_derivatives
 from hesscurv.operators import linearizations as ways
 from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.operators.linearizations import LinearMap, Linearization, Params
+from hesscurv.operators.linearizations import Linearization, LinearMap, Params
 from hesscurv.operators.missing_derivatives import Differentiation, of_ggn
 from hesscurv.operators.tasks import num_samples
 
@@ -35,6 +36,10 @@ class GaussNewtonOperator(CurvatureOperator):
     loops = ("retained", "forward")
     needs_parts = True
     traced = ("linearized_batched",)
+
+    @abstractmethod
+    def parts(self, batch: Any) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], LinearMap]]:
+        """Return some outputs as a function of the parameters, and their curvature at z."""
 
     def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
         outputs, curvature = self.parts(batch)
@@ -73,8 +78,10 @@ class GGNOperator(GaussNewtonOperator):
             ways.output_hessian(lambda z: task.loss(z, batch)),
         )
 
-    def _needs(self, batch: Any) -> list[Differentiation]:
+    def needs(self, batch: Any) -> Iterable[Differentiation]:
         return of_ggn(self.objective, batch)
 
-    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
-        self.objective.outputs(params, batch)  # a wrong type is refused before any product
+    def _check_batch(self, batch: Any, loss: Tensor) -> None:
+        self.objective.outputs(
+            self.objective.parameters(), batch
+        )  # a wrong type is refused before any product

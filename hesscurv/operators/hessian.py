@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class HessianOperator(CurvatureOperator):
             return self._compiled_product(params, batch)
         return _WAYS[way](lambda p: self.objective.loss(p, batch), params)
 
-    def _needs(self, batch: Any) -> list[Differentiation]:
+    def needs(self, batch: Any) -> Iterable[Differentiation]:
         return of_hessian(self.objective, batch)
 
     def _compiled_product(self, params: tuple[Tensor, ...], batch: Any) -> Linearization:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -46,34 +46,25 @@ class Differentiation:
     of_parameters: bool = True
 
 
-def of_hessian(objective: Objective, batch: Any) -> list[Differentiation]:
-    """Return what the Hessian needs: the loss twice differentiable in the parameters."""
-    return [Differentiation(lambda p: objective.loss(p, batch), objective.leaves(), 2)]
+def of_hessian(objective: Objective, batch: Any) -> Iterator[Differentiation]:
+    """Yield what the Hessian needs: the loss twice differentiable in the parameters."""
+    yield Differentiation(lambda p: objective.loss(p, batch), objective.leaves(), 2)
 
 
-def of_ggn(objective: Objective, batch: Any) -> list[Differentiation]:
-    """Return what the GGN needs: outputs once differentiable, and the loss twice in these."""
+def of_ggn(objective: Objective, batch: Any) -> Iterator[Differentiation]:
+    """Yield what the GGN needs: outputs once differentiable, and the loss twice in these."""
+    yield Differentiation(lambda p: objective.outputs(p, batch), objective.leaves(), 1)
+    with torch.no_grad():
+        z = objective.outputs(objective.parameters(), batch).detach().requires_grad_()
     task = objective.task_parts
-
-    def outputs(params: tuple[Tensor, ...]) -> Tensor:
-        return objective.outputs(params, batch)
-
-    def z() -> Tensor:
-        with torch.no_grad():
-            return outputs(objective.parameters()).detach()
-
-    out = z().requires_grad_()
-    return [
-        Differentiation(outputs, objective.leaves(), 1),
-        Differentiation(lambda leaves: task.loss(leaves[0], batch), (out,), 2, False),
-    ]
+    yield Differentiation(lambda leaves: task.loss(leaves[0], batch), (z,), 2, False)
 
 
 def explain(
     objective: Objective,
     batch: Any,
     error: Exception,
-    needs: Callable[[Any], list[Differentiation]],
+    needs: Callable[[Any], Iterable[Differentiation]],
     kind: str,
 ) -> Exception:
     """Return an error that names operation, module and remedy, or the error as it is.
@@ -103,7 +94,7 @@ def explain(
 def _explain(
     objective: Objective,
     batch: Any,
-    needs: Callable[[Any], list[Differentiation]],
+    needs: Callable[[Any], Iterable[Differentiation]],
     kind: str,
 ) -> Exception | None:
     for few in _parts(batch):
@@ -111,9 +102,12 @@ def _explain(
             found = find_failing_operation(objective.model, need.fn, need.leaves, need.order)
             if found is None:
                 continue
-            if found.order == 0 and not isinstance(found.error, NotImplementedError):
-                return _wrong_dtype(objective, found)
-            return _missing(objective, few, need, found, kind)
+            if found.order or isinstance(found.error, NotImplementedError):
+                return _missing(objective, few, need, found, kind)
+            wrong = _wrong_dtype(objective, found)
+            if wrong is not None:
+                return wrong
+            break  # of another size than the model takes, say
     return None
 
 

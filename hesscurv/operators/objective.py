@@ -102,6 +102,7 @@ class Objective:
         self._plain = any(map(makes_plain, self.model.modules()))
         self._values: tuple[Tensor, ...] = ()
         self.constants: dict[str, Tensor] = {}
+        self._versions: tuple[int, ...] = ()
         self._copies: tuple[Tensor, ...] = ()
         self._marks: tuple[Any, ...] = ()
         self._marks_seen: tuple[Any, ...] = ()
@@ -157,6 +158,7 @@ class Objective:
         with torch.inference_mode(False), torch.no_grad():
             selected = self._selected.values()
             self._values = tuple(whole(p).to(self.dtype, copy=True) for p in selected)
+            self._versions = tuple(value._version for value in self._values)
             self._copies = tuple(
                 own_shard(p).clone() if is_sharded(p) else value
                 for p, value in zip(selected, self._values, strict=True)
@@ -276,8 +278,10 @@ class Objective:
         """
         written = [
             name
-            for name, value in zip(self.layout.names, self._values, strict=True)
-            if value._version
+            for name, value, version in zip(
+                self.layout.names, self._values, self._versions, strict=True
+            )
+            if value._version != version
         ]
         if not written:
             return False

@@ -62,6 +62,22 @@ def check_finite(loss: Tensor, index: int) -> None:
         )
 
 
+def check_loss(objective: Objective, index: int, batch: Any) -> Tensor:
+    """Evaluate a batch's loss, in an environment; embeddings that write to their weights stop it.
+
+    Raises:
+        NonFiniteLossError: If it is not finite.
+        ValueError: If the forward pass writes to parameters in another way.
+    """
+    loss = objective.loss(objective.parameters(), batch).detach()
+    if objective.find_writes():
+        with objective.environment():  # in which embeddings do not write
+            loss = objective.loss(objective.parameters(), batch).detach()
+        objective.find_writes()
+    check_finite(loss, index)
+    return loss
+
+
 def check_dependent(objective: Objective, batch: Any) -> None:
     """Warn where the loss does not involve the selected parameters; one gradient."""
 

@@ -75,7 +75,9 @@ class ClosureHessian(LinearOperator):
     def _product(self, vector_D: Tensor) -> Tensor:
         pieces = self._layout.split(vector_D)
         return self._layout.flatten(
-            self._aligned([pieces[i].to(self._params[i].dtype) for i in self._active], batched=False)
+            self._aligned(
+                [pieces[i].to(self._params[i].dtype) for i in self._active], batched=False
+            )
         )
 
     def _aligned(self, pieces: list[Tensor], batched: bool) -> Sequence[Tensor | None]:
