@@ -65,7 +65,6 @@ SLOW_TO_TRACE = ("encoder_layer", "lstm", "tied_weights")
 # Ways of computing for which torch lacks a rule on these models.
 _FUNCTIONAL = ("vmapped", "linearized", "linearized_batched")
 REFUSED = {
-    ("relu_mlp", "hessian"): ("vmapped",),
     ("encoder_layer", "ggn"): ("vmapped",),
     ("encoder_layer", "fisher"): ("vmapped",),
     ("pinn_of_model", "hessian"): _FUNCTIONAL,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -13,24 +12,26 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.distributed import Communicator
-from hesscurv.operators.agreement import CONFIRM_FROM, Agreement, Combination, agree, relative_gap
-from hesscurv.operators.blocks import cut_block, put_block
+from hesscurv.operators.agreement import CONFIRM_FROM, Agreement, Combination
+from hesscurv.operators.blocks import BlockCutter, put_block
 from hesscurv.operators.calibration import Calibration
+from hesscurv.operators.compared_products import confirm, multiply_compared
 from hesscurv.operators.derivative_check import Slope, check_derivatives
 from hesscurv.operators.environment import differentiable
 from hesscurv.operators.linearizations import Linearization
 from hesscurv.operators.mean_check import MeanCheck
 from hesscurv.operators.memory import MemoryPlan
 from hesscurv.operators.micro_batches import MicroBatches
+from hesscurv.operators.missing_derivatives import Differentiation
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParamSelection
 from hesscurv.operators.probe import (
     check_dependent,
     check_deterministic,
-    check_finite,
+    check_loss,
     check_symmetric,
 )
-from hesscurv.operators.samples import describe
+from hesscurv.operators.references import explaining, on_batch, with_reference
 from hesscurv.operators.summed_operator import SummedOperator, device_of
 from hesscurv.operators.way_choice import EXPECTED, WayChoice
 
@@ -80,6 +81,7 @@ class CurvatureOperator(SummedOperator):
     traced: tuple[str, ...] = ()  # those with a long set-up
     needs_parts = False  # whether the task must have the parts `outputs` and `loss`
     extra_ways: tuple[str, ...] = ()  # not tried by themselves on CPUs
+    fallbacks: tuple[str, ...] = ()  # further references, where the first has no derivative
 
     def __init__(
         self,
@@ -114,6 +116,7 @@ class CurvatureOperator(SummedOperator):
                 _ = objective.task_parts
         super().__init__(objective, communicator)
         self.layout = objective.layout
+        self._cutter = BlockCutter(self.layout)
         self.way = way
         if self.device.type == "cuda":
             self.ways = known
@@ -124,6 +127,7 @@ class CurvatureOperator(SummedOperator):
         self.agreement = Agreement(self.ways[0], self.loops)
         self._record: Combination | None = None  # of all products that the reference has not given
         self._checking = check
+        self.compares = check or way == "auto"  # ways with the reference, on every micro-batch
         self._count_together("the first pass over the batches")
 
     # -- what subclasses say --------------------------------------------------------------------
@@ -132,11 +136,15 @@ class CurvatureOperator(SummedOperator):
     def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
         """Set up the product of one batch's curvature with blocks of vectors."""
 
+    @abstractmethod
+    def needs(self, batch: Any) -> Iterable[Differentiation]:
+        """Return what is differentiated on a batch, and how often."""
+
     def _slope(self) -> Slope:
         """Return what this curvature differentiates, to be compared with differences."""
         return Slope("the loss", True, self.objective.loss)
 
-    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
+    def _check_batch(self, batch: Any, loss: Tensor) -> None:
         """Refuse a batch that this kind of curvature cannot be computed on."""
 
     # -- products -------------------------------------------------------------------------------
@@ -144,8 +152,12 @@ class CurvatureOperator(SummedOperator):
     def _own_product(self, vectors_BD: Tensor) -> Tensor:
         if self.own_weight == 0:
             return torch.zeros_like(vectors_BD)
-        self._choice.prepare(len(vectors_BD))
-        out_BD = self.within_memory(lambda: self._accumulate(vectors_BD))
+
+        def multiply() -> Tensor:
+            self._choice.prepare(len(vectors_BD))
+            return self.within_memory(lambda: self._accumulate(vectors_BD))
+
+        out_BD = with_reference(self, multiply)
         if not bool(torch.stack(out_BD.aminmax()).isfinite().all()):  # NaN propagates
             raise ValueError(
                 "the product has NaN or inf entries, so the loss has no finite second derivative "
@@ -163,90 +175,12 @@ class CurvatureOperator(SummedOperator):
             self._shrink()
 
     def _accumulate(self, vectors_BD: Tensor) -> Tensor:
-        out_BD = torch.empty_like(vectors_BD)
-        while True:
-            way, chunk = self.choice(len(vectors_BD))
-            failed = self._pass_over(out_BD, vectors_BD, way, chunk)
-            if not failed:
-                break
-            self._leave_out(way, failed)  # and multiply again: `out` holds what is wrong
-        if way != self.agreement.reference:
+        out_BD, way = multiply_compared(self, vectors_BD)
+        if way != self.ways[0]:
             if self._record is None:
                 self._record = Combination(self.layout, vectors_BD)
             self._record.add(vectors_BD, out_BD)
         return out_BD
-
-    def _pass_over(
-        self, out_BD: Tensor, vectors_BD: Tensor, way: str, chunk: int
-    ) -> dict[int, Exception]:
-        """Multiply by all micro-batches; return those that the way is not right on, with causes."""
-        failed: dict[int, Exception] = {}
-        reference = self.agreement.reference
-        checking = self._checking or self.way == "auto"
-        width = min(chunk, len(vectors_BD))
-        for number, (index, batch, weight) in enumerate(self.microbatches()):
-            used = self.agreement.way_for(index, way)
-            due = checking and self.agreement.is_due(index, used, width)
-            seen = Combination(self.layout, vectors_BD, seed=index) if due else None
-            try:
-                apply = self._prepared(index, batch, used)
-                self._multiply_into(
-                    out_BD, used, apply, vectors_BD, weight, chunk, add=number > 0, seen=seen
-                )
-                if seen is not None:
-                    self._compare(batch, used, apply, seen)
-                    self.agreement.passed(index, used, width)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                if used == reference:
-                    raise
-                failed[index] = error
-                self._kept.pop((index, used), None)
-        return failed
-
-    def _compare(self, batch: Any, way: str, apply: Linearization, seen: Combination) -> None:
-        """Compare the products in `seen` with the reference's.
-
-        Few vectors, or sparse ones, need not reach all parameters: a random one is multiplied too.
-        """
-        if seen.count < 4 or bool((seen.x_D == 0).any()):
-            extra_1D = seen.random_vector()
-            seen.add(extra_1D, self.run(apply, extra_1D, way))
-        expected_1D = self.product_on(batch, seen.x_D[None])
-        if not agree(expected_1D[0], seen.y_D):
-            raise ValueError(
-                f"it gives other products than {self.agreement.reference!r}, by "
-                f"{relative_gap(expected_1D[0], seen.y_D):.1e} of their norm"
-            )
-
-    def _leave_out(self, way: str, failed: dict[int, Exception]) -> None:
-        """Take the reference on the micro-batches that a way is not right on, or in its place."""
-        index, cause = next(iter(failed.items()))
-        what = self._micro_batches.describe(index, self.total_weight)
-        reason = str(cause) if type(cause) is ValueError else f"{type(cause).__name__}: {cause}"
-        if self.way == way:
-            raise ValueError(
-                f"way={way!r} cannot be used: on {what}, {reason}; use way='auto', which takes "
-                "another way where this one is not right"
-            ) from cause
-        for i, error in failed.items():
-            self.agreement.refuse(i, way, str(error))
-        # Not right on the first, which was measured on, or on most: there is nothing to gain.
-        count = sum(1 for _ in self.microbatches())
-        everywhere = 0 in failed or 2 * self.agreement.num_refused(way) > count
-        if everywhere:
-            self._choice.leave_out(way)
-        logger.warning(
-            "way %r is not right on %d of %d micro-batches (%s: %s); going on with %r %s",
-            way,
-            len(failed),
-            count,
-            what,
-            reason.splitlines()[0][:200],
-            self.agreement.reference,
-            "or another way on all" if everywhere else "there",
-        )
 
     def confirm(self) -> None:
         """Compare all products since `expect` with the reference, by one product; warn of a gap.
@@ -262,41 +196,9 @@ class CurvatureOperator(SummedOperator):
         record, self._record = self._record, None
         if record is None or record.count < CONFIRM_FROM or not self._checking:
             return
-        reference = self.agreement.reference
+        confirm(self, record)
 
-        def multiply() -> Tensor:
-            out_1D = torch.empty_like(record.x_D[None])
-            for number, (_, batch, weight) in enumerate(self.microbatches()):
-                apply = self.prepare(batch, reference)
-                self._multiply_into(
-                    out_1D, reference, apply, record.x_D[None], weight, 1, add=number > 0
-                )
-            return out_1D[0]
-
-        with torch.inference_mode(False):
-            expected_D = self.within_memory(multiply)
-        # Products of many vectors add up here, and so does their rounding.
-        if agree(expected_D, record.y_D, rounding=4.0):
-            return
-        way = self.choice(self.layout.numel)[0]
-        warnings.warn(
-            f"the last {record.count} products, by way {way!r}, differ from those of {reference!r} "
-            f"by {relative_gap(expected_D, record.y_D):.1e} of their norm, so results made of them "
-            f"are off by as much; {self._find_cause(way, record.x_D)}; build the operator with "
-            f"way={reference!r}, or report it",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-
-    def _find_cause(self, way: str, vector_D: Tensor) -> str:
-        for index, batch, _ in self.microbatches():
-            used = self.agreement.way_for(index, way)
-            expected_D, got_D = (self.product_on(batch, vector_D[None], w)[0] for w in (None, used))
-            if not agree(expected_D, got_D):
-                return f"micro-batch {index}, {describe(batch)}, makes the difference"
-        return "no micro-batch alone makes the difference at the present weights"
-
-    def _multiply_into(
+    def multiply_into(
         self,
         out_BD: Tensor,
         way: str,
@@ -319,7 +221,7 @@ class CurvatureOperator(SummedOperator):
                 size = 1 if way in self.loops else min(chunk, self.memory_plan.max_vectors)
                 part_BD = vectors_BD[start : start + size]
                 try:
-                    product = apply(cut_block(self.layout, part_BD))
+                    product = self._cutter.apply(apply, part_BD)
                 except torch.OutOfMemoryError:
                     if len(part_BD) == 1:
                         raise
@@ -344,7 +246,8 @@ class CurvatureOperator(SummedOperator):
         with differentiable(self.device):
             multiply()
 
-    def _prepared(self, index: int, batch: Any, way: str) -> Linearization:
+    def prepared(self, index: int, batch: Any, way: str) -> Linearization:
+        """Return what is kept for a micro-batch, or set it up and keep it."""
         if (index, way) in self._kept:
             return self._kept[index, way]
         apply = self.prepare(batch, way)
@@ -365,6 +268,11 @@ class CurvatureOperator(SummedOperator):
         return next(iter(self.microbatches()))[1]
 
     @property
+    def largest_batch(self) -> Any:
+        """The batch with the most samples."""
+        return self._micro_batches.largest
+
+    @property
     def memory_plan(self) -> MemoryPlan:
         """How much goes through a product at once."""
         return self._micro_batches.plan
@@ -377,18 +285,47 @@ class CurvatureOperator(SummedOperator):
     def run(self, apply: Linearization, vectors_BD: Tensor, way: str) -> Tensor:
         """Apply what `prepare` returned to vectors (B, D), uncounted and unweighted."""
         out_BD = torch.empty_like(vectors_BD)
-        self._multiply_into(out_BD, way, apply, vectors_BD, 1.0, len(vectors_BD), add=False)
+        self.multiply_into(out_BD, way, apply, vectors_BD, 1.0, len(vectors_BD), add=False)
         return out_BD
 
     def product_on(self, batch: Any, vectors_BD: Tensor, way: str | None = None) -> Tensor:
         """Return one batch's curvature times vectors (B, D), by the reference way by default."""
-        way = way or self.ways[0]
-        return self.run(self.prepare(batch, way), vectors_BD, way)
+
+        def multiply() -> Tensor:
+            chosen = way or self.ways[0]
+            with on_batch(chosen, batch):
+                return self.run(self.prepare(batch, chosen), vectors_BD, chosen)
+
+        return with_reference(self, multiply)
 
     def release(self) -> None:
         """Give up graphs and copies of the weights; the next product takes them anew."""
         self._forget()
         self.objective.release()
+
+    # -- the reference --------------------------------------------------------------------------
+
+    def take_reference(self, way: str) -> None:
+        """Let products agree with another way from here on, the first one having failed."""
+        failed = self.ways[0]
+        self.ways = (way, *(w for w in self.ways if w not in (way, failed)))
+        self.agreement = Agreement(way, self.loops)
+        self._record = None
+        self._drop_graphs()
+        self._choice.forget()
+
+    def refuse_way(self, index: int, way: str, reason: str) -> None:
+        """Take the reference on a micro-batch from here on, in place of a way."""
+        self.agreement.refuse(index, way, reason)
+        self._kept.pop((index, way), None)
+
+    def leave_out(self, way: str) -> None:
+        """Choose among the other ways from here on."""
+        self._choice.leave_out(way)
+
+    def describe_microbatch(self, index: int) -> str:
+        """Say which micro-batch a number is, for messages."""
+        return self._micro_batches.describe(index, self.total_weight)
 
     # -- choosing the way -----------------------------------------------------------------------
 
@@ -410,7 +347,7 @@ class CurvatureOperator(SummedOperator):
             The measured seconds per vector of every way, on this rank.
         """
         with self.communicator.together("measuring the ways of computing"):
-            return self._choice.calibrate(expected)
+            return with_reference(self, lambda: self._choice.calibrate(expected))
 
     def expect(self, products: int) -> None:
         """Choose the way for so many products from here on, whatever was computed before.
@@ -436,7 +373,8 @@ class CurvatureOperator(SummedOperator):
         """
         with self.communicator.together("measuring the ways of computing"):
             block = max(1, min(block, self.memory_plan.max_vectors))
-            own = self._choice.seconds_per_vector(block) * self.objective.batches.count
+            seconds = with_reference(self, lambda: self._choice.seconds_per_vector(block))
+            own = seconds * self.objective.batches.count
         return own if self.communicator.size == 1 else self.largest_of_all(own)
 
     # -- set-up and memory ----------------------------------------------------------------------
@@ -449,11 +387,8 @@ class CurvatureOperator(SummedOperator):
                 continue
             micro_batches.note(batch)
             if self._checking:
-                with objective.environment():
-                    params = objective.parameters()
-                    loss = objective.loss(params, batch).detach()
-                    check_finite(loss, i)
-                    self._check_batch(params, batch, loss)
+                with explaining(self, batch):
+                    self._check_batch(batch, check_loss(objective, i, batch))
                 means.look_at(i, batch)
         if self.own_weight == 0:
             return
@@ -463,8 +398,9 @@ class CurvatureOperator(SummedOperator):
         micro_batches.make_plan(self._checking)
         if self._checking:
             few = micro_batches.few(32)
-            check_dependent(objective, few)
-            check_symmetric(self, few)
+            with explaining(self, few):
+                check_dependent(objective, few)
+            with_reference(self, lambda: check_symmetric(self, few))
             few = micro_batches.few(8)
             check_derivatives(objective, few, self._slope())
 
@@ -479,7 +415,7 @@ class CurvatureOperator(SummedOperator):
             self._compiled.clear()
 
     def _count(self) -> None:
-        if self._micro_batches.largest is None:  # the first batches of this rank
+        if self.largest_batch is None:  # the first batches of this rank
             self._look_at_data()
         else:
             super()._count()
@@ -499,7 +435,7 @@ class CurvatureOperator(SummedOperator):
             self._choice.forget()
 
 
-_RUN_MODEL_CODE = ("vmapped", "compiled")
+_RUN_MODEL_CODE = ("vmapped", "compiled", "forward")
 
 
 def _empty_cache(device: torch.device) -> None:

@@ -19,6 +19,7 @@ from torch.autograd.function import BackwardCFunction
 
 from hesscurv.operators.linearizations import hessian_retained
 from hesscurv.operators.objective import Objective
+from hesscurv.operators.plain_embeddings import dense
 from hesscurv.operators.tasks import map_tensors
 
 logger = logging.getLogger(__name__)
@@ -163,7 +164,7 @@ class _Point:
             if not value.requires_grad:
                 return value.detach(), tuple(map(torch.zeros_like, params))
             slopes = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-            return value.detach(), slopes
+            return value.detach(), tuple(map(dense, slopes))
 
         return self._run(differentiate, leaves)
 

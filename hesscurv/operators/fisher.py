@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hesscurv.operators import linearizations as ways
-from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.operators.derivative_check import Slope, random_sum
-from hesscurv.operators.ggn import GAUSS_NEWTON_WAYS
-from hesscurv.operators.linearizations import Linearization
+from hesscurv.operators.ggn import GaussNewtonOperator
+from hesscurv.operators.linearizations import LinearMap, Params
+from hesscurv.operators.missing_derivatives import Differentiation
 from hesscurv.operators.weighted_rows import WeightedRows
 
 
-class EmpiricalFisherOperator(CurvatureOperator):
+class EmpiricalFisherOperator(GaussNewtonOperator):
     r"""The empirical Fisher :math:`F = \frac1N \sum_n g_n g_n^T`, by products.
 
     :math:`g_n` is the gradient of sample n's loss at its given target; F is positive semi-definite
@@ -33,39 +34,34 @@ class EmpiricalFisherOperator(CurvatureOperator):
     arguments; ``F @ v`` costs about one gradient over the data.
     """
 
-    ways = tuple(GAUSS_NEWTON_WAYS)
-    loops = ("retained",)
-    needs_parts = True
-    traced = ("linearized_batched",)
-
-    def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
+    def parts(self, batch: Any) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], LinearMap]]:
+        """Return the samples' losses as a function of the parameters, and their curvature."""
         rows = WeightedRows(self.objective.task_parts, batch)
-        return GAUSS_NEWTON_WAYS[way](
-            lambda p: self._scaled_losses(p, batch, rows), ways.scaled_identity, params
-        )
+
+        def scaled_losses(params: Params) -> Tensor:
+            # Times the roots of their weights: F is of their Jacobian.
+            losses = self._losses_of(self.objective.outputs(params, batch), rows)
+            if rows.weights is None:
+                return losses
+            return losses * rows.weights.sqrt().to(losses.device, losses.dtype)
+
+        return scaled_losses, ways.scaled_identity
+
+    def needs(self, batch: Any) -> Iterable[Differentiation]:
+        """Return what is differentiated on a batch, and how often."""
+        outputs, _ = self.parts(batch)
+        return [Differentiation(outputs, self.objective.leaves(), 1)]
 
     def _slope(self) -> Slope:
-        def fn(params: tuple[Tensor, ...], batch: Any, constants: dict[str, Tensor]) -> Tensor:
+        def fn(params: Params, batch: Any, constants: dict[str, Tensor]) -> Tensor:
+            outputs = self.objective.outputs(params, batch, constants)
             rows = WeightedRows(self.objective.task_parts, batch)
-            return random_sum(self._sample_losses(params, batch, rows, constants))
+            return random_sum(self._losses_of(outputs, rows))
 
         return Slope("the samples' losses", False, fn)
 
-    def _scaled_losses(self, params: tuple[Tensor, ...], batch: Any, rows: WeightedRows) -> Tensor:
-        """Return the samples' losses, times the roots of their weights: F is of their Jacobian."""
-        losses = self._sample_losses(params, batch, rows)
-        if rows.weights is None:
-            return losses
-        return losses * rows.weights.sqrt().to(losses.device, losses.dtype)
-
-    def _sample_losses(
-        self,
-        params: tuple[Tensor, ...],
-        batch: Any,
-        rows: WeightedRows,
-        constants: dict[str, Tensor] | None = None,
-    ) -> Tensor:
-        losses = rows.losses(self.objective.outputs(params, batch, constants))
+    def _losses_of(self, outputs: Tensor, rows: WeightedRows) -> Tensor:
+        losses = rows.losses(outputs)
         if losses.ndim != 1:
             raise ValueError(
                 f"expected sample_losses of shape (n,), got {tuple(losses.shape)}; give one loss a "
@@ -73,12 +69,15 @@ class EmpiricalFisherOperator(CurvatureOperator):
             )
         return losses
 
-    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
+    def _check_batch(self, batch: Any, loss: Tensor) -> None:
+        # Of the same outputs: those of a random model differ, and are refused elsewhere.
+        outputs = self.objective.outputs(self.objective.parameters(), batch)
         rows = WeightedRows(self.objective.task_parts, batch)
-        losses = self._sample_losses(params, batch, rows)
+        losses = self._losses_of(outputs, rows)
         if rows.weights is not None:
             losses = losses * rows.weights.to(losses.device, losses.dtype)
         mean = losses.mean()
+        loss = self.objective.task_parts.loss(outputs, batch)
         tolerance = 1e3 * torch.finfo(self.dtype).eps
         if not torch.isclose(mean, loss, rtol=tolerance, atol=tolerance):
             raise ValueError(

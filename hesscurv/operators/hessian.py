@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hesscurv.operators import linearizations as ways
 from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.operators.linearizations import Block, Linearization, Product
+from hesscurv.operators.missing_derivatives import Differentiation, of_hessian
 from hesscurv.operators.tasks import map_tensors, tensors_of
 from hesscurv.operators.tracing import PlainZeros
 
@@ -53,6 +55,10 @@ class HessianOperator(CurvatureOperator):
         if way == "compiled":
             return self._compiled_product(params, batch)
         return _WAYS[way](lambda p: self.objective.loss(p, batch), params)
+
+    def needs(self, batch: Any) -> Iterable[Differentiation]:
+        """Return what is differentiated on a batch, and how often."""
+        return of_hessian(self.objective, batch)
 
     def _compiled_product(self, params: tuple[Tensor, ...], batch: Any) -> Linearization:
         """Trace forward over reverse to a plain graph of tensor operations, and compile that.

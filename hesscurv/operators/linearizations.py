@@ -15,6 +15,7 @@ from torch.func import grad, jvp, vjp, vmap
 from torch.fx import GraphModule
 
 from hesscurv.operators.tracing import (
+    PlainZeros,
     load_forward_rules,
     mean_numel,
     trace_derivative,
@@ -52,8 +53,7 @@ def hessian_vmapped(loss: Callable[[Params], Tensor], params: Params) -> Lineari
     """Forward over reverse, vectorised: vmap of jvp(grad), nothing retained."""
     load_forward_rules()
     gradient = grad(lambda *p: loss(p), argnums=tuple(range(len(params))))
-    product = vmap(lambda *v: jvp(gradient, params, v)[1])
-    return lambda block: product(*block)
+    return _with_plain_zeros(vmap(lambda *v: jvp(gradient, params, v)[1]))
 
 
 def hessian_linearized(loss: Callable[[Params], Tensor], params: Params) -> Linearization:
@@ -118,7 +118,8 @@ def gauss_newton_vmapped(
     def forward(*tangents: Tensor) -> Tensor:
         return jvp(lambda *p: outputs(p), params, tangents)[1]
 
-    return _gauss_newton_with(vmap(forward), outputs, curvature, params)
+    push_forward = _with_plain_zeros(vmap(forward))
+    return _gauss_newton_with(lambda *v: push_forward(v), outputs, curvature, params)
 
 
 def gauss_newton_linearized(
@@ -276,6 +277,29 @@ def _gauss_newton_with(
     z, pull_back = vjp(lambda *p: outputs(p), *params)  # type: ignore[misc]
     middle, back = curvature(z), vmap(pull_back)
     return lambda block: back(middle(push_forward(*block)))
+
+
+def _with_plain_zeros(product: Callable[..., Any]) -> Callable[[Block], Any]:
+    """Call a product in forward mode; without torch's zero tangents, where these hinder it.
+
+    Some rules (of `mse_loss`) write to them, which torch 2.13 refuses. Making them real zeros costs
+    a call into Python for every operation, so it is done only where it is needed.
+    """
+    plain = False
+
+    def apply(block: Block) -> Any:
+        nonlocal plain
+        if not plain:
+            try:
+                return product(*block)
+            except RuntimeError as error:
+                if "ZeroTensor" not in str(error):
+                    raise
+            plain = True
+        with PlainZeros():
+            return product(*block)
+
+    return apply
 
 
 def _stack(rows: list[Any]) -> Product:

@@ -158,8 +158,14 @@ def _graph_bytes(objective: Objective, batch: Any) -> float:
             loss = objective.loss(leaves, batch)
             if not loss.requires_grad:
                 return 0.0
-            # Bound to a name: what it holds is what is counted.
-            slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)  # noqa: F841
+            forward = made.bytes_alive()
+            try:
+                # Bound to a name: what it holds is what is counted.
+                slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)  # noqa: F841
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # a backward pass without derivative; its graph is about as large
+                return 2 * forward
         return made.bytes_alive()
 
     return float(objective.run(measure))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ from hesscurv.operators.parameters import (
     select_parameters,
     unwrap,
 )
+from hesscurv.operators.plain_embeddings import PlainEmbeddings, dense, makes_plain
 from hesscurv.operators.tasks import Task, as_loss
 
 
@@ -99,8 +100,11 @@ class Objective:
         self.budget = memory_budget(self.device, budget)
         self.batches = Batches(batches, self.device, self._cast, self.budget // 4, may_be_empty)
         self._wrapper = _Wrapper(self.model)
+        # Whether embeddings are computed plainly: by what modules say, or once it is found.
+        self._plain = any(map(makes_plain, self.model.modules()))
         self._values: tuple[Tensor, ...] = ()
         self.constants: dict[str, Tensor] = {}
+        self._versions: tuple[int, ...] = ()
         self._copies: tuple[Tensor, ...] = ()
         self._marks: tuple[Any, ...] = ()
         self._marks_seen: tuple[Any, ...] = ()
@@ -156,6 +160,7 @@ class Objective:
         with exclusive(self.model), torch.inference_mode(False), torch.no_grad():
             selected = self._selected.values()
             self._values = tuple(whole(p).to(self.dtype, copy=True) for p in selected)
+            self._versions = tuple(value._version for value in self._values)
             self._copies = tuple(
                 own_shard(p).clone() if is_sharded(p) else value
                 for p, value in zip(selected, self._values, strict=True)
@@ -237,6 +242,7 @@ class Objective:
         with (
             preserved(self.model, self.device, self.training, compiling),
             differentiable(self.device),
+            PlainEmbeddings() if self._plain else nullcontext(),
         ):
             yield
 
@@ -251,6 +257,7 @@ class Objective:
     def _computes_as_found(self, modules: list[nn.Module]) -> bool:
         return (
             self._cast is None
+            and not self._plain
             and not self.is_sharded()
             and (self.training is None or all(m.training == self.training for m in modules))
             and all(p.requires_grad == (n in self._selected) for n, p in self._named())
@@ -262,8 +269,37 @@ class Objective:
         )
 
     def leaves(self) -> tuple[Tensor, ...]:
-        """Return `parameters` as new leaves of a graph."""
-        return tuple(p.detach().requires_grad_() for p in self._values)
+        """Return `parameters` as new leaves of a graph, whose gradients are dense."""
+        leaves = self._leaves()
+        for leaf in leaves:
+            leaf.register_hook(self._take_gradient)
+        return leaves
+
+    def find_writes(self) -> bool:
+        """Take the values again if a forward pass has written to them; return whether one had.
+
+        From then on embeddings do not write (`PlainEmbeddings`).
+
+        Raises:
+            ValueError: If it is something else that writes.
+        """
+        written = [
+            name
+            for name, value, version in zip(
+                self.layout.names, self._values, self._versions, strict=True
+            )
+            if value._version != version
+        ]
+        if not written:
+            return False
+        self.take_values()
+        if self._plain:
+            raise ValueError(
+                f"expected a forward pass that leaves the parameters alone, got one that writes to "
+                f"{written[:4]} in place; compute with a changed copy instead"
+            )
+        self._plain = True
+        return True
 
     def run(
         self,
@@ -284,7 +320,7 @@ class Objective:
             constants: For all other parameters and buffers; default the model's present ones.
         """
         with self.environment(compiling=compiling):
-            params = self.leaves() if params is None else params
+            params = self._leaves() if params is None else params
             return self._call(lambda *_: fn(), params, None, constants)
 
     def count_operations(self, batch: Any) -> int:
@@ -297,6 +333,15 @@ class Objective:
             seen |= new
             waiting += new
         return len(seen)
+
+    def _leaves(self) -> tuple[Tensor, ...]:
+        return tuple(p.detach().requires_grad_() for p in self._values)
+
+    def _take_gradient(self, gradient: Tensor) -> Tensor | None:
+        if gradient.layout is torch.strided:
+            return None
+        self._plain = True  # from the next run on
+        return dense(gradient)
 
     def _named(self) -> Iterator[tuple[str, nn.Parameter]]:
         return self.model.named_parameters()

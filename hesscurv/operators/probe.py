@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hesscurv.operators.linearizations import NonFiniteLossError
 from hesscurv.operators.objective import Objective
+from hesscurv.operators.references import AsymmetryError, WayError
 
 if TYPE_CHECKING:
     from hesscurv.operators.curvature_operator import CurvatureOperator
@@ -61,6 +62,22 @@ def check_finite(loss: Tensor, index: int) -> None:
         )
 
 
+def check_loss(objective: Objective, index: int, batch: Any) -> Tensor:
+    """Evaluate a batch's loss, in an environment; embeddings that write to their weights stop it.
+
+    Raises:
+        NonFiniteLossError: If it is not finite.
+        ValueError: If the forward pass writes to parameters in another way.
+    """
+    loss = objective.loss(objective.parameters(), batch).detach()
+    if objective.find_writes():
+        with objective.environment():  # in which embeddings do not write
+            loss = objective.loss(objective.parameters(), batch).detach()
+        objective.find_writes()
+    check_finite(loss, index)
+    return loss
+
+
 def check_dependent(objective: Objective, batch: Any) -> None:
     """Warn where the loss does not involve the selected parameters; one gradient."""
 
@@ -84,7 +101,7 @@ def check_symmetric(operator: CurvatureOperator, batch: Any) -> None:
     """Compare u.(H v) with v.(H u) for two random pairs on part of a batch; four products.
 
     Raises:
-        ValueError: If they differ by more than rounding, with the likely cause.
+        WayError: If they differ by more than rounding; its error has the likely cause.
     """
     generator = torch.Generator().manual_seed(0)
     size = operator.shape[0]
@@ -98,12 +115,13 @@ def check_symmetric(operator: CurvatureOperator, batch: Any) -> None:
         scale = float(u.norm() * h_v.norm() + v.norm() * h_u.norm()) / (2 * size**0.5)
         # 2e-2 in float32: a derivative that is wrong somewhere is wrong by far more.
         if abs(left - right) > torch.finfo(operator.dtype).eps ** 0.25 * scale:
-            raise ValueError(
+            error = AsymmetryError(
                 f"the operator is not symmetric: u.Hv = {left:.6g} but v.Hu = {right:.6g} for "
                 "random u, v; some function's backward is not its derivative (a custom "
                 "autograd.Function, a gradient that is changed on the way); replace it, or pass "
                 "check=False to go on at your own risk"
             )
+            raise WayError(operator.ways[0], batch, error) from error
 
 
 def _drops_out(module: nn.Module) -> bool:

@@ -74,7 +74,13 @@ class Task:
         with warnings.catch_warnings():
             # Without a batching rule for a loss, torch takes the rows one by one, and says so.
             warnings.filterwarnings("ignore", "There is a performance drop")
-            return torch.func.vmap(one)(outputs, *filter(has_rows, tensors_of(batch)))
+            rows = [outputs, *filter(has_rows, tensors_of(batch))]
+            try:
+                return torch.func.vmap(one)(*rows)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # a loss that looks at its values, or draws random numbers
+                return torch.stack([one(*row) for row in zip(*rows, strict=True)])
 
     def weight(self, batch: Any) -> float:
         """Return the batch's weight in the mean over all data: its number of samples.

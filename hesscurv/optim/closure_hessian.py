@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.linalg.precision import full_precision
+from hesscurv.operators.blocks import align, is_aligned
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.optim.closure_loss import LossGraph
 
@@ -39,6 +40,7 @@ class ClosureHessian(LinearOperator):
         self._layout = graph.layout
         super().__init__(self._layout.numel, self._layout.dtype, self._layout.device)
         self._params, self._vectorize, self._checked = graph.params, vectorize, False
+        self._aligning = False  # whether the pieces of vectors are copied, see `align`
         # Where the loss is linear in a parameter, its slope has no graph.
         self._active = [i for i, slope in enumerate(graph.slopes) if slope.requires_grad]
         self._slopes = [graph.slopes[i] for i in self._active]
@@ -73,10 +75,29 @@ class ClosureHessian(LinearOperator):
     def _product(self, vector_D: Tensor) -> Tensor:
         pieces = self._layout.split(vector_D)
         return self._layout.flatten(
-            self._differentiate(
+            self._aligned(
                 [pieces[i].to(self._params[i].dtype) for i in self._active], batched=False
             )
         )
+
+    def _aligned(self, pieces: list[Tensor], batched: bool) -> Sequence[Tensor | None]:
+        """Differentiate; with copies of the pieces where their offsets are what hinders it."""
+        if not self._aligning:
+            try:
+                return self._differentiate(pieces, batched)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                rows = pieces if batched else [piece.unsqueeze(0) for piece in pieces]
+                if all(map(is_aligned, rows)):
+                    raise
+        if batched:
+            copies = [align(piece) for piece in pieces]
+        else:
+            copies = [align(piece.unsqueeze(0))[0] for piece in pieces]
+        out = self._differentiate(copies, batched)
+        self._aligning = True
+        return out
 
     def _at_once(self, vectors_Db: Tensor) -> Tensor | None:
         """Return all products, or None where that does not work, or not rightly."""
@@ -87,7 +108,7 @@ class ClosureHessian(LinearOperator):
             with warnings.catch_warnings():
                 # Of operations that torch takes one by one.
                 warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
-                products = self._differentiate(
+                products = self._aligned(
                     [
                         block.to(self._params[i].dtype)
                         for i, block in zip(self._active, blocks, strict=True)

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from hesscurv.operators.environment import differentiable
 from hesscurv.operators.linearizations import NonFiniteLossError
+from hesscurv.operators.plain_embeddings import with_plain_arguments
 from hesscurv.optim.flat_parameters import FlatParameters
 from hesscurv.optim.snapshot import RandomState
 
@@ -198,6 +199,7 @@ class _Interception(TorchFunctionMode):
             return self._backward(func, args, kwargs)
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
+        args, kwargs = with_plain_arguments(func, args, kwargs)
         return func(*args, **kwargs)
 
     def _backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from torch.func import grad, jacrev, vmap
 
 from hesscurv.operators.batches import split
 from hesscurv.operators.objective import Objective
+from hesscurv.operators.plain_embeddings import dense
 from hesscurv.operators.samples import map_tensors, num_samples, tensors_of
 
 Values = dict[str, Tensor]
@@ -148,7 +149,7 @@ def one_by_one(
         leaves = {name: t.detach().requires_grad_() for name, t in chosen.items()}
         value = scalar(leaves, sample, None if directions is None else directions[i])
         slopes = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        found.append(slopes)
+        found.append([None if s is None else dense(s) for s in slopes])
     return {
         name: torch.stack([torch.zeros_like(t) if s[i] is None else s[i] for s in found])
         for i, (name, t) in enumerate(chosen.items())
