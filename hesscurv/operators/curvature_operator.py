@@ -142,7 +142,7 @@ class CurvatureOperator(SummedOperator):
     def needs(self, batch: Any) -> Iterable[Differentiation]:
         """Return what is differentiated on a batch, and how often."""
 
-    def _check_batch(self, batch: Any, loss: Tensor) -> None:
+    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
         """Refuse a batch that this kind of curvature cannot be computed on."""
 
     # -- products -------------------------------------------------------------------------------
@@ -355,13 +355,15 @@ class CurvatureOperator(SummedOperator):
             if weight and (self._largest is None or is_larger):
                 self._largest = batch
             if self._checking and weight:
-                with explaining(self, batch):
-                    self._check_batch(batch, check_loss(objective, i, batch))
+                with explaining(self, batch), objective.environment():
+                    loss = check_loss(objective, i, batch)
+                    self._check_batch(objective.parameters(), batch, loss)
         if self.own_weight == 0:
             return
         if self._checking:
             check_deterministic(objective, self._largest)
-        self._set_separable(is_mean_over_samples(objective, self._largest))
+        with explaining(self, self._largest):
+            self._set_separable(is_mean_over_samples(objective, self._largest))
         if self._checking:
             if not self._may_cut(self._plan.max_samples):
                 self._set_separable(False)

@@ -32,6 +32,7 @@ class EmpiricalFisherOperator(GaussNewtonOperator):
         return lambda p: self._sample_losses(p, batch), ways.scaled_identity
 
     def needs(self, batch: Any) -> Iterable[Differentiation]:
+        """Return what is differentiated on a batch, and how often."""
         return [
             Differentiation(lambda p: self._sample_losses(p, batch), self.objective.leaves(), 1)
         ]
@@ -48,9 +49,9 @@ class EmpiricalFisherOperator(GaussNewtonOperator):
             )
         return losses
 
-    def _check_batch(self, batch: Any, loss: Tensor) -> None:
+    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
         # Of the same outputs: those of a random model differ, and are refused elsewhere.
-        outputs = self.objective.outputs(self.objective.parameters(), batch)
+        outputs = self.objective.outputs(params, batch)
         mean = self._losses_of(outputs, batch).mean()
         loss = self.objective.task_parts.loss(outputs, batch)
         tolerance = 1e3 * torch.finfo(self.dtype).eps

@@ -79,9 +79,8 @@ class GGNOperator(GaussNewtonOperator):
         )
 
     def needs(self, batch: Any) -> Iterable[Differentiation]:
+        """Return what is differentiated on a batch, and how often."""
         return of_ggn(self.objective, batch)
 
-    def _check_batch(self, batch: Any, loss: Tensor) -> None:
-        self.objective.outputs(
-            self.objective.parameters(), batch
-        )  # a wrong type is refused before any product
+    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
+        self.objective.outputs(params, batch)  # a wrong type is refused before any product

@@ -57,6 +57,7 @@ class HessianOperator(CurvatureOperator):
         return _WAYS[way](lambda p: self.objective.loss(p, batch), params)
 
     def needs(self, batch: Any) -> Iterable[Differentiation]:
+        """Return what is differentiated on a batch, and how often."""
         return of_hessian(self.objective, batch)
 
     def _compiled_product(self, params: tuple[Tensor, ...], batch: Any) -> Linearization:

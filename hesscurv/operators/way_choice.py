@@ -134,7 +134,7 @@ class WayChoice:
             agrees = False
         if agrees:
             operator.verified.add(way)
-        elif self._calibrations and operator.way != way:
+        elif operator.way != way:
             self._calibrations = {b: c.without(way) for b, c in self._calibrations.items()}
         else:
             raise ValueError(
