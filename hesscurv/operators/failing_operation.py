@@ -20,7 +20,6 @@ from torch.overrides import TorchFunctionMode
 
 from hesscurv.operators.tasks import tensors_of
 
-
 CUT = "a function that is marked with @once_differentiable is differentiated twice"
 
 

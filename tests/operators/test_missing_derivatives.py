@@ -123,7 +123,9 @@ def test_the_error_names_operation_module_and_remedies_that_work(model, batches,
 
 def test_without_checks_the_first_product_explains_itself():
     operator = HessianOperator(Bag(), TASK, tokens(), check=False)
-    with pytest.raises(MissingDerivativeError, match=r"embedding_bag in module .*params=\['head'\]"):
+    with pytest.raises(
+        MissingDerivativeError, match=r"embedding_bag in module .*params=\['head'\]"
+    ):
         operator @ torch.ones(operator.shape[0])
 
 
@@ -131,7 +133,9 @@ def test_without_checks_the_first_product_explains_itself():
 @pytest.mark.parametrize("kind", [HessianOperator, GGNOperator, EmpiricalFisherOperator])
 def test_an_operation_without_any_derivative_leaves_the_parameters_after_it(kind):
     net, data = Flex(), numbers()
-    with pytest.raises(MissingDerivativeError, match=r"no derivative .*params=\['head'\]") as caught:
+    with pytest.raises(
+        MissingDerivativeError, match=r"no derivative .*params=\['head'\]"
+    ) as caught:
         kind(net, TASK, data)
     assert "flex" in str(caught.value).lower()
     assert kind(net, TASK, data, params=["head"]).shape[0] == 51
