@@ -20,6 +20,8 @@ from torch.overrides import TorchFunctionMode
 
 from hesscurv.operators.tasks import tensors_of
 
+# Nodes that stand for a missing derivative: their error says of what.
+_NAMELESS = ("NotImplemented", "Error")
 CUT = "a function that is marked with @once_differentiable is differentiated twice"
 
 
@@ -155,6 +157,9 @@ class _Recorder(TorchFunctionMode):
         function, module, kind = self._made.get(first, ("", "", ""))
         is_custom = isinstance(first, torch.autograd.function.BackwardCFunction)
         name = _operation_of(first.name())
+        kernel = re.search(r"derivative for aten::(\w+) is not", str(error))
+        if name in _NAMELESS and kernel:
+            name = kernel[1]
         if function and not is_custom:
             name = function if _is_like(function, name) else f"{function} ({name})"
         return FailingOperation(

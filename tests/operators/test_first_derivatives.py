@@ -1,4 +1,4 @@
-"""The GGN and the Fisher need no second derivative of the model, and no particular kind of first."""
+"""The GGN and the Fisher need no second derivative of the model, nor any kind of first one."""
 
 import numpy as np
 import pytest
@@ -189,7 +189,7 @@ def test_a_backward_that_is_no_derivative_is_refused(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_named_way_without_derivative_is_refused(kind):
     operator = KINDS[kind](net(Numpy.apply), TASK, data(), way="vmapped")
-    with pytest.raises(ValueError, match="way='vmapped' is not available.*way='auto'"):
+    with pytest.raises(ValueError, match=r"way='vmapped' is not available.*way='auto'"):
         operator @ torch.ones(operator.shape[0]).double()
 
 

@@ -1,4 +1,4 @@
-"""Parameters of unusual kinds: complex ones stored as reals, sparse gradients, empty ones, renormed."""
+"""Unusual parameters: complex ones stored as reals, sparse gradients, empty and renormed ones."""
 
 import pytest
 import torch
