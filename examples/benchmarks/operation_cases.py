@@ -328,12 +328,10 @@ FUNCTIONS: dict[str, Recipe] = {
         )
         for d in ALL
     },
-    "conv_tbc": _fn(
+    "conv_tbc": _fn(  # along the samples: its backward pass takes no other layout
         (3, 2),
-        lambda h, weight, bias: (
-            F.conv_tbc(h.transpose(0, 1).contiguous(), weight, bias).transpose(0, 1).contiguous()
-        ),
-        weights={"weight": (2, 2, 2), "bias": (2,)},
+        lambda h, weight, bias: F.conv_tbc(h, weight, bias, pad=1),
+        weights={"weight": (3, 2, 2), "bias": (2,)},
     ),
     "affine_grid": _fn((2, 3), lambda h: F.affine_grid(h, [len(h), 1, 2, 2], align_corners=False)),
     "grid_sample": _fn(

@@ -144,7 +144,7 @@ class CurvatureOperator(SummedOperator):
         """Return what this curvature differentiates, to be compared with differences."""
         return Slope("the loss", True, self.objective.loss)
 
-    def _check_batch(self, batch: Any, loss: Tensor) -> None:
+    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
         """Refuse a batch that this kind of curvature cannot be computed on."""
 
     # -- products -------------------------------------------------------------------------------
@@ -387,15 +387,17 @@ class CurvatureOperator(SummedOperator):
                 continue
             micro_batches.note(batch)
             if self._checking:
-                with explaining(self, batch):
-                    self._check_batch(batch, check_loss(objective, i, batch))
+                with explaining(self, batch), objective.environment():
+                    loss = check_loss(objective, i, batch)
+                    self._check_batch(objective.parameters(), batch, loss)
                 means.look_at(i, batch)
         if self.own_weight == 0:
             return
         if self._checking:
             check_deterministic(objective, micro_batches.largest)
             means.refuse(self.communicator.size)
-        micro_batches.make_plan(self._checking)
+        with explaining(self, micro_batches.largest):
+            micro_batches.make_plan(self._checking)
         if self._checking:
             few = micro_batches.few(32)
             with explaining(self, few):

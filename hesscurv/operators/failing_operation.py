@@ -20,6 +20,10 @@ from torch.overrides import TorchFunctionMode
 
 from hesscurv.operators.tasks import tensors_of
 
+# Nodes that stand for a missing derivative: their error says of what.
+_NAMELESS = ("NotImplemented", "Error")
+CUT = "a function that is marked with @once_differentiable is differentiated twice"
+
 
 @dataclass(frozen=True)
 class FailingOperation:
@@ -122,18 +126,18 @@ class _Recorder(TorchFunctionMode):
             self._last = name, (args, kwargs)
         out = func(*args, **(kwargs or {}))
         if name != "__get__":
-            self.note(out)
+            self.note(out, name)
         return out
 
-    def note(self, value: Any) -> None:
-        """Note the nodes that were made since the last call."""
+    def note(self, value: Any, function: str = "") -> None:
+        """Note the nodes that were made since the last call, in a function if that is known."""
         module, kind = self.modules[-1] if self.modules else ("", "")
-        for node in _new_nodes(value, self._made):
-            self._made[node] = self._last[0], module, kind
+        for node in new_nodes(value, self._made):
+            self._made[node] = function, module, kind
 
     def note_backward(self, value: Any, node: Any) -> None:
         """Note the nodes that a node has made when it ran."""
-        for new in _new_nodes(value, self._made | self._origin):
+        for new in new_nodes(value, self._made | self._origin):
             self._origin[new] = self._origin.get(node, node)
 
     def failed_in_forward(self, error: Exception, leaves: Sequence[Tensor]) -> FailingOperation:
@@ -153,8 +157,11 @@ class _Recorder(TorchFunctionMode):
         function, module, kind = self._made.get(first, ("", "", ""))
         is_custom = isinstance(first, torch.autograd.function.BackwardCFunction)
         name = _operation_of(first.name())
-        if not is_custom and _is_like(function, name):
-            name = function
+        kernel = re.search(r"derivative for aten::(\w+) is not", str(error))
+        if name in _NAMELESS and kernel:
+            name = kernel[1]
+        if function and not is_custom:
+            name = function if _is_like(function, name) else f"{function} ({name})"
         return FailingOperation(
             name, module, kind, order, is_custom, _leaves_below([first], leaves), error
         )
@@ -171,8 +178,11 @@ class _Watch:
 
     def follow(self, tensors: Sequence[Tensor]) -> None:
         """Watch the nodes of the tensors' graphs."""
-        for node in _new_nodes(tensors, self._seen):
+        for node in new_nodes(tensors, self._seen):
             self._seen.add(node)
+            if is_cut(node):
+                self.current = node
+                raise RuntimeError(CUT)
 
             def before(_: Any, node: Any = node) -> None:
                 self.current = node
@@ -195,7 +205,11 @@ def _following(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
     handles = []
 
     def enter(name: str) -> Callable[..., None]:
-        return lambda module, _: recorder.modules.append((name, type(module).__name__))
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            recorder.note((args, kwargs))  # what was made before
+            recorder.modules.append((name, type(module).__name__))
+
+        return hook
 
     def leave(module: nn.Module, _: Any, out: Any) -> None:
         recorder.note(out)
@@ -205,7 +219,7 @@ def _following(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
         for name, module in model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
                 continue
-            handles.append(module.register_forward_pre_hook(enter(name)))
+            handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
         yield
     finally:
@@ -213,7 +227,8 @@ def _following(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
             handle.remove()
 
 
-def _new_nodes(value: Any, known: Any) -> Iterator[Any]:
+def new_nodes(value: Any, known: Any) -> Iterator[Any]:
+    """Yield the nodes of some tensors' graphs that are not known, nor behind known ones."""
     waiting = [n for t in tensors_of(value) if (n := _node_of(t)) is not None]
     seen = set()
     while waiting:
@@ -223,6 +238,14 @@ def _new_nodes(value: Any, known: Any) -> Iterator[Any]:
         seen.add(node)
         yield node
         waiting += [n for n, _ in node.next_functions if n is not None]
+
+
+def is_cut(node: Any) -> bool:
+    """Whether a node stands for a derivative that a function refuses to have.
+
+    What is upstream of it is not reached: autograd leaves it out, and says nothing.
+    """
+    return bool(node.name() == "torch::autograd::Error")
 
 
 def _node_of(tensor: Tensor) -> Any:
@@ -256,5 +279,10 @@ def _operation_of(node_name: str) -> str:
 
 
 def _is_like(function: str, operation: str) -> bool:
-    plain = operation.lower().replace("_", "")
-    return bool(function) and function.lower().replace("_", "") in (plain, f"{plain}2d")
+    """Whether these are the same: "embedding_bag" and "EmbeddingBag", "grid_sample" and its 2D."""
+    short, long = sorted((_letters(function), _letters(operation)), key=len)
+    return short in long
+
+
+def _letters(name: str) -> str:
+    return "".join(filter(str.isalnum, name.lower()))

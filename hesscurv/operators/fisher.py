@@ -69,9 +69,9 @@ class EmpiricalFisherOperator(GaussNewtonOperator):
             )
         return losses
 
-    def _check_batch(self, batch: Any, loss: Tensor) -> None:
+    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
         # Of the same outputs: those of a random model differ, and are refused elsewhere.
-        outputs = self.objective.outputs(self.objective.parameters(), batch)
+        outputs = self.objective.outputs(params, batch)
         rows = WeightedRows(self.objective.task_parts, batch)
         losses = self._losses_of(outputs, rows)
         if rows.weights is not None:

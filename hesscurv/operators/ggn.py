@@ -89,6 +89,5 @@ class GGNOperator(GaussNewtonOperator):
 
         return Slope("the model's outputs", False, fn)
 
-    def _check_batch(self, batch: Any, loss: Tensor) -> None:
-        # A wrong type is refused before any product.
-        self.objective.outputs(self.objective.parameters(), batch)
+    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
+        self.objective.outputs(params, batch)  # a wrong type is refused before any product

@@ -6,7 +6,7 @@ takes functions of the parameters and returns a map from block to block, ``None`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.func import grad, jvp, vjp, vmap
 from torch.fx import GraphModule
 
+from hesscurv.operators.failing_operation import CUT, is_cut, new_nodes
 from hesscurv.operators.tracing import (
     PlainZeros,
     load_forward_rules,
@@ -180,6 +181,7 @@ def _gradient_graph(
     if not value.requires_grad:
         return [], leaves
     slopes = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
+    _require_whole(slopes)
     return [s if s is not None and s.requires_grad else None for s in slopes], leaves  # type: ignore[misc]
 
 
@@ -246,6 +248,7 @@ def _gauss_newton_retained(
         return lambda block: (None,) * len(params)
     u = torch.zeros_like(z).requires_grad_()
     pulled = torch.autograd.grad(z, leaves, u, create_graph=True, allow_unused=True)
+    _require_whole(pulled)
     active = [i for i, p in enumerate(pulled) if p is not None]
 
     def pull_back(block: Tensor) -> Product:
@@ -308,6 +311,12 @@ def _stack(rows: list[Any]) -> Product:
     return tuple(
         None if columns[0] is None else torch.stack(columns) for columns in zip(*rows, strict=True)
     )
+
+
+def _require_whole(slopes: Sequence[Tensor | None]) -> None:
+    """Refuse a backward pass that autograd would leave parts of out when it is differentiated."""
+    if any(map(is_cut, new_nodes([s for s in slopes if s is not None], ()))):
+        raise RuntimeError(CUT)
 
 
 def _require_finite(value: Tensor) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hesscurv.operators.agreement import agree
+from hesscurv.operators.references import on_batch
 
 if TYPE_CHECKING:
     from hesscurv.operators.curvature_operator import CurvatureOperator
@@ -63,7 +64,8 @@ class Measurement:
         self._budget, self._spent = 0.0, 0.0
 
         reference, *others = operator.ways
-        self._try(reference)
+        with on_batch(reference, batch):
+            self._try(reference)
         passes = 1 if operator.memory_plan.keep_graphs else max(1, operator.objective.batches.count)
         self._budget = self._spent + _SHARE * expected * passes * self._best()
         if self._best() > _OVERHEAD:  # then one vector at once, by a better graph, gains most
@@ -98,6 +100,8 @@ class Measurement:
             self.seconds[way] = {width: self._per_vector(apply, way, width, best)}
             if self.seconds[way][width] < before:
                 self._batched = way, apply
+        if way == operator.ways[0] and way not in operator.loops:  # for single vectors too
+            self.seconds.setdefault(way, {}).setdefault(1, pair / 2)
         if way in operator.traced and min(self.seconds.get(way, {0: best}).values()) < best:
             self.traced = way, apply
 
@@ -111,7 +115,7 @@ class Measurement:
             for width in side:
                 if self._spent >= self._budget:
                     return
-                found[width] = self._per_vector(apply, way, width, min(*loops, *found.values()))
+                found[width] = self._per_vector(apply, way, width, min([*loops, *found.values()]))
                 if found[width] > 1.1 * last:
                     break
                 last = found[width]

@@ -174,6 +174,8 @@ def _graph_bytes(objective: Objective, batch: Any) -> float:
 class _Storages(TorchDispatchMode):
     """Remembers the memory of all tensors that are made inside, without keeping it alive."""
 
+    supports_higher_order_operators = True  # flex attention, conditions, loops: run as they are
+
     def __init__(self) -> None:
         super().__init__()
         self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}

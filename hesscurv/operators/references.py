@@ -64,9 +64,10 @@ def with_reference(operator: CurvatureOperator, fn: Callable[[], T]) -> T:
         except WayError as failed:
             way, batch, error = failed.way, failed.batch, failed.error
         if way == operator.ways[0]:
-            if _take_next(operator, batch, error):
+            wrong = _take_next(operator, batch, error)
+            if wrong is None:
                 continue
-            explained = _explained(operator, batch, error)
+            explained = _explained(operator, batch, wrong)
         else:
             explained = _refused(way, error)
         if explained is error:
@@ -76,15 +77,14 @@ def with_reference(operator: CurvatureOperator, fn: Callable[[], T]) -> T:
 
 @contextmanager
 def explaining(operator: CurvatureOperator, batch: Any) -> Iterator[None]:
-    """Evaluate a model in its environment, and explain what it cannot do there on a batch.
+    """Explain what a model cannot do on a batch.
 
     Raises:
         Exception: What was raised; of a missing derivative or a wrong dtype, an error that names
             the operation, its module and a remedy.
     """
     try:
-        with operator.objective.environment():
-            yield
+        yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
@@ -107,8 +107,9 @@ def _refused(way: str, error: Exception) -> Exception:
     )
 
 
-def _take_next(operator: Any, batch: Any, error: Exception) -> bool:
-    """Make the next way that is right on a batch the reference; return whether there is one."""
+def _take_next(operator: Any, batch: Any, error: Exception) -> Exception | None:
+    """Make the next way that is right on a batch the reference; if none is, return why."""
+    reason = error
     while operator.fallbacks:
         way, *rest = operator.fallbacks
         operator.fallbacks = tuple(rest)
@@ -118,11 +119,12 @@ def _take_next(operator: Any, batch: Any, error: Exception) -> bool:
             raise
         except Exception as other:
             logger.info("way %r is not available here: %s", way, other)
+            reason = other if isinstance(other, AsymmetryError) else reason
             continue
         logger.info("the reference is way %r, since %r failed: %s", way, operator.ways[0], error)
         operator.take_reference(way)
-        return True
-    return False
+        return None
+    return reason
 
 
 def check_by_differences(operator: GaussNewtonOperator, batch: Any, way: str) -> None:

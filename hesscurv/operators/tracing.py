@@ -97,6 +97,8 @@ class PlainZeros(TorchDispatchMode):
     Without it, torch 2.13 ends in a segmentation fault where it traces `mse_loss`.
     """
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._efficientzerotensor.default:
             func = torch.ops.aten.zeros.default

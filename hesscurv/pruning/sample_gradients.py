@@ -89,8 +89,21 @@ def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> 
             f"expected at most {MOST_OUTPUTS} outputs a sample for rows='ggn', got {c}; use "
             "rows='fisher'"
         )
-    # Backward over backward: forward mode would compile decompositions that torch deprecates.
-    curvature = _of_own_loss(lambda loss: jacrev(jacrev(loss)), task, outputs, batch)
+    try:
+        # Backward over backward: forward mode would compile decompositions that torch deprecates.
+        curvature = _of_own_loss(
+            lambda loss, size: jacrev(jacrev(loss, chunk_size=size), chunk_size=size),
+            task,
+            outputs,
+            batch,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise ValueError(
+            "expected a loss that is twice differentiable in the outputs for rows='ggn', got one "
+            f"that is not: {' '.join(str(error).split())[:200]}; use rows='fisher'"
+        ) from error
     if not bool(curvature.isfinite().all()):
         raise ValueError(
             "expected a finite Hessian of the loss in the outputs, got NaN or inf; look at the "
@@ -102,23 +115,35 @@ def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> 
 
 def output_slopes(task: Any, outputs: Tensor, batch: Any) -> Tensor:
     """Return the gradient of each sample's loss in its outputs, of the outputs' shape."""
-    return _of_own_loss(grad, task, outputs, batch).detach()
+    return _of_own_loss(lambda loss, _: grad(loss), task, outputs, batch).detach()
 
 
 def _of_own_loss(
-    derivative: Callable[[Callable[..., Tensor]], Callable[..., Tensor]],
+    derivative: Callable[[Callable[..., Tensor], int | None], Callable[..., Tensor]],
     task: Any,
     outputs: Tensor,
     batch: Any,
 ) -> Tensor:
-    """Return a derivative, for each sample, of its own loss in its outputs."""
+    """Return a derivative, for each sample, of its own loss in its outputs.
+
+    It is given the loss, and how many vectors are to go through at once, None for all.
+    """
     rows, rebuild = rows_of(batch)
+    outputs = outputs.detach()
 
     def loss(z: Tensor, *parts: Tensor) -> Tensor:
         return one_loss(task.sample_losses(z.unsqueeze(0), rebuild(parts)))
 
     with _quiet():
-        return vmap(derivative(loss), randomness="different")(outputs.detach(), *rows)
+        try:
+            return vmap(derivative(loss, None), randomness="different")(outputs, *rows)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # a loss that looks at its values, say
+            _logger.info("samples are taken one by one, since vmap failed: %s", error)
+        # One at once is a loop, for which every loss has a rule.
+        samples = zip(outputs, *rows, strict=True)
+        return torch.stack([derivative(loss, 1)(*sample) for sample in samples])
 
 
 def random_signs(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:

@@ -207,3 +207,24 @@ def test_signs_are_the_same_for_any_dtype_and_fair():
     assert set(drawn[1].flatten().tolist()) == {-1.0, 1.0}
     # 1000 fair signs: a mean beyond four standard deviations comes once in 16,000.
     assert abs(float(drawn[1].mean())) < 4 / 1000**0.5
+
+
+def test_a_loss_that_looks_at_its_values_has_rows_too():
+    # GaussianNLLLoss branches on its variances, which vmap does not take.
+    task = hesscurv.supervised(lambda z, t: nn.GaussianNLLLoss()(z, t, z.exp()))
+    z, t = torch.randn(4, 2).double(), torch.randn(4, 2).double()
+    roots = output_roots(task, z, (z, t))
+    for i in range(len(z)):
+        hessian = torch.autograd.functional.hessian(
+            lambda row, i=i: nn.GaussianNLLLoss()(row[None], t[i : i + 1], row.exp()[None]), z[i]
+        )
+        values, vectors = torch.linalg.eigh(hessian)
+        positive = (vectors * values.clamp(min=0)) @ vectors.T
+        torch.testing.assert_close(roots[i] @ roots[i].T, positive)
+
+
+def test_a_loss_without_second_derivative_asks_for_rows_of_the_fisher():
+    task = hesscurv.supervised(nn.MultiMarginLoss())
+    z, t = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    with pytest.raises(ValueError, match="rows='fisher'"):
+        output_roots(task, z, (z, t))
