@@ -11,6 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from hesscurv.integrations.channel_slices import READERS
+from hesscurv.integrations.ridge import centred, relative_ridge, ridge_factor
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import unwrap
 from hesscurv.operators.tasks import Task
@@ -118,7 +119,7 @@ def compensate_channels_(
         constant=True,
     )
     updates = {
-        r.name: _fit(r, moments[f"{r.name}.weight"][0].double(), damping)
+        r.name: _fit(r, moments[f"{r.name}.weight"][0], damping)
         for r in readers
         if f"{r.name}.weight" in moments
     }
@@ -170,27 +171,27 @@ def _norm_after(node: Any) -> Any:
 
 def _fit(reader: _Reader, moments: Tensor, damping: float) -> _Update:
     """Fit a layer's outputs by the inputs that stay; `moments` (i + 1, i + 1) has a constant."""
+    measured_in, moments = moments.dtype, moments.double()
     places = moments[-1, -1]
     mean_i, second_ii = moments[-1, :-1] / places, moments[:-1, :-1] / places
     if reader.layer.bias is None and reader.norm is None:
         mean_i = torch.zeros_like(mean_i)
-    C = second_ii - mean_i[:, None] * mean_i
+    C = centred(second_ii, mean_i, measured_in)
     W = reader.layer.weight.detach().double().flatten(1)
     # A convolution's inputs are unfolded channel by channel.
     gone = reader.gone.repeat_interleave(W.shape[1] // len(reader.gone))
     W_P, C_PK, C_KK = W[:, gone], C[gone][:, ~gone], C[~gone][:, ~gone]
-    mu = damping * C.diagonal().mean().clamp(min=torch.finfo(C.dtype).tiny)
-    C_KK.diagonal().add_(mu)
+    if not bool(C.isfinite().all() and W.isfinite().all()):
+        raise ValueError(
+            f"expected finite inputs and weights of {reader.name}, got NaN or inf; look for them "
+            "in the model and the batches"
+        )
+    L = ridge_factor(C_KK, relative_ridge(C, damping))
     new = torch.zeros_like(W)
-    new[:, ~gone] = W[:, ~gone] + torch.linalg.solve(C_KK, C_PK.mT @ W_P.mT).mT
+    new[:, ~gone] = W[:, ~gone] + torch.cholesky_solve(C_PK.mT @ W_P.mT, L).mT
     change = W - new
     lost = float(((W_P @ C[gone][:, gone]) * W_P).sum())
     left = float(((change @ C) * change).sum()) / lost if lost > 0 else 0.0
-    if not bool(new.isfinite().all()):
-        raise ValueError(
-            f"expected finite inputs and weights of {reader.name}, got NaN or inf; look for them "
-            "in the model and the batches, or use a larger damping"
-        )
     return _Update(new.view_as(reader.layer.weight), change @ mean_i, left)
 
 

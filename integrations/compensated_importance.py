@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hesscurv.integrations.channel_slices import ChannelSlice, by_name, read_group
 from hesscurv.integrations.curvature_importance import CurvatureImportance, Normalizer
 from hesscurv.integrations.reader_rows import ReaderRows, reader_rows
+from hesscurv.integrations.ridge import centred, relative_ridge, ridge_factor
 from hesscurv.integrations.sample_rows import Rows, check_rows
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParamSelection, select_parameters
@@ -130,6 +131,13 @@ class CompensatedImportance(CurvatureImportance):
         if changed or not self._rows_of:
             self.refresh()
 
+    def _apart(self, scores: Tensor) -> Tensor:
+        """Order channels that all cost nothing, such as those of a dead layer, by their place."""
+        if len(scores) > 1 and bool((scores == 0).all()):
+            smallest = torch.finfo(scores.dtype).tiny
+            return torch.arange(len(scores), dtype=scores.dtype, device=scores.device) * smallest
+        return scores
+
     def _fit(self, name: str) -> _Fit:
         weight = dict(self.model.named_parameters())[name]
         return _Fit.of(self._rows_of[name], weight.detach(), self._damping)
@@ -184,10 +192,8 @@ class _Fit:
     @classmethod
     def of(cls, rows: ReaderRows, weight: Tensor, damping: float) -> _Fit:
         mean = rows.mean if rows.has_intercept else torch.zeros_like(rows.mean)
-        A = rows.second - mean[:, None] * mean
-        tiny = torch.finfo(A.dtype).tiny
-        A.diagonal().add_(damping * A.diagonal().mean().clamp(min=tiny))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(A))
+        C = centred(rows.second, mean, rows.gradients.dtype)
+        inverse = torch.cholesky_inverse(ridge_factor(C, relative_ridge(C, damping)))
         W = weight.to(inverse).flatten(1).clone()
         return cls(rows.gradients.flatten(1), rows.sums, mean, W, inverse)
 

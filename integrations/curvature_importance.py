@@ -139,7 +139,7 @@ class CurvatureImportance(tp.importance.Importance):
                 self._ranks = self._ranks or self._rank_all()
                 return self._rank_of(group, found)
             layers = self._known(found)
-            scores = self._reduced(layers, found.count)
+            scores = self._apart(self._reduced(layers, found.count))
             _check_scores(scores, found)
             if self.costs is not None:
                 scores = scores / self._costs_of(read_group(group, self._names())).to(scores)
@@ -169,6 +169,10 @@ class CurvatureImportance(tp.importance.Importance):
     @abstractmethod
     def _follow(self, changed: bool) -> None:
         """Come up to the model's present state, after a change or not."""
+
+    def _apart(self, scores: Tensor) -> Tensor:
+        """Return scores of which ties that mean something have been resolved; others are refused."""
+        return scores
 
     def _form(self, slices: list[ChannelSlice], count: int) -> Tensor:
         rows, extra = self._rows(slices, count)
