@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
+from hesscurv.integrations.channel_removal import current_groups, follow_removals_
 from hesscurv.integrations.channel_slices import READERS
 from hesscurv.integrations.ridge import centred, relative_ridge, ridge_factor
 from hesscurv.operators.objective import Objective
@@ -102,8 +102,10 @@ def compensate_channels_(
     if isinstance(damping, bool) or not 0 < damping < float("inf"):
         raise ValueError(f"expected a positive finite damping, got {damping!r}")
     model = unwrap(model)
-    readers = _read(model, list(groups))
+    groups = current_groups(groups)
+    readers = _read(model, groups)
     if not readers:
+        follow_removals_(groups)
         return {}
     weights = {f"{r.name}.weight": Weight(r.layer, "weight") for r in readers}
     objective = Objective(
@@ -126,6 +128,7 @@ def compensate_channels_(
     for reader in readers:
         if reader.name in updates:
             _write_(reader, updates[reader.name])
+    follow_removals_(groups)
     return {name: update.left for name, update in updates.items()}
 
 
@@ -135,15 +138,10 @@ def _read(model: nn.Module, groups: list[Any]) -> list[_Reader]:
     own = {id(p) for p in model.parameters()}
     found: dict[Any, tuple[Any, set[int]]] = {}
     for group in groups:
-        if not isinstance(group, tp.Group):
-            raise TypeError(
-                f"expected groups of torch-pruning, got {type(group).__name__}; pass "
-                "list(pruner.step(interactive=True))"
-            )
-        for item in group:
-            if item.dep.handler in READERS:
-                node = item.dep.target
-                found.setdefault(node.module, (node, set()))[1].update(map(int, item.idxs))
+        for dep, idxs in group:
+            if dep.handler in READERS and len(idxs):
+                node = dep.target
+                found.setdefault(node.module, (node, set()))[1].update(map(int, idxs))
     readers = []
     for layer, (node, indices) in found.items():
         if layer not in names or id(layer.weight) not in own:

@@ -11,6 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from hesscurv.integrations.channel_costs import check_costs
+from hesscurv.integrations.channel_graph import remake_, repair_
 from hesscurv.integrations.channel_slices import (
     ChannelSlice,
     GroupChannels,
@@ -105,6 +106,7 @@ class CurvatureImportance(tp.importance.Importance):
                 "expected normalizer=None and group_reduction='sum' for a joint ranking, got "
                 f"{self.normalizer!r} and {self.group_reduction!r}"
             )
+        repair_(pruner.DG)
         self._pruner, self._ranks = pruner, None
         return self
 
@@ -122,6 +124,8 @@ class CurvatureImportance(tp.importance.Importance):
             ValueError: If none of the group's parameters is among those measured, scores are not
                 finite or all equal, or a layer's weight is computed from other parameters.
         """
+        if getattr(group, "_DG", None) is not None and repair_(group._DG):
+            remake_(group)
         # The pruner's grad mode is its own affair; what needs gradients switches them on.
         with torch.no_grad():
             found = read_group(group, self._names(), self.weights == "readers")
