@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hesscurv.integrations.channel_removal import current_groups, follow_removals_
+from hesscurv.integrations.channel_groups import current_groups, follow_removals_
 from hesscurv.integrations.channel_slices import READERS
+from hesscurv.integrations.channel_trial import check_removal
 from hesscurv.integrations.ridge import centred, relative_ridge, ridge_factor
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import unwrap
@@ -97,16 +98,62 @@ def compensate_channels_(
         He et al., ICCV 2017, arXiv 1707.06168, equation (5), least squares on a layer's outputs;
         Kurtic et al., NeurIPS 2023, arXiv 2302.04089, equation (2), the same as OBS.
     """
+    return prepare_removal_(model, task, batches, list(groups), damping, None, must_run=False)
+
+
+@torch.no_grad()
+def prepare_removal_(
+    model: nn.Module,
+    task: Task,
+    batches: Iterable[Any],
+    groups: list[Any],
+    damping: float | None,
+    adapt: Callable[[nn.Module], None] | None,
+    *,
+    must_run: bool,
+) -> dict[str, float]:
+    """Check groups, compensate for them, and let them be pruned one after the other.
+
+    Args:
+        model: The model, in place.
+        task: Says how it is run on a batch.
+        batches: Batches.
+        groups: The groups, in the order in which they will be pruned; brought up to date in place.
+        damping: As in `compensate_channels_`; None for no compensation.
+        adapt: What a model needs once the channels are gone.
+        must_run: See `check_removal`.
+
+    Returns:
+        As `compensate_channels_`.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(damping, bool) or not 0 < damping < float("inf"):
+    if damping is not None and (isinstance(damping, bool) or not 0 < damping < float("inf")):
         raise ValueError(f"expected a positive finite damping, got {damping!r}")
     model = unwrap(model)
-    groups = current_groups(groups)
-    readers = _read(model, groups)
-    if not readers:
-        follow_removals_(groups)
+    current_groups(groups)
+    if not groups:
         return {}
+    readers = _read(model, groups)
+    everything = [name for name, p in model.named_parameters() if p.is_floating_point()]
+    objective = Objective(
+        model, task, batches, everything, training=False, compute_dtype=None, budget=None
+    )
+    check_removal(objective, groups, adapt, must_run=must_run)
+    updates = {}
+    if readers and damping is not None:
+        updates = _updates(model, task, batches, readers, damping)
+    for reader in readers:
+        if reader.name in updates:
+            _write_(reader, updates[reader.name])
+    follow_removals_(groups)
+    return {name: update.left for name, update in updates.items()}
+
+
+def _updates(
+    model: nn.Module, task: Task, batches: Iterable[Any], readers: list[_Reader], damping: float
+) -> dict[str, _Update]:
+    """Fit the readers, on one pass over the batches; those that do not run are left out."""
     weights = {f"{r.name}.weight": Weight(r.layer, "weight") for r in readers}
     objective = Objective(
         model, task, batches, list(weights), training=False, compute_dtype=None, budget=None
@@ -120,16 +167,11 @@ def compensate_channels_(
         largest=2**31,
         constant=True,
     )
-    updates = {
+    return {
         r.name: _fit(r, moments[f"{r.name}.weight"][0], damping)
         for r in readers
         if f"{r.name}.weight" in moments
     }
-    for reader in readers:
-        if reader.name in updates:
-            _write_(reader, updates[reader.name])
-    follow_removals_(groups)
-    return {name: update.left for name, update in updates.items()}
 
 
 def _read(model: nn.Module, groups: list[Any]) -> list[_Reader]:
@@ -161,10 +203,10 @@ def _read(model: nn.Module, groups: list[Any]) -> list[_Reader]:
 
 def _norm_after(node: Any) -> Any:
     """Return the batch norm that alone takes a layer's outputs and has running means, or None."""
-    after = [out.module for out in node.outputs]
-    if len(after) == 1 and isinstance(after[0], _NORMS) and after[0].running_mean is not None:
-        return after[0]
-    return None
+    if len(node.outputs) != 1 or len(node.outputs[0].inputs) != 1:
+        return None
+    after = node.outputs[0].module
+    return after if isinstance(after, _NORMS) and after.running_mean is not None else None
 
 
 def _fit(reader: _Reader, moments: Tensor, damping: float) -> _Update:
