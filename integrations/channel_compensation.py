@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.integrations.channel_groups import current_groups, follow_removals_
+from hesscurv.integrations.channel_sections import level_sections_
 from hesscurv.integrations.channel_slices import READERS
-from hesscurv.integrations.channel_trial import check_removal
+from hesscurv.integrations.channel_trial import check_removal, zero_inputs_
 from hesscurv.integrations.ridge import centred, relative_ridge, ridge_factor
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import unwrap
@@ -134,18 +135,26 @@ def prepare_removal_(
     current_groups(groups)
     if not groups:
         return {}
-    readers = _read(model, groups)
+    readers, before = _read(model, groups), [list(group.items) for group in groups]
     everything = [name for name, p in model.named_parameters() if p.is_floating_point()]
     objective = Objective(
         model, task, batches, everything, training=False, compute_dtype=None, budget=None
     )
-    check_removal(objective, groups, adapt, must_run=must_run)
     updates = {}
-    if readers and damping is not None:
-        updates = _updates(model, task, batches, readers, damping)
+    try:
+        at_zero = level_sections_(groups)
+        check_removal(objective, groups, adapt, must_run=must_run)
+        if readers and damping is not None:
+            updates = _updates(model, task, batches, readers, damping)
+    except BaseException:
+        for group, items in zip(groups, before, strict=True):
+            group.items[:] = items
+        raise
     for reader in readers:
         if reader.name in updates:
             _write_(reader, updates[reader.name])
+    for layer, inputs in at_zero.items():
+        zero_inputs_(layer, torch.tensor(sorted(inputs), device=layer.weight.device).long())
     follow_removals_(groups)
     return {name: update.left for name, update in updates.items()}
 

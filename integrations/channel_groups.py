@@ -106,6 +106,8 @@ def _prune(
         other.prune(record_history=record_history)
         return
     items, left = list(group.items), []
+    if not any(len(item[1]) for item in items):
+        return  # all of its channels stay
     for item in items:
         dep, found = item[0], item[1]
         axis = (dep.target, dep.handler)

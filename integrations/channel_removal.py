@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch_pruning as tp
 from torch import nn
 
 from hesscurv.integrations.channel_compensation import prepare_removal_
+from hesscurv.integrations.channel_graph import repair_
 from hesscurv.operators.tasks import Task
 
 
@@ -15,7 +17,7 @@ def remove_channels_(
     model: nn.Module,
     task: Task,
     batches: Iterable[Any],
-    groups: Iterable[Any],
+    groups: Iterable[Any] | tp.pruner.BasePruner,
     *,
     damping: float | None = 1e-3,
     adapt: Callable[[nn.Module], None] | None = None,
@@ -28,7 +30,7 @@ def remove_channels_(
     indices mean once those before it are gone: behind a concatenation, indices move.
 
         importance.rank_jointly(pruner)
-        remove_channels_(model, task, batches, pruner.step(interactive=True))
+        remove_channels_(model, task, batches, pruner)
 
     Normalisation over channels (layer norm, group norm) takes its statistics over those that are
     left.
@@ -37,7 +39,8 @@ def remove_channels_(
         model: The model that the pruner has, in place.
         task: Says how the model is run on a batch, see `hesscurv.supervised`.
         batches: A list or DataLoader of batches.
-        groups: `torch_pruning.Group`s of one model, as the pruner's step yields them.
+        groups: The pruner, whose next step is taken; or `torch_pruning.Group`s of one model, as
+            ``pruner.step(interactive=True)`` yields them.
         damping: As in `compensate_channels_`; None to remove the channels without compensation.
         adapt: Called with the model once its channels are gone, for sizes that its code keeps, such
             as an attention's ``head_dim``; and before, with the copy. Default none.
@@ -52,6 +55,9 @@ def remove_channels_(
 
     Cost: as `compensate_channels_`, and two copies of the model.
     """
+    if isinstance(groups, tp.pruner.BasePruner):
+        repair_(groups.DG)  # before it scores the channels
+        groups = groups.step(interactive=True)
     groups = list(groups)
     left = prepare_removal_(model, task, batches, groups, damping, adapt, must_run=True)
     for group in groups:

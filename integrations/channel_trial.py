@@ -188,7 +188,7 @@ class _Copy:
         if node.type == _TYPES.PARAMETER:
             module.index_fill_(node.pruning_dim % module.ndim, index.to(module.device), 0)
         elif dep.handler in READERS:
-            _zero_inputs_(module, index.to(module.weight.device))
+            zero_inputs_(module, index.to(module.weight.device))
         elif node.type == _TYPES.LN and len(module.normalized_shape) == 1:
             module.register_forward_hook(_normalized_without(index))
         elif node.type == _TYPES.GN:
@@ -217,7 +217,8 @@ def _outputs(objective: Objective, model: nn.Module, batch: Any) -> Tensor:
         return other.loss(values, batch)
 
 
-def _zero_inputs_(layer: Any, index: Tensor) -> None:
+def zero_inputs_(layer: Any, index: Tensor) -> None:
+    """Set a layer's weights that read some inputs to zero: of a convolution or a dense layer."""
     weight = layer.weight
     if getattr(layer, "transposed", False):
         weight[index] = 0
