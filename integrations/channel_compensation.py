@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +13,7 @@ from torch import Tensor, nn
 
 from hesscurv.integrations.channel_groups import current_groups, follow_removals_
 from hesscurv.integrations.channel_sections import level_sections_
-from hesscurv.integrations.channel_slices import READERS
+from hesscurv.integrations.channel_slices import READERS, check_inside
 from hesscurv.integrations.channel_trial import check_removal, zero_inputs_
 from hesscurv.integrations.ridge import centred, relative_ridge, ridge_factor
 from hesscurv.operators.objective import Objective
@@ -21,6 +23,7 @@ from hesscurv.pruning.layer_inputs import has_covariance, input_covariances
 from hesscurv.pruning.sample_weights import weigh
 from hesscurv.pruning.weights import Weight
 
+_logger = logging.getLogger(__name__)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -187,6 +190,7 @@ def _read(model: nn.Module, groups: list[Any]) -> list[_Reader]:
     """Return the layers that read what goes, each once, with all that it loses."""
     names = {module: name for name, module in model.named_modules()}
     own = {id(p) for p in model.parameters()}
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     found: dict[Any, tuple[Any, set[int]]] = {}
     for group in groups:
         for dep, idxs in group:
@@ -202,6 +206,10 @@ def _read(model: nn.Module, groups: list[Any]) -> list[_Reader]:
             )
         if not has_covariance(Weight(layer, "weight")):
             continue
+        if owners[id(layer.weight)] > 1:  # what it is to become would be the other's as well
+            _logger.warning("%s is not fitted anew: it shares its weight", names[layer])
+            continue
+        check_inside(torch.tensor(list(indices)), layer.weight.shape[1], names[layer])
         gone = torch.zeros(layer.weight.shape[1], dtype=torch.bool, device=layer.weight.device)
         gone[list(indices)] = True
         if bool(gone.all()):

@@ -140,9 +140,7 @@ def _axes(group: Any) -> list[Axis]:
 
 
 def _contents(group: Any) -> dict[Axis, list[int]]:
-    return {
-        axis: sorted(map(int, item[1])) for axis, item in zip(_axes(group), group, strict=True)
-    }
+    return {axis: sorted(map(int, item[1])) for axis, item in zip(_axes(group), group, strict=True)}
 
 
 def _size(graph: Any, axis: Axis) -> int | None:

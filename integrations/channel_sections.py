@@ -91,7 +91,9 @@ def _let_stay_(group: Any, node: Any, idx: int) -> dict[Any, set[int]]:
             "got more from some; pass out_channel_groups={layer: number of chunks} to the pruner"
         )
     module, handler = dep.target.module, dep.handler
-    stay = [r for r in roots if idx in _idxs_at(graph.get_pruning_group(module, handler, [r]), node)]
+    stay = [
+        r for r in roots if idx in _idxs_at(graph.get_pruning_group(module, handler, [r]), node)
+    ]
     inputs: dict[Any, set[int]] = {}
     for item in graph.get_pruning_group(module, handler, stay):
         if item.dep.handler in READERS:

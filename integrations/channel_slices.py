@@ -160,6 +160,20 @@ def _taken(group: Any) -> list[tuple[Any, list[tuple[int, int]]]]:
     return [(dep, kept[dep.target, dep.handler]) for dep in order]
 
 
+def check_inside(idxs: Tensor, size: int, layer: str) -> None:
+    """Refuse indices of channels that a layer does not have.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if len(idxs) and int(idxs.max()) >= size:
+        raise ValueError(
+            f"expected indices below {size}, the channels of {layer}, got {int(idxs.max())} from "
+            "torch-pruning, which does not know what lies between (such as a pixel shuffle or a "
+            "gate that halves its input); add the layer before it to the pruner's ignored_layers"
+        )
+
+
 def sum_along(values: Tensor, axis: int) -> Tensor:
     """Sum values (b, *shape) over all axes of the parameter but one: shape (b, shape[axis])."""
     moved = values.movedim(axis + 1, 1)
@@ -271,6 +285,7 @@ def _slice(
     channel: Tensor,
     names: Mapping[int, str],
 ) -> ChannelSlice:
+    check_inside(index, value.shape[axis], layer)
     return ChannelSlice(_name(value, layer, names), tuple(value.shape), axis, index, channel)
 
 

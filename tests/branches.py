@@ -26,11 +26,17 @@ class Branches(nn.Module):
         return x * keep[name].view(shape)
 
     def pruner_options(self):
+        """What the pruner has to be told of the network."""
         return {}
 
     def going(self, root, idxs):
         """What goes with channels of a layer, by stream."""
         return {self.streams.get(root, root): list(idxs)}
+
+    def width(self, stream):
+        """The number of channels that a stream has now."""
+        layer = next((n for n, s in self.streams.items() if s == stream), stream)
+        return self.get_submodule(layer).weight.shape[0]
 
 
 class Joined(Branches):
@@ -44,9 +50,11 @@ class Joined(Branches):
 
     def forward(self, x, keep={}):
         y = F.relu(self.bn(torch.cat([self.a(x), x, self.b(x)], 1)))
-        a, x, b = y[:, : self.a.out_channels], y[:, self.a.out_channels : -self.b.out_channels], y[
-            :, -self.b.out_channels :
-        ]
+        a, x, b = (
+            y[:, : self.a.out_channels],
+            y[:, self.a.out_channels : -self.b.out_channels],
+            y[:, -self.b.out_channels :],
+        )
         if keep:
             y = torch.cat([self.at(keep, "a", a), x, self.at(keep, "b", b)], 1)
         return self.head(self.at(keep, "c", torch.tanh(self.c(y))).mean((2, 3)))
@@ -62,9 +70,14 @@ class DenseNet(Branches):
         for _ in range(2):
             block = nn.ModuleList()
             for _ in range(layers):
-                block.append(nn.ModuleDict({
-                    "norm": nn.BatchNorm2d(width), "conv": self.conv(width, growth, 3, bias=False)
-                }))
+                block.append(
+                    nn.ModuleDict(
+                        {
+                            "norm": nn.BatchNorm2d(width),
+                            "conv": self.conv(width, growth, 3, bias=False),
+                        }
+                    )
+                )
                 width += growth
             out = nn.ModuleDict({"norm": nn.BatchNorm2d(width), "conv": self.conv(width, 5)})
             width = 5
@@ -182,10 +195,17 @@ class Tokens(Branches):
         self.out, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
 
     def forward(self, x, keep={}):
-        x = self.at(keep, "embed", torch.tanh(self.embed(x.flatten(2).transpose(1, 2).reshape(x.shape[0], 6, 12))), 2)
+        x = self.at(
+            keep,
+            "embed",
+            torch.tanh(self.embed(x.flatten(2).transpose(1, 2).reshape(x.shape[0], 6, 12))),
+            2,
+        )
         y = [self.at(keep, n, torch.tanh(getattr(self, n)(x)), 2) for n in ("a", "b")]
         p, q = self.at(keep, "gate", self.gate(torch.cat(y, -1)), 2).chunk(2, -1)
-        return self.head(self.at(keep, "out", torch.relu(self.out(p * torch.sigmoid(q))), 2).mean(1))
+        return self.head(
+            self.at(keep, "out", torch.relu(self.out(p * torch.sigmoid(q))), 2).mean(1)
+        )
 
 
 class Merged(Branches):
@@ -231,7 +251,11 @@ class Attention(Branches):
         self.patch = nn.Conv2d(2, width, 2, 2)
         self.norm1, self.qkv = nn.LayerNorm(width), nn.Linear(width, 3 * width)
         self.proj, self.norm2 = nn.Linear(width, width), nn.LayerNorm(width)
-        self.fc1, self.fc2, self.head = nn.Linear(width, 12), nn.Linear(12, width), nn.Linear(width, 3)
+        self.fc1, self.fc2, self.head = (
+            nn.Linear(width, 12),
+            nn.Linear(12, width),
+            nn.Linear(width, 3),
+        )
 
     def pruner_options(self):
         return {"num_heads": {self.qkv: self.heads}}
