@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch_pruning as tp
 
@@ -123,16 +123,20 @@ def _prune(
         if now or not found:
             left.append((type(items[0])(dep, now), axis))
     if not left or left[0][1] != (items[0][0].target, items[0][0].handler):
-        raise ValueError(
-            f"expected channels of {items[0][0].target.name} to be there still, got a group that "
-            "has been pruned"
-        )
+        _refuse(items[0][0].target.name)
     for item, _ in left:
         item.root_idxs = [None] * len(item.idxs)
     group.items[:] = [item for item, _ in left]
     type(group).prune(group, record_history=record_history)
     for item, axis in left:
         log.removed.setdefault(axis, []).append((left[0][1][0], list(item.idxs)))
+    group.prune = partial(_refuse, items[0][0].target.name)
+
+
+def _refuse(name: str, *args: Any, **kwargs: Any) -> NoReturn:
+    raise ValueError(
+        f"expected channels of {name} that are there still, got a group that has been pruned"
+    )
 
 
 def _axes(group: Any) -> list[Axis]:

@@ -19,7 +19,7 @@ class Branches(nn.Module):
 
     @staticmethod
     def at(keep, name, x, axis=1):
-        if name not in keep:
+        if not keep or name not in keep:
             return x
         shape = [1] * x.ndim
         shape[axis] = -1
@@ -48,7 +48,7 @@ class Joined(Branches):
         self.bn, self.c = nn.BatchNorm2d(13), self.conv(13, 6)
         self.head = nn.Linear(6, 3)
 
-    def forward(self, x, keep={}):
+    def forward(self, x, keep=None):
         y = F.relu(self.bn(torch.cat([self.a(x), x, self.b(x)], 1)))
         a, x, b = (
             y[:, : self.a.out_channels],
@@ -84,7 +84,8 @@ class DenseNet(Branches):
             self.blocks.append(nn.ModuleList([block, out]))
         self.head = nn.Linear(width, 3)
 
-    def forward(self, x, keep={}):
+    def forward(self, x, keep=None):
+        keep = keep or {}
         # Masks of what has been joined, since the norms that follow are the readers' own.
         x, mask = self.stem(x), keep.get("stem", torch.ones(self.stem.out_channels).to(x))
         for b, (block, out) in enumerate(self.blocks):
@@ -112,7 +113,7 @@ class Inception(Branches):
         self.next0, self.next1 = self.conv(13, 4), self.conv(13, 5, 3)
         self.head0, self.head = nn.Linear(81, 6), nn.Linear(6, 3)
 
-    def forward(self, x, keep={}):
+    def forward(self, x, keep=None):
         three = self.at(keep, "three0", F.relu(self.three0(x)))
         y = [
             self.at(keep, "one", torch.tanh(self.one(x))),
@@ -133,7 +134,7 @@ class FlattenedBranches(Branches):
         self.a, self.b = self.conv(2, 5, 3), self.conv(2, 4, 3)
         self.dense, self.head = nn.Linear(5 * 4 + 4 * 9, 6), nn.Linear(6, 3)
 
-    def forward(self, x, keep={}):
+    def forward(self, x, keep=None):
         a = F.adaptive_avg_pool2d(self.at(keep, "a", F.relu(self.a(x))), 2)
         b = F.adaptive_avg_pool2d(self.at(keep, "b", F.relu(self.b(x))), 3)
         y = self.dense(torch.cat([a.flatten(1), torch.flatten(b, 1)], 1))
@@ -159,7 +160,7 @@ class C2f(Branches):
             found["m2"] = [i - first for i in idxs if i >= first]
         return found
 
-    def forward(self, x, keep={}):
+    def forward(self, x, keep=None):
         y = self.at(keep, "cv1", F.silu(self.bn(self.cv1(x))))
         sizes = [y.shape[1] - self.m1.in_channels, self.m1.in_channels]
         y = list(y.chunk(2, 1) if self.in_code else y.split(sizes, 1))
@@ -177,7 +178,7 @@ class Crossed(Branches):
         self.a, self.f, self.g = self.conv(2, 9, 3), self.conv(3, 4), self.conv(6, 5)
         self.head = nn.Linear(9, 3)
 
-    def forward(self, x, keep={}):
+    def forward(self, x, keep=None):
         y = self.at(keep, "a", F.relu(self.a(x)))
         p, q = y.split([self.f.in_channels, self.g.in_channels], 1)
         g = self.at(keep, "g", torch.tanh(self.g(q)))
@@ -194,7 +195,7 @@ class Tokens(Branches):
         self.a, self.b, self.gate = nn.Linear(6, 4), nn.Linear(6, 5), nn.Linear(9, 10)
         self.out, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
 
-    def forward(self, x, keep={}):
+    def forward(self, x, keep=None):
         x = self.at(
             keep,
             "embed",
@@ -216,7 +217,7 @@ class Merged(Branches):
         self.patch, self.merge = self.conv(2, 5), nn.Linear(20, 6, bias=False)
         self.head = nn.Linear(6, 3)
 
-    def forward(self, x, keep={}):
+    def forward(self, x, keep=None):
         x = self.at(keep, "patch", torch.relu(self.patch(x))).permute(0, 2, 3, 1)
         x = [x[:, i::2, j::2] for i in (0, 1) for j in (0, 1)]
         x = self.at(keep, "merge", torch.tanh(self.merge(torch.cat(x, -1))), 3)
@@ -234,7 +235,7 @@ class Grouped(Branches):
         self.head = nn.Linear(8, 3)
         self.streams = {"stem": "stream", "back": "stream", "depthwise": "wide"}
 
-    def forward(self, x, keep={}):
+    def forward(self, x, keep=None):
         x = self.at(keep, "stream", F.relu(self.stem(x)))
         y = self.at(keep, "grouped", torch.tanh(self.grouped(x)))
         y = self.at(keep, "wide", F.relu6(self.bn(self.depthwise(self.wide(y)))))
@@ -243,6 +244,8 @@ class Grouped(Branches):
 
 class Attention(Branches):
     """timm's attention: queries, keys and values of one layer, heads by reshape, its own scale."""
+
+    ignored = ("head", "patch", "proj", "fc2")  # the width of the stream
 
     def __init__(self, heads=2, width=8):
         super().__init__()
@@ -266,7 +269,7 @@ class Attention(Branches):
         width = self.proj.in_features  # the root that torch-pruning takes for the heads
         return {"qkv": [i + k * width for k in range(3) for i in idxs]}
 
-    def forward(self, x, keep={}):
+    def forward(self, x, keep=None):
         x = self.patch(x).flatten(2).transpose(1, 2)
         b, n, _ = x.shape
         qkv = self.at(keep, "qkv", self.qkv(self.norm1(x)), 2)
