@@ -1,4 +1,4 @@
-"""Index mappings of torch-pruning's graph for splits, concatenations and flattens, from true shapes.
+"""Index mappings of torch-pruning's graph for splits, concatenations, flattens, from true shapes.
 
 torch-pruning 1.6.1 maps channels across these operations wrongly where models go beyond its
 assumptions: it takes the readers of a split in the order of its traversal, the last first; gives
@@ -18,9 +18,9 @@ from typing import Any
 import torch_pruning as tp
 from torch import nn
 
+from hesscurv.integrations.channel_shapes import Edges, dimension, shape_of, signed
+
 _TYPES = tp.ops.OPTYPE
-_FIRST_AXIS = (_TYPES.CONV, _TYPES.DEPTHWISE_CONV, _TYPES.BN, _TYPES.GN, _TYPES.IN)
-_LAST_AXIS = (_TYPES.LINEAR, _TYPES.LN, _TYPES.EMBED, _TYPES.MHA)
 _repaired: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -37,7 +37,7 @@ def repair_(graph: Any) -> bool:
     if graph in _repaired:
         return False
     _repaired.add(graph)
-    edges = _Edges(graph)
+    edges = Edges(graph)
     nodes = list(graph.module2node.values())
     splits = [n for n in nodes if n.type == _TYPES.SPLIT and _divide(graph, n, edges)]
     joins = {n: found for n in nodes if n.type == _TYPES.CONCAT and (found := _join(n, edges))}
@@ -178,7 +178,7 @@ def _connect_each(node: Any, other: Any, mappings: Sequence[Any], slot: int) -> 
             dep.index_mapping.fixed = slot
 
 
-def _divide(graph: Any, node: Any, edges: _Edges) -> bool:
+def _divide(graph: Any, node: Any, edges: Edges) -> bool:
     """Put a node between a split and the readers of each part; return whether that was possible."""
     fn = node.grad_fn
     source, output = fn.next_functions[0]
@@ -207,12 +207,12 @@ def _divide(graph: Any, node: Any, edges: _Edges) -> bool:
     op, dim = node.module, dimension(fn, len(shape))
     op.split_sizes = op.offsets = None
     if dim == axis:
-        op.split_sizes = [shape_of(fn, k)[dim] for k in range(count)]  # type: ignore[index]
+        op.split_sizes = [shape_of(fn, k)[dim] for k in range(count)]
         op.offsets = [sum(op.split_sizes[:k]) for k in range(count + 1)]
     return True
 
 
-def _join(node: Any, edges: _Edges) -> tuple[list[int] | None, list[Any]] | None:
+def _join(node: Any, edges: Edges) -> tuple[list[int] | None, list[Any]] | None:
     """Return the sizes of what a concatenation joins and the nodes it comes from, or None.
 
     Sizes are None along another dimension than the channels', nodes None where there is none: for
@@ -258,7 +258,7 @@ def _fill_in(graph: Any, node: Any, sizes: list[int] | None, sources: list[Any])
     node.module.concat_sizes = sizes
 
 
-def _stride(node: Any, edges: _Edges) -> _Stride | None:
+def _stride(node: Any, edges: Edges) -> _Stride | None:
     """Return how a reshape between (n, c, ...) and (n, c * ...) maps channels, or None."""
     source, output = node.grad_fn.next_functions[0]
     if source is None:
@@ -273,7 +273,7 @@ def _stride(node: Any, edges: _Edges) -> _Stride | None:
     return None
 
 
-def _slice_axis(node: Any, edges: _Edges) -> str | None:
+def _slice_axis(node: Any, edges: Edges) -> str | None:
     """Return along what a slice is taken, "channels" or "another axis"; None if unknown."""
     source, output = node.grad_fn.next_functions[0]
     if source is None:
@@ -296,96 +296,3 @@ def _new_node(graph: Any, name: str) -> Any:
     node = tp.dependency.Node(nn.Identity(), None, name)
     graph.module2node[node.module] = node
     return node
-
-
-class _Edges:
-    """The tensors between a graph's nodes: who reads which output of what, and their shapes."""
-
-    def __init__(self, graph: Any) -> None:
-        self.node_of = {node.grad_fn: node for node in graph.module2node.values() if node.grad_fn}
-        self.readers: dict[Any, list[tuple[Any, int]]] = {}
-        seen, stack = set(self.node_of), list(self.node_of)
-        while stack:
-            fn = stack.pop()
-            for place, (source, output) in enumerate(getattr(fn, "next_functions", ())):
-                if source is None:
-                    continue
-                self.readers.setdefault((source, output), []).append((fn, place))
-                if source not in seen:
-                    seen.add(source)
-                    stack.append(source)
-
-    def axis(self, source: Any, output: int) -> int | None:
-        """Return the axis of an output along which its channels lie, or None if that is unknown."""
-        moves: list[tuple[int, ...]] = []
-        while source is not None:
-            shape = shape_of(source, output)
-            node = self.node_of.get(source)
-            if shape is not None and len(shape) == 2 and not moves:
-                return 1
-            if shape is None or (node is not None and node.type == _TYPES.PARAMETER):
-                return None
-            if node is not None and node.type in (*_FIRST_AXIS, *_LAST_AXIS):
-                is_first = node.type in _FIRST_AXIS
-                if is_first and len(shape) == len(_kernel(node.module)) + 1:
-                    return None  # without a batch
-                axis = 1 if is_first else len(shape) - 1
-                for order in reversed(moves):
-                    axis = order.index(axis)
-                return axis
-            order = _permutation(source, len(shape))
-            moves += [order] if order else []
-            wanted = tuple(shape[order.index(d)] for d in range(len(shape))) if order else shape
-            is_split = node is not None and node.type in (_TYPES.SPLIT, _TYPES.CONCAT, _TYPES.SLICE)
-            source, output = _alike(source, wanted, is_split)
-        return None
-
-
-def shape_of(fn: Any, output: int) -> tuple[int, ...] | None:
-    """Return the shape of an output of an operation, from what autograd noted of it."""
-    noted = getattr(fn, "_input_metadata", ())
-    return tuple(map(int, noted[output].shape)) if output < len(noted) else None
-
-
-def dimension(fn: Any, ndim: int) -> int:
-    """Return the dimension that an operation ran along."""
-    return signed(fn._saved_dim) % ndim
-
-
-def signed(number: int) -> int:
-    """Return an integer that autograd stored unsigned."""
-    return number - 2**64 if number >= 2**63 else number
-
-
-def _kernel(module: Any) -> tuple[int, ...]:
-    return getattr(module, "kernel_size", ()) or (0,)
-
-
-def _permutation(fn: Any, ndim: int) -> tuple[int, ...] | None:
-    """Return which of its input's axes each axis of a transpose's output is."""
-    name, order = type(fn).__name__, list(range(ndim))
-    if name == "PermuteBackward0":
-        return tuple(signed(d) % ndim for d in fn._saved_dims)
-    if name == "TransposeBackward0":
-        a, b = signed(fn._saved_dim0) % ndim, signed(fn._saved_dim1) % ndim
-        order[a], order[b] = b, a
-        return tuple(order)
-    if name == "TBackward0":
-        return tuple(reversed(order))
-    return None
-
-
-def _alike(fn: Any, shape: tuple[int, ...], is_resized: bool) -> tuple[Any, int]:
-    """Return the input whose axes are those of an operation's output, or (None, 0).
-
-    Pooling changes the places, a concatenation or a part the size of one axis.
-    """
-    for matches in (
-        lambda found: found == shape,
-        lambda found: len(found) == len(shape) and (is_resized or found[:2] == shape[:2]),
-    ):
-        for source, output in fn.next_functions:
-            found = None if source is None else shape_of(source, output)
-            if found is not None and matches(found):
-                return source, output
-    return None, 0

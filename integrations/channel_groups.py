@@ -1,8 +1,8 @@
 """Groups of torch-pruning that can be removed one after the other, and all at once.
 
-A group lists, for each of its layers, indices in the model as it was when the group was made. Behind
-a concatenation one axis belongs to several groups: once one of them is gone, the indices of the
-others there have moved. Here each group follows what is removed before it.
+A group lists, for each of its layers, indices in the model as it was when the group was made.
+Behind a concatenation one axis belongs to several groups: once one of them is gone, the indices of
+the others there have moved. Here each group follows what is removed before it.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _idxs_at(group: Any, node: Any) -> set[int]:
 
 def _let_stay_(group: Any, node: Any, idx: int) -> dict[Any, set[int]]:
     """Take from a group all channels that would take an index of a node along."""
-    graph, (dep, roots) = group._DG, list(group)[0]
+    graph, (dep, roots) = group._DG, next(iter(group))
     if any(item[0].target.type in _OTHERS for item in group):
         raise ValueError(
             f"expected as many channels to go from each chunk of what {dep.target.name} writes, "

@@ -101,10 +101,10 @@ def try_removal(
     if not bool(wanted.isfinite().all()):
         return Verdict("unknown", "outputs are not finite")
     scale = float(wanted.abs().max()) if wanted.numel() else 0.0
-    error = float((got - wanted).abs().max()) if wanted.numel() else 0.0
+    off = float((got - wanted).abs().max()) if wanted.numel() else 0.0
     # Rounding grows through the layers; a channel in a wrong place changes leading digits.
-    if not error <= 8 * torch.finfo(wanted.dtype).eps ** 0.5 * scale:
-        return Verdict("differs", f"outputs differ by {error:.1e}, of {scale:.1e} at most")
+    if not off <= 8 * torch.finfo(wanted.dtype).eps ** 0.5 * scale:
+        return Verdict("differs", f"outputs differ by {off:.1e}, of {scale:.1e} at most")
     return Verdict("same")
 
 
@@ -189,9 +189,9 @@ class _Copy:
             module.index_fill_(node.pruning_dim % module.ndim, index.to(module.device), 0)
         elif dep.handler in READERS:
             zero_inputs_(module, index.to(module.weight.device))
-        elif node.type == _TYPES.LN and len(module.normalized_shape) == 1:
-            module.register_forward_hook(_normalized_without(index))
-        elif node.type == _TYPES.GN:
+        elif node.type == _TYPES.GN or (
+            node.type == _TYPES.LN and len(module.normalized_shape) == 1
+        ):
             module.register_forward_hook(_normalized_without(index))
         elif node.type in _BY_CHANNEL:
             module.register_forward_hook(_zeroed(index, None))

@@ -175,7 +175,7 @@ class CurvatureImportance(tp.importance.Importance):
         """Come up to the model's present state, after a change or not."""
 
     def _apart(self, scores: Tensor) -> Tensor:
-        """Return scores of which ties that mean something have been resolved; others are refused."""
+        """Return scores without the ties that mean something; others are refused."""
         return scores
 
     def _form(self, slices: list[ChannelSlice], count: int) -> Tensor:

@@ -4,15 +4,16 @@
 a channel that is gone is zero. `streams` says which stream each layer writes.
 """
 
+from typing import ClassVar
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 
 class Branches(nn.Module):
-    streams: dict[str, str] = {}
+    streams: ClassVar[dict[str, str]] = {}
     ignored = ("head",)
-    options: dict = {}
 
     def conv(self, fan_in, fan_out, kernel=1, **options):
         return nn.Conv2d(fan_in, fan_out, kernel, padding=kernel // 2, **options)

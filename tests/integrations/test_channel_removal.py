@@ -88,8 +88,7 @@ def same(got, wanted):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("kind", ["jointly", "fisher"])
-@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(("kind", "backwards"), [("jointly", False), ("fisher", True)])
 def test_groups_can_be_pruned_in_turn(name, kind, backwards):
     model, batches = network(name)
     importance = importances(kind, model, batches)
