@@ -9,6 +9,7 @@ classes of those libraries, are not in ``__all__``: they are imported when asked
 from hesscurv.integrations.causal_lm_task import CausalLMTask, ModelLossTask
 from hesscurv.integrations.channel_compensation import compensate_channels_
 from hesscurv.integrations.channel_costs import macs_per_entry
+from hesscurv.integrations.channel_removal import remove_channels_
 from hesscurv.integrations.compensated_importance import CompensatedImportance
 from hesscurv.integrations.optional_names import __dir__, __getattr__  # noqa: F401
 from hesscurv.integrations.pruning_importance import EigenspaceImportance, FisherImportance
@@ -21,6 +22,7 @@ __all__ = [
     "FisherImportance",
     "CompensatedImportance",
     "compensate_channels_",
+    "remove_channels_",
     "macs_per_entry",
     # Tasks: Lightning's training step, and the models of Transformers
     "TrainingStepTask",

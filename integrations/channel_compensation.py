@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
-from hesscurv.integrations.channel_slices import READERS
+from hesscurv.integrations.channel_groups import current_groups, follow_removals_
+from hesscurv.integrations.channel_sections import level_sections_
+from hesscurv.integrations.channel_slices import READERS, check_inside
+from hesscurv.integrations.channel_trial import check_removal, zero_inputs_
+from hesscurv.integrations.ridge import centred, relative_ridge, ridge_factor
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import unwrap
 from hesscurv.operators.tasks import Task
@@ -18,6 +23,7 @@ from hesscurv.pruning.layer_inputs import has_covariance, input_covariances
 from hesscurv.pruning.sample_weights import weigh
 from hesscurv.pruning.weights import Weight
 
+_logger = logging.getLogger(__name__)
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -96,14 +102,70 @@ def compensate_channels_(
         He et al., ICCV 2017, arXiv 1707.06168, equation (5), least squares on a layer's outputs;
         Kurtic et al., NeurIPS 2023, arXiv 2302.04089, equation (2), the same as OBS.
     """
+    return prepare_removal_(model, task, batches, list(groups), damping, None, must_run=False)
+
+
+@torch.no_grad()
+def prepare_removal_(
+    model: nn.Module,
+    task: Task,
+    batches: Iterable[Any],
+    groups: list[Any],
+    damping: float | None,
+    adapt: Callable[[nn.Module], None] | None,
+    *,
+    must_run: bool,
+) -> dict[str, float]:
+    """Check groups, compensate for them, and let them be pruned one after the other.
+
+    Args:
+        model: The model, in place.
+        task: Says how it is run on a batch.
+        batches: Batches.
+        groups: The groups, in the order in which they will be pruned; brought up to date in place.
+        damping: As in `compensate_channels_`; None for no compensation.
+        adapt: What a model needs once the channels are gone.
+        must_run: See `check_removal`.
+
+    Returns:
+        As `compensate_channels_`.
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if isinstance(damping, bool) or not 0 < damping < float("inf"):
+    if damping is not None and (isinstance(damping, bool) or not 0 < damping < float("inf")):
         raise ValueError(f"expected a positive finite damping, got {damping!r}")
     model = unwrap(model)
-    readers = _read(model, list(groups))
-    if not readers:
+    current_groups(groups)
+    if not groups:
         return {}
+    readers, before = _read(model, groups), [list(group.items) for group in groups]
+    everything = [name for name, p in model.named_parameters() if p.is_floating_point()]
+    objective = Objective(
+        model, task, batches, everything, training=False, compute_dtype=None, budget=None
+    )
+    updates = {}
+    try:
+        at_zero = level_sections_(groups)
+        check_removal(objective, groups, adapt, must_run=must_run)
+        if readers and damping is not None:
+            updates = _updates(model, task, batches, readers, damping)
+    except BaseException:
+        for group, items in zip(groups, before, strict=True):
+            group.items[:] = items
+        raise
+    for reader in readers:
+        if reader.name in updates:
+            _write_(reader, updates[reader.name])
+    for layer, inputs in at_zero.items():
+        zero_inputs_(layer, torch.tensor(sorted(inputs), device=layer.weight.device).long())
+    follow_removals_(groups)
+    return {name: update.left for name, update in updates.items()}
+
+
+def _updates(
+    model: nn.Module, task: Task, batches: Iterable[Any], readers: list[_Reader], damping: float
+) -> dict[str, _Update]:
+    """Fit the readers, on one pass over the batches; those that do not run are left out."""
     weights = {f"{r.name}.weight": Weight(r.layer, "weight") for r in readers}
     objective = Objective(
         model, task, batches, list(weights), training=False, compute_dtype=None, budget=None
@@ -117,32 +179,24 @@ def compensate_channels_(
         largest=2**31,
         constant=True,
     )
-    updates = {
-        r.name: _fit(r, moments[f"{r.name}.weight"][0].double(), damping)
+    return {
+        r.name: _fit(r, moments[f"{r.name}.weight"][0], damping)
         for r in readers
         if f"{r.name}.weight" in moments
     }
-    for reader in readers:
-        if reader.name in updates:
-            _write_(reader, updates[reader.name])
-    return {name: update.left for name, update in updates.items()}
 
 
 def _read(model: nn.Module, groups: list[Any]) -> list[_Reader]:
     """Return the layers that read what goes, each once, with all that it loses."""
     names = {module: name for name, module in model.named_modules()}
     own = {id(p) for p in model.parameters()}
+    owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
     found: dict[Any, tuple[Any, set[int]]] = {}
     for group in groups:
-        if not isinstance(group, tp.Group):
-            raise TypeError(
-                f"expected groups of torch-pruning, got {type(group).__name__}; pass "
-                "list(pruner.step(interactive=True))"
-            )
-        for item in group:
-            if item.dep.handler in READERS:
-                node = item.dep.target
-                found.setdefault(node.module, (node, set()))[1].update(map(int, item.idxs))
+        for dep, idxs in group:
+            if dep.handler in READERS and len(idxs):
+                node = dep.target
+                found.setdefault(node.module, (node, set()))[1].update(map(int, idxs))
     readers = []
     for layer, (node, indices) in found.items():
         if layer not in names or id(layer.weight) not in own:
@@ -152,6 +206,10 @@ def _read(model: nn.Module, groups: list[Any]) -> list[_Reader]:
             )
         if not has_covariance(Weight(layer, "weight")):
             continue
+        if owners[id(layer.weight)] > 1:  # what it is to become would be the other's as well
+            _logger.warning("%s is not fitted anew: it shares its weight", names[layer])
+            continue
+        check_inside(torch.tensor(list(indices)), layer.weight.shape[1], names[layer])
         gone = torch.zeros(layer.weight.shape[1], dtype=torch.bool, device=layer.weight.device)
         gone[list(indices)] = True
         if bool(gone.all()):
@@ -162,35 +220,35 @@ def _read(model: nn.Module, groups: list[Any]) -> list[_Reader]:
 
 def _norm_after(node: Any) -> Any:
     """Return the batch norm that alone takes a layer's outputs and has running means, or None."""
-    after = [out.module for out in node.outputs]
-    if len(after) == 1 and isinstance(after[0], _NORMS) and after[0].running_mean is not None:
-        return after[0]
-    return None
+    if len(node.outputs) != 1 or len(node.outputs[0].inputs) != 1:
+        return None
+    after = node.outputs[0].module
+    return after if isinstance(after, _NORMS) and after.running_mean is not None else None
 
 
 def _fit(reader: _Reader, moments: Tensor, damping: float) -> _Update:
     """Fit a layer's outputs by the inputs that stay; `moments` (i + 1, i + 1) has a constant."""
+    measured_in, moments = moments.dtype, moments.double()
     places = moments[-1, -1]
     mean_i, second_ii = moments[-1, :-1] / places, moments[:-1, :-1] / places
     if reader.layer.bias is None and reader.norm is None:
         mean_i = torch.zeros_like(mean_i)
-    C = second_ii - mean_i[:, None] * mean_i
+    C = centred(second_ii, mean_i, measured_in)
     W = reader.layer.weight.detach().double().flatten(1)
     # A convolution's inputs are unfolded channel by channel.
     gone = reader.gone.repeat_interleave(W.shape[1] // len(reader.gone))
     W_P, C_PK, C_KK = W[:, gone], C[gone][:, ~gone], C[~gone][:, ~gone]
-    mu = damping * C.diagonal().mean().clamp(min=torch.finfo(C.dtype).tiny)
-    C_KK.diagonal().add_(mu)
+    if not bool(C.isfinite().all() and W.isfinite().all()):
+        raise ValueError(
+            f"expected finite inputs and weights of {reader.name}, got NaN or inf; look for them "
+            "in the model and the batches"
+        )
+    L = ridge_factor(C_KK, relative_ridge(C, damping))
     new = torch.zeros_like(W)
-    new[:, ~gone] = W[:, ~gone] + torch.linalg.solve(C_KK, C_PK.mT @ W_P.mT).mT
+    new[:, ~gone] = W[:, ~gone] + torch.cholesky_solve(C_PK.mT @ W_P.mT, L).mT
     change = W - new
     lost = float(((W_P @ C[gone][:, gone]) * W_P).sum())
     left = float(((change @ C) * change).sum()) / lost if lost > 0 else 0.0
-    if not bool(new.isfinite().all()):
-        raise ValueError(
-            f"expected finite inputs and weights of {reader.name}, got NaN or inf; look for them "
-            "in the model and the batches, or use a larger damping"
-        )
     return _Update(new.view_as(reader.layer.weight), change @ mean_i, left)
 
 

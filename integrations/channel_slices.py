@@ -36,6 +36,8 @@ _AXES: dict[Any, tuple[tuple[str, int], ...]] = {
     tp.function.prune_prelu_out_channels: (("weight", 0),),
     tp.function.prune_embedding_out_channels: (("weight", 1),),
 }
+_TYPES = tp.ops.OPTYPE
+_DIVIDING = (_TYPES.SPLIT, _TYPES.SLICE)
 READERS = (tp.function.prune_conv_in_channels, tp.function.prune_linear_in_channels)
 
 
@@ -47,7 +49,7 @@ class ChannelSlice:
         name: The parameter's dotted name in the model.
         shape: Its shape.
         axis: The axis along which it is sliced.
-        index: Shape (E,), int64: positions along the axis, no one twice.
+        index: Shape (E,), int64: positions along the axis.
         channel: Shape (E,), int64: the channel in the group that takes each slice along.
         blocks: In a grouped convolution, the number of equal parts of axis 0; slice e is then of
             part ``block[e]`` alone.
@@ -115,26 +117,61 @@ def read_group(group: Any, names: Mapping[int, str], readers_only: bool = False)
             `torch.nn.utils.prune`, normalised or parametrised), or is none of the model's.
     """
     root = group[0]
-    position = _positions(root.idxs)
     found = GroupChannels(root.dep.target.name, len(root.idxs))
-    items = list(group)
+    items = _taken(group)
     if readers_only:
-        items = [item for item in items if item.dep.handler in READERS] or items
-    for item in items:
-        # Where torch-pruning does not say the channel (grouped-query attention), it leaves the
-        # layer out of its own importances as well.
-        kept = [
-            (i, position[r])
-            for i, r in zip(item.idxs, item.root_idxs, strict=True)
-            if r is not None
-        ]
+        items = [item for item in items if item[0].handler in READERS] or items
+    for dep, kept in items:
         if not kept:
             continue
         index, channel = (torch.tensor(column) for column in zip(*kept, strict=True))
-        slices = _slices_of(item.dep, index, channel, names)
+        slices = _slices_of(dep, index, channel, names)
         if slices:
             found.layers.append(slices)
     return found
+
+
+def _taken(group: Any) -> list[tuple[Any, list[tuple[int, int]]]]:
+    """Return each layer's indices in a group, each with the place of the channel that takes it."""
+    root = group[0]
+    position = _positions(root.idxs)
+    if not any(item.dep.target.type in _DIVIDING for item in group):
+        # Where torch-pruning does not say the channel (grouped-query attention), it leaves the
+        # layer out of its own importances as well.
+        return [
+            (
+                item.dep,
+                [
+                    (i, position[r])
+                    for i, r in zip(item.idxs, item.root_idxs, strict=True)
+                    if r is not None
+                ],
+            )
+            for item in group
+        ]
+    # Parts of one tensor that meet again go together, and torch-pruning names one of them alone.
+    order = [item.dep for item in group]
+    kept: dict[Any, list[tuple[int, int]]] = {(dep.target, dep.handler): [] for dep in order}
+    for i, place in position.items():
+        for item in group._DG.get_pruning_group(root.dep.target.module, root.dep.handler, [i]):
+            mine = kept.get((item.dep.target, item.dep.handler))
+            if mine is not None:
+                mine += [(index, place) for index in item.idxs]
+    return [(dep, kept[dep.target, dep.handler]) for dep in order]
+
+
+def check_inside(idxs: Tensor, size: int, layer: str) -> None:
+    """Refuse indices of channels that a layer does not have.
+
+    Raises:
+        ValueError: If there is one.
+    """
+    if len(idxs) and int(idxs.max()) >= size:
+        raise ValueError(
+            f"expected indices below {size}, the channels of {layer}, got {int(idxs.max())} from "
+            "torch-pruning, which does not know what lies between (such as a pixel shuffle or a "
+            "gate that halves its input); add the layer before it to the pruner's ignored_layers"
+        )
 
 
 def sum_along(values: Tensor, axis: int) -> Tensor:
@@ -248,6 +285,7 @@ def _slice(
     channel: Tensor,
     names: Mapping[int, str],
 ) -> ChannelSlice:
+    check_inside(index, value.shape[axis], layer)
     return ChannelSlice(_name(value, layer, names), tuple(value.shape), axis, index, channel)
 
 

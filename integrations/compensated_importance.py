@@ -10,8 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.integrations.channel_slices import ChannelSlice, by_name, read_group
-from hesscurv.integrations.curvature_importance import CurvatureImportance, Normalizer
+from hesscurv.integrations.curvature_importance import (
+    CurvatureImportance,
+    Normalizer,
+    root_of,
+)
 from hesscurv.integrations.reader_rows import ReaderRows, reader_rows
+from hesscurv.integrations.ridge import centred, relative_ridge, ridge_factor
 from hesscurv.integrations.sample_rows import Rows, check_rows
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParamSelection, select_parameters
@@ -130,6 +135,13 @@ class CompensatedImportance(CurvatureImportance):
         if changed or not self._rows_of:
             self.refresh()
 
+    def _apart(self, scores: Tensor) -> Tensor:
+        """Order channels that all cost nothing, such as those of a dead layer, by their place."""
+        if len(scores) > 1 and bool((scores == 0).all()):
+            smallest = torch.finfo(scores.dtype).tiny
+            return torch.arange(len(scores), dtype=scores.dtype, device=scores.device) * smallest
+        return scores
+
     def _fit(self, name: str) -> _Fit:
         weight = dict(self.model.named_parameters())[name]
         return _Fit.of(self._rows_of[name], weight.detach(), self._damping)
@@ -146,10 +158,7 @@ class CompensatedImportance(CurvatureImportance):
         """Rank the channels of all groups of the pruner, each given those that are gone."""
         groups: list[_Group] = []
         fits: dict[str, _Fit] = {}
-        for group in self._pruner.DG.get_all_groups(
-            ignored_layers=self._pruner.ignored_layers,
-            root_module_types=self._pruner.root_module_types,
-        ):
+        for group, parts in self._groups():
             found = read_group(group, self._names(), True)
             slices = [part for layer in self._known(found) for part in layer]
             inputs = {n: _inputs_of(mine, found.count) for n, mine in by_name(slices).items()}
@@ -157,17 +166,26 @@ class CompensatedImportance(CurvatureImportance):
             costs = torch.ones(found.count).double()
             if self.costs is not None:
                 costs = self._costs_of(read_group(group, self._names())).double()
-            groups.append(_Group(group[0].dep.target.module, inputs, costs))
+            units = torch.arange(found.count).view(parts, -1).mT.tolist()
+            together = {n: [torch.cat([i[c] for c in u]) for u in units] for n, i in inputs.items()}
+            costs = costs.view(parts, -1).sum(0)
+            groups.append(_Group(root_of(group), parts, together, costs))
         places = _eliminate(groups, fits, self._exact)
-        return {g.root: place.float() for g, place in zip(groups, places, strict=True)}
+        return {
+            g.root: place.float().repeat(g.parts) for g, place in zip(groups, places, strict=True)
+        }
 
 
 @dataclass
 class _Group:
-    """The channels of a group: by reader, which of its inputs each one is, (C, e)."""
+    """The channels of a group: by reader, which of its inputs each one is, (e,) each.
+
+    In one of several parts, such as heads, a channel stands for those in the same place of all.
+    """
 
     root: Any
-    inputs: dict[str, Tensor]
+    parts: int
+    inputs: dict[str, list[Tensor]]
     costs: Tensor
 
 
@@ -184,10 +202,8 @@ class _Fit:
     @classmethod
     def of(cls, rows: ReaderRows, weight: Tensor, damping: float) -> _Fit:
         mean = rows.mean if rows.has_intercept else torch.zeros_like(rows.mean)
-        A = rows.second - mean[:, None] * mean
-        tiny = torch.finfo(A.dtype).tiny
-        A.diagonal().add_(damping * A.diagonal().mean().clamp(min=tiny))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(A))
+        C = centred(rows.second, mean, rows.gradients.dtype)
+        inverse = torch.cholesky_inverse(ridge_factor(C, relative_ridge(C, damping)))
         W = weight.to(inverse).flatten(1).clone()
         return cls(rows.gradients.flatten(1), rows.sums, mean, W, inverse)
 
@@ -197,14 +213,25 @@ class _Fit:
         across = torch.linalg.solve(blocks, self.inverse[inputs_ce])
         return -self.weight[:, inputs_ce].transpose(0, 1) @ across
 
-    def rows(self, inputs_ce: Tensor) -> Tensor:
+    def rows(self, inputs: list[Tensor]) -> Tensor:
         """Return what the outputs' combination of each sample would change by, (R, c)."""
-        change = self.change(inputs_ce.to(self.inverse.device))
-        straight = self.gradients @ change.flatten(1).to(self.gradients).mT
-        return (straight - self.sums @ (change @ self.mean).to(self.sums).mT).double()
+        out = self.gradients.new_zeros(len(self.gradients), len(inputs), dtype=torch.float64)
+        sizes: dict[int, list[int]] = {}
+        inputs = [self._left(mine) for mine in inputs]
+        for channel, mine in enumerate(inputs):
+            if len(mine):
+                sizes.setdefault(len(mine), []).append(channel)
+        for channels in sizes.values():
+            change = self.change(torch.stack([inputs[c] for c in channels]))
+            straight = self.gradients @ change.flatten(1).to(self.gradients).mT
+            constant = self.sums @ (change @ self.mean).to(self.sums).mT
+            out[:, channels] = (straight - constant).double()
+        return out
 
     def remove_(self, inputs_e: Tensor) -> None:
-        inputs_e = inputs_e.to(self.inverse.device)
+        inputs_e = self._left(inputs_e)
+        if len(inputs_e) == 0:
+            return
         self.weight = self.weight + self.change(inputs_e[None])[0]
         block = self.inverse[inputs_e][:, inputs_e]
         self.inverse = self.inverse - self.inverse[:, inputs_e] @ torch.linalg.solve(
@@ -214,20 +241,24 @@ class _Fit:
         self.inverse[inputs_e] = 0
         self.inverse[:, inputs_e] = 0
 
+    def _left(self, inputs_e: Tensor) -> Tensor:
+        inputs_e = inputs_e.to(self.inverse.device)
+        return inputs_e[self.inverse.diagonal()[inputs_e] > 0]
 
-def _inputs_of(parts: list[ChannelSlice], count: int) -> Tensor:
-    """Return which inputs of a reader's weight matrix each channel is, (C, e)."""
-    (part,) = parts  # a reader of a group stands in it once
-    kernel = torch.Size(part.shape[2:]).numel()
-    order = part.channel.argsort(stable=True)
-    each = torch.bincount(part.channel, minlength=count)
-    if bool((each != each[0]).any()):
-        raise ValueError(
-            f"expected as many inputs of {part.name!r} for each of {count} channels, got "
-            f"{each.tolist()}; leave it out of `params`"
-        )
-    index = part.index[order].view(count, -1)
-    return (index[:, :, None] * kernel + torch.arange(kernel)).flatten(1)
+
+def _inputs_of(parts: list[ChannelSlice], count: int) -> list[Tensor]:
+    """Return which inputs of a reader's weight matrix each of C channels is, (e,) each.
+
+    Behind a split a layer reads some channels alone, and the others are none of its inputs.
+    """
+    found: list[list[Tensor]] = [[] for _ in range(count)]
+    for part in parts:
+        kernel = torch.arange(torch.Size(part.shape[2:]).numel())
+        entries = part.index[:, None] * len(kernel) + kernel
+        for channel, mine in zip(part.channel.tolist(), entries, strict=True):
+            found[channel].append(mine)
+    nothing = torch.empty(0, dtype=torch.long)
+    return [torch.cat(mine).unique() if mine else nothing for mine in found]
 
 
 def _eliminate(groups: list[_Group], fits: dict[str, _Fit], exact: float) -> list[Tensor]:
@@ -270,7 +301,10 @@ def _eliminate(groups: list[_Group], fits: dict[str, _Fit], exact: float) -> lis
 
 def _rows_left(group: _Group, fits: dict[str, _Fit], left: Tensor) -> Tensor:
     """Return the rows of a group's channels, (R, C); zero for those that are gone."""
-    total = sum(fits[name].rows(inputs[left]) for name, inputs in group.inputs.items())
+    channels = left.nonzero()[:, 0].tolist()
+    total = sum(
+        fits[name].rows([inputs[c] for c in channels]) for name, inputs in group.inputs.items()
+    )
     assert isinstance(total, Tensor)
     out = total.new_zeros(len(total), len(left))
     out[:, left] = total

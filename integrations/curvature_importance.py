@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -11,6 +11,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from hesscurv.integrations.channel_costs import check_costs
+from hesscurv.integrations.channel_graph import remake_, repair_
 from hesscurv.integrations.channel_slices import (
     ChannelSlice,
     GroupChannels,
@@ -111,6 +112,7 @@ class CurvatureImportance(tp.importance.Importance):
                 "expected normalizer=None and group_reduction='sum' for a joint ranking, got "
                 f"{self.normalizer!r} and {self.group_reduction!r}"
             )
+        repair_(pruner.DG)
         self._pruner, self._ranks = pruner, None
         return self
 
@@ -128,6 +130,8 @@ class CurvatureImportance(tp.importance.Importance):
             ValueError: If none of the group's parameters is among those measured, scores are not
                 finite or all equal, or a layer's weight is computed from other parameters.
         """
+        if getattr(group, "_DG", None) is not None and repair_(group._DG):
+            remake_(group)
         # The pruner's grad mode is its own affair; what needs gradients switches them on.
         with torch.no_grad():
             found = read_group(group, self._names(), self.weights == "readers")
@@ -145,7 +149,7 @@ class CurvatureImportance(tp.importance.Importance):
                 self._ranks = self._ranks or self._rank_all()
                 return self._rank_of(group, found)
             layers = self._known(found)
-            scores = self._reduced(layers, found.count)
+            scores = self._apart(self._reduced(layers, found.count))
             _check_scores(scores, found)
             if self.costs is not None:
                 scores = scores / self._costs_of(read_group(group, self._names())).to(scores)
@@ -176,6 +180,10 @@ class CurvatureImportance(tp.importance.Importance):
     def _follow(self, changed: bool) -> None:
         """Come up to the model's present state, after a change or not."""
 
+    def _apart(self, scores: Tensor) -> Tensor:
+        """Return scores without the ties that mean something; others are refused."""
+        return scores
+
     def _form(self, slices: list[ChannelSlice], count: int) -> Tensor:
         rows, extra = self._rows(slices, count)
         dtype = next(self.model.parameters()).dtype
@@ -193,26 +201,38 @@ class CurvatureImportance(tp.importance.Importance):
             )
         return [layer for layer in layers if layer]
 
+    def _groups(self) -> Iterator[tuple[Any, int]]:
+        """Yield the pruner's groups as it has them scored, and the equal parts that each is of.
+
+        Channels in the same place of all parts, such as heads, go together. An attention's group
+        has the layer behind it as its root.
+        """
+        pruner = self._pruner
+        for group in pruner.DG.get_all_groups(
+            ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types
+        ):
+            if pruner._is_atten_group(group)[0]:
+                group = pruner._downstream_node_as_root_if_attention(group)
+                if group is None:
+                    continue
+            yield group, pruner._get_channel_groups(group)
+
     def _rank_all(self) -> dict[Any, Tensor]:
-        """Rank the channels of all groups of the pruner, by the groups' first modules."""
-        groups = self._pruner.DG.get_all_groups(
-            ignored_layers=self._pruner.ignored_layers,
-            root_module_types=self._pruner.root_module_types,
-        )
-        modules, rows, extras, costs = [], [], [], []
-        for group in groups:
+        """Rank the channels of all groups of the pruner, by the groups' roots."""
+        roots, rows, extras, costs, parts = [], [], [], [], []
+        for group, count in self._groups():
             found = read_group(group, self._names(), self.weights == "readers")
             slices = [part for layer in self._known(found) for part in layer]
             mine, extra = self._rows(slices, found.count)
             _check_finite(mine.square().sum(0) + extra, found)
-            modules.append(group[0].dep.target.module)
-            rows.append(mine)
-            extras.append(extra)
-            costs.append(
-                torch.ones_like(extra)
-                if self.costs is None
-                else self._costs_of(read_group(group, self._names())).to(extra)
-            )
+            each = torch.ones_like(extra)
+            if self.costs is not None:
+                each = self._costs_of(read_group(group, self._names())).to(extra)
+            roots.append(root_of(group))
+            parts.append(count)
+            rows.append(mine.unflatten(1, (count, -1)).sum(1))
+            extras.append(extra.view(count, -1).sum(0))
+            costs.append(each.view(count, -1).sum(0))
         sizes = torch.tensor([len(extra) for extra in extras], device=extras[0].device)
         places = backward_elimination(
             torch.cat(rows, 1),
@@ -220,16 +240,19 @@ class CurvatureImportance(tp.importance.Importance):
             torch.cat(costs),
             torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes),
         )
-        return dict(zip(modules, places.float().split(sizes.tolist()), strict=True))
+        each_place = places.float().split(sizes.tolist())
+        return {
+            root: place.repeat(count)
+            for root, place, count in zip(roots, each_place, parts, strict=True)
+        }
 
     def _rank_of(self, group: Any, found: GroupChannels) -> Tensor:
         assert self._ranks is not None
-        ranks = self._ranks.get(group[0].dep.target.module)
+        ranks = self._ranks.get(root_of(group))
         if ranks is None or len(ranks) != found.count:
             raise ValueError(
                 f"expected one of the pruner's groups with all of its channels, got the group of "
-                f"{found.root}; attention with num_heads has groups of other roots: rank its "
-                "channels without `rank_jointly`"
+                f"{found.root}; rank its channels without `rank_jointly`"
             )
         return ranks
 
@@ -272,6 +295,11 @@ class CurvatureImportance(tp.importance.Importance):
         if self.group_reduction == "max":
             return forms.amax(0)
         return forms.prod(0) if self.group_reduction == "prod" else forms
+
+
+def root_of(group: Any) -> Any:
+    """Return what tells a group from the others of its graph: the root layer, and its side."""
+    return group[0].dep.target.module, group[0].dep.handler
 
 
 def check_normalizer(normalizer: Normalizer) -> None:

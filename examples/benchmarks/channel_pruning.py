@@ -22,8 +22,8 @@ from hesscurv.integrations import (
     CompensatedImportance,
     EigenspaceImportance,
     FisherImportance,
-    compensate_channels_,
     macs_per_entry,
+    remove_channels_,
 )
 
 OURS = ("eigenspace", "fisher", "ggn", "compensated")
@@ -197,10 +197,8 @@ def prune(
         middle = (low + high) / 2
         low, high = (middle, high) if before - saved(chosen(middle)) > budget else (low, middle)
     groups = chosen(high)
-    if COMPENSATED in setting:
-        compensate_channels_(model, task(), data, groups)
-    for group in groups:
-        group.prune()
+    damping = 1e-3 if COMPENSATED in setting else None
+    remove_channels_(model, task(), data, groups, damping=damping)
     if macs(model, example) > 1.02 * budget:
         raise RuntimeError(f"expected at most {budget:.3g} MACs, got {macs(model, example):.3g}")
 

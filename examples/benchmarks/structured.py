@@ -12,13 +12,13 @@ data sees the same training images, other ones for every seed. Kinds and setting
     eigenspace   top eigenpairs of the GGN of a quarter of the images
     fisher, ggn  `FisherImportance`'s two kinds of rows; all three: each channel by itself, per loss
                  or per MAC; or jointly, per MAC (`rank_jointly`); or so and "compensated": in each
-                 stage `compensate_channels_` fits the convolutions that read the channels to what
+                 stage `remove_channels_` fits the convolutions that read the channels to what
                  is left of their inputs, by least squares, without labels
     compensated  `CompensatedImportance`, which counts on that: jointly, per MAC, compensated; of
                  the loss, or of the logits' change, also with a channel's cost to the power 1.5
     magnitude, taylor, hessian
                  torch-pruning's, with its defaults, or with sums in the loss's own unit
-    both         torch-pruning's magnitude with our `compensate_channels_`
+    both         torch-pruning's magnitude with our compensation, `remove_channels_`
 
 "hessian" is used as torch-pruning documents it. Its `accumulate_grad` never finds what it has
 accumulated, so that the last sample alone counts.

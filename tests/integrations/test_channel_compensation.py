@@ -268,3 +268,57 @@ def test_a_whole_pruning_step_goes_through():
     assert left.keys() == {"conv2", "fc1", "fc2"}
     assert model.conv2.weight.shape == (2, 2, 3, 3)
     assert torch.isfinite(model(batches[0][0])).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 3.0, 1e4])
+def test_constant_inputs_cost_nothing_where_there_is_an_intercept(value):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    with torch.no_grad():
+        model[0].weight[:2] = 0
+        model[0].bias[:2] = value
+    batches = [(torch.randn(20, 5).double(), torch.randint(3, (20,)))]
+    before = model(batches[0][0])
+    group = tp_group(model, batches, [0, 1])
+    left = compensate_channels_(model, TASK, batches, [group])
+    assert left == {"2": 0.0}
+    torch.testing.assert_close(model(batches[0][0]), before, rtol=1e-10, atol=1e-10 * (1 + value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("samples", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_fewer_samples_than_inputs_are_fitted_exactly(dtype, samples, bias):
+    torch.manual_seed(0)
+    layers = nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3, bias=bias)
+    model = nn.Sequential(*layers).to(dtype)
+    batches = [(torch.randn(samples, 5, dtype=dtype), torch.randint(3, (samples,)))]
+    before = model(batches[0][0])
+    group = tp_group(model, batches, [0, 5, 7])
+    compensate_channels_(model, TASK, batches, [group], damping=1e-9)
+    # As many equations as samples: solved exactly, but for the ridge, at least eps of the variance.
+    tol = 1e-6 if dtype == torch.float64 else 1e-3
+    torch.testing.assert_close(model(batches[0][0]), before, rtol=tol, atol=tol)
+
+
+@pytest.mark.parametrize("bias", [-100.0, 0.0])
+def test_a_dead_layer_stays_as_it_is(bias):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3, bias=False)).double()
+    with torch.no_grad():
+        model[0].bias.fill_(bias)
+        model[0].weight.mul_(bias == -100)
+    batches = [(torch.randn(9, 5).double(), torch.randint(3, (9,)))]
+    kept = model[2].weight[:, [1, 2, 3, 4]].detach().clone()
+    assert compensate_channels_(model, TASK, batches, [tp_group(model, batches, [0, 5])]) == {
+        "2": 0.0
+    }
+    assert torch.equal(model[2].weight[:, [1, 2, 3, 4]], kept)
+    assert (model[2].weight[:, [0, 5]] == 0).all()
+
+
+def tp_group(model, batches, channels):
+    import torch_pruning as tp
+
+    graph = tp.DependencyGraph().build_dependency(model, batches[0][0][:1])
+    return graph.get_pruning_group(model[0], tp.prune_linear_out_channels, channels)

@@ -2,10 +2,12 @@
 
 import copy
 
+import branches
 import pytest
 import torch
 import torch_pruning as tp
 from channels import EXAMPLE, TASK, build, data, graph_of
+from torch import nn
 from torch.func import functional_call
 
 import hesscurv
@@ -13,6 +15,7 @@ from hesscurv.integrations import (
     CompensatedImportance,
     compensate_channels_,
     macs_per_entry,
+    remove_channels_,
 )
 
 # Network and the layer whose outputs are a group.
@@ -199,3 +202,99 @@ def test_a_group_that_nothing_measured_reads_is_refused():
     importance = CompensatedImportance(model, TASK, data(), params="fc1")
     with pytest.raises(ValueError, match="was measured"):
         importance(whole(model, "conv1"))
+
+
+def dense_pruner(model, batches, importance, **options):
+    return tp.pruner.BasePruner(
+        model,
+        batches[0][0][:1],
+        importance,
+        pruning_ratio=0.5,
+        ignored_layers=[model[2]],
+        **options,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("x", ["one sample", "a sample repeated", "two inputs repeated"])
+@pytest.mark.parametrize("bias", [0.0, -100.0])
+@pytest.mark.parametrize("jointly", [False, True])
+def test_dead_and_constant_inputs_are_scored(dtype, x, bias, jointly):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2)).to(dtype)
+    with torch.no_grad():
+        model[0].bias.fill_(bias)
+        model[0].weight[3] = model[0].weight[4]
+    x = {
+        "one sample": torch.randn(1, 8),
+        "a sample repeated": torch.randn(1, 8).repeat(30, 1),
+        "two inputs repeated": torch.randn(30, 2).repeat(1, 4),
+    }[x].to(dtype)
+    batches = [(x, torch.randn(len(x), 2).to(dtype))]
+    task = hesscurv.supervised(nn.MSELoss())
+    importance = CompensatedImportance(model, task, batches)
+    pruner = dense_pruner(model, batches, importance, global_pruning=jointly)
+    if jointly:
+        importance.rank_jointly(pruner)
+    (group,) = list(pruner.DG.get_all_groups([model[2]]))
+    scores = importance(group)
+    assert torch.isfinite(scores).all()
+    assert len(scores.unique()) == len(scores) or not (jointly or bias)
+    remove_channels_(model, task, batches, pruner)
+    assert model[0].out_features == 8
+    assert torch.isfinite(model(x)).all()
+
+
+def test_dead_channels_are_the_first_to_go():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 2)).double()
+    with torch.no_grad():
+        model[0].bias[[1, 4]] = -100
+        model[0].weight[2], model[0].bias[2] = 0, 3.0  # constant
+    batches = [(torch.randn(40, 8).double(), torch.randint(2, (40,)))]
+    before = model(batches[0][0])
+    importance = CompensatedImportance(model, TASK, batches)
+    pruner = dense_pruner(model, batches, importance)
+    (group,) = list(pruner.step(interactive=True))
+    assert set(group[0].idxs) == {1, 2, 4}
+    remove_channels_(model, TASK, batches, [group])
+    # Exact but for rounding: neither takes part in the outputs' variance.
+    torch.testing.assert_close(model(batches[0][0]), before, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("heads", [2, 4])
+def test_heads_are_ranked_jointly(heads):
+    torch.manual_seed(0)
+    model, batches = branches.Attention(heads).double().eval(), data((12,))
+    ignored = [getattr(model, name) for name in model.ignored]
+    importance = CompensatedImportance(model, TASK, batches, exact=1.0)
+    pruner = tp.pruner.BasePruner(
+        model,
+        EXAMPLE.double(),
+        importance,
+        global_pruning=True,
+        num_heads={model.qkv: heads},
+        out_channel_groups={},
+        ignored_layers=ignored,
+    )
+    importance.rank_jointly(pruner)
+    groups = {g[0].dep.target.module: (g, count) for g, count in importance._groups()}
+    group, count = groups[model.proj]
+    assert count == heads
+    places = importance(group).view(heads, -1)
+    # The same place of all heads goes at once.
+    assert (places == places[0]).all()
+    assert len(places[0].unique()) == len(places[0])
+
+
+def test_a_part_of_a_split_is_scored_with_what_it_meets_again():
+    torch.manual_seed(0)
+    model, batches = branches.Tokens().double().eval(), data((12,))
+    importance = CompensatedImportance(model, TASK, batches)
+    pruner = tp.pruner.BasePruner(model, EXAMPLE.double(), importance, ignored_layers=[model.head])
+    importance.rank_jointly(pruner)  # with the mappings of the graph in place
+    importance = CompensatedImportance(model, TASK, batches)
+    out = tp.prune_linear_out_channels
+    scores = importance(pruner.DG.get_pruning_group(model.gate, out, list(range(10))))
+    # Each gate goes with what it gates.
+    torch.testing.assert_close(scores[:5], scores[5:], rtol=1e-12, atol=0)
