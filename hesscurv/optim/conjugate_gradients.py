@@ -30,8 +30,8 @@ class EigenspacePreconditioner:
             are all there are or the next one is not known.
 
     Attributes:
-        bulk: |lambda_{r+1}| + mu, about the largest eigenvalue of P^-1 (H + mu I): P^-1 divided by it
-            is an approximate inverse.
+        bulk: |lambda_{r+1}| + mu, about the largest eigenvalue of P^-1 (H + mu I): P^-1 divided by
+            it is an approximate inverse.
 
     Cost of a product: 4 r D operations.
 

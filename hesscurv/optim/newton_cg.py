@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from hesscurv.operators.uncompiled import uncompiled
 from hesscurv.optim.closure_gauss_newton import ClosureGaussNewton
 from hesscurv.optim.closure_hessian import ClosureHessian
 from hesscurv.optim.closure_loss import Closure, ClosureLoss, LossGraph
@@ -184,6 +185,22 @@ class NewtonCG(Optimizer):
         check_options(defaults)
         super().__init__(params, defaults)
 
+    def __repr__(self) -> str:
+        """Tell what is minimised how, and how far it has come."""
+        options, done = self.param_groups[0], self.diagnostics()
+        params = self._params()
+        every = f"refreshed every {options['refresh_every']}"
+        lines = [
+            f"  {options['curvature']} of {sum(p.numel() for p in params)} numbers in "
+            f"{len(params)} parameters",
+            f"  rank {options['rank']}, {every}; first damping {options['damping']:g}, "
+            f"lr {float(options['lr']):g}",
+            f"  {done['step']} steps, {done['num_refused']} refused, {done['num_matvecs']} products"
+            if done
+            else "  no steps yet",
+        ]
+        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to move together with the others.
 
@@ -208,6 +225,7 @@ class NewtonCG(Optimizer):
             self.param_groups.pop()
             raise
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """Take one Newton step, or none where the line search finds no decrease.

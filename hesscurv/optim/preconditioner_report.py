@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 
 from hesscurv.optim.low_rank_preconditioner import LowRankPreconditioner
 
@@ -11,6 +16,17 @@ _LITTLE_TO_GAIN = 2.0
 
 class CurvatureWarning(UserWarning):
     """Curvature could not be computed, or there is little to gain by it; training goes on."""
+
+
+_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warn from the line outside torch and this library that led here, however deep."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 @dataclass(frozen=True)
@@ -32,6 +48,7 @@ class PreconditionerReport:
             model, for the first group's momentum if it has any.
         stable_rate_after: The same with it.
         rate_factor: What multiplies the groups' learning rates; 1 but for the automatic rate.
+        last_failure: Why the eigenspace could not be computed the last time; empty without any.
     """
 
     steps: int
@@ -47,6 +64,7 @@ class PreconditionerReport:
     stable_rate: float
     stable_rate_after: float
     rate_factor: float
+    last_failure: str = ""
 
     @property
     def refresh_fraction(self) -> float:
@@ -54,14 +72,16 @@ class PreconditionerReport:
         return self.refresh_seconds / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:
-        """Tell it in three lines."""
+        """Tell it in two to four lines."""
         lines = [
             f"{self.steps} steps in {self.seconds:.3g} s; {self.refreshes} refreshes of the "
             f"eigenspace, {self.num_matvecs} products, {self.refresh_fraction:.1%} of the time; "
             f"preconditioning of steps {self.step_seconds / max(self.seconds, 1e-9):.1%}"
         ]
         if self.failures:
-            lines.append(f"curvature failed {self.failures} times")
+            why = self.last_failure.partition("\n")[0]
+            times = f"{self.failures} time{'s' * (self.failures != 1)}"
+            lines.append(f"curvature failed {times}" + (f", at last by {why}" if why else ""))
         if not self.gains:
             return "\n".join([*lines, "no eigenspace: steps are the base's own"])
         r = len(self.gains)

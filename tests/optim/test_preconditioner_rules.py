@@ -80,7 +80,7 @@ def test_of_a_matrix_of_lower_rank_all_of_its_range_is_damped_and_nothing_else()
     H = quadratic_data(SPECTRA["rank 3"])[0][0]
     model = Quadratic()
     optimizer = wrapped(torch.optim.SGD(model.parameters(), lr=1.0), model, SPECTRA["rank 3"])
-    optimizer.param_groups[0]["rank"] = 6
+    optimizer.param_groups[0]["curvature_rank"] = 6
     w, g = weights(model), torch.randn(DIM, dtype=torch.float64)
     set_gradients(model, g)
     optimizer.step()
