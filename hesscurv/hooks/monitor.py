@@ -24,6 +24,7 @@ from hesscurv.hooks.schedules import Schedule, dense_then_sparse
 from hesscurv.hooks.unchanged import unchanged_random_states
 from hesscurv.operators.parameters import ParamSelection
 from hesscurv.operators.summed_operator import device_of
+from hesscurv.operators.uncompiled import uncompiled
 
 _VERSION = 1
 
@@ -221,6 +222,7 @@ class CurvatureMonitor:
 
     # -- called from training -------------------------------------------------------------------
 
+    @uncompiled
     def step(self, step: int) -> dict[str, Any] | None:
         """Measure if it is time to; call it after the optimizer's step.
 
@@ -258,6 +260,7 @@ class CurvatureMonitor:
         self._ask_again = step + wait if wait else None
         return not wait
 
+    @uncompiled
     def measure(self, step: int) -> dict[str, Any]:
         """Measure now, whatever schedule and budget say; on many ranks all call it.
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hesscurv.distributed import Communicator
 from hesscurv.linalg.precision import full_precision
+from hesscurv.operators.uncompiled import uncompiled
 
 
 class LinearOperator(ABC):
@@ -41,6 +42,7 @@ class LinearOperator(ABC):
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
         """Apply the operator to the columns of a checked block (D, b)."""
 
+    @uncompiled
     def __matmul__(self, other: Tensor) -> Tensor:
         """Return ``H @ v`` for v (D,) or ``H @ V`` for V (D, b), in H's dtype on H's device.
 

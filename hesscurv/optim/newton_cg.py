@@ -193,7 +193,7 @@ class NewtonCG(Optimizer):
         lines = [
             f"  {options['curvature']} of {sum(p.numel() for p in params)} numbers in "
             f"{len(params)} parameters",
-            f"  rank {options['rank']}, {every}; first damping {options['damping']:g}, "
+            f"  rank={options['rank']}, {every}; first damping {options['damping']:g}, "
             f"lr {float(options['lr']):g}",
             f"  {done['step']} steps, {done['num_refused']} refused, {done['num_matvecs']} products"
             if done

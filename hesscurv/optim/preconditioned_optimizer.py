@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from hesscurv.operators.parameters import ParamSelection
 from hesscurv.operators.uncompiled import uncompiled
+from hesscurv.operators.user_warning import warn_user
 from hesscurv.optim.arguments import check_measured, check_model, check_preconditioning
 from hesscurv.optim.automatic_rate import AutomaticRate, multiplied_rates
 from hesscurv.optim.base_optimizer import (
@@ -45,11 +46,7 @@ from hesscurv.optim.group_settings import (
 )
 from hesscurv.optim.optimizer_state import join_state, merged_state, split_state
 from hesscurv.optim.preconditioner_description import describe_wrapper, make_report
-from hesscurv.optim.preconditioner_report import (
-    CurvatureWarning,
-    PreconditionerReport,
-    warn_user,
-)
+from hesscurv.optim.preconditioner_report import CurvatureWarning, PreconditionerReport
 from hesscurv.optim.refresh_schedule import RefreshSchedule
 from hesscurv.optim.tracked_preconditioner import TrackedPreconditioner
 from hesscurv.optim.trained_parameters import (

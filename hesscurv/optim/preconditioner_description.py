@@ -77,7 +77,7 @@ def describe_wrapper(
     return (
         f"{name}(\n"
         f"  base: {describe(base)}; the {mode} is preconditioned\n"
-        f"  rank {group[RANK]}, damping {damping}, refreshed {often}\n"
+        f"  rank={group[RANK]}, damping={damping}, refreshed {often}\n"
         f"  {tracker.curvature} of {numel} numbers in {len(tracker.names)} parameters, {what}\n"
         f"  {done}\n"
         ")"

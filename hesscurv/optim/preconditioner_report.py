@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from hesscurv.optim.low_rank_preconditioner import LowRankPreconditioner
 
@@ -16,17 +11,6 @@ _LITTLE_TO_GAIN = 2.0
 
 class CurvatureWarning(UserWarning):
     """Curvature could not be computed, or there is little to gain by it; training goes on."""
-
-
-_NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]))
-
-
-def warn_user(message: str, category: type[Warning]) -> None:
-    """Warn from the line outside torch and this library that led here, however deep."""
-    level, frame = 1, sys._getframe()
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)
 
 
 @dataclass(frozen=True)
