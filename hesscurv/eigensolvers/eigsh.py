@@ -17,6 +17,7 @@ from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.rayleigh_ritz import rayleigh_ritz
 from hesscurv.eigensolvers.single_pass import single_pass
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
+from hesscurv.operators.uncompiled import uncompiled
 
 METHODS: dict[str, Callable[..., Eigenpairs]] = {
     "block_krylov": block_krylov,
@@ -25,6 +26,7 @@ METHODS: dict[str, Callable[..., Eigenpairs]] = {
 }
 
 
+@uncompiled
 def eigsh(
     H: Any,
     k: int,

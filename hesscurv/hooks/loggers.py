@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import Any, Protocol
+
+from hesscurv.operators.user_warning import warn_user
 
 
 class MonitorWarning(UserWarning):
@@ -58,4 +59,4 @@ class Loggers:
 def warn(messages: Iterable[str]) -> None:
     """Warn of failures that training survives."""
     for message in messages:
-        warnings.warn(message, MonitorWarning, stacklevel=4)
+        warn_user(message, MonitorWarning)

@@ -25,6 +25,7 @@ from hesscurv.hooks.unchanged import unchanged_random_states
 from hesscurv.operators.descriptions import Words, describe_object
 from hesscurv.operators.parameters import ParamSelection, unwrap
 from hesscurv.operators.summed_operator import device_of
+from hesscurv.operators.uncompiled import uncompiled
 
 _VERSION = 1
 
@@ -237,6 +238,7 @@ class CurvatureMonitor:
 
     # -- called from training -------------------------------------------------------------------
 
+    @uncompiled
     def step(self, step: int) -> dict[str, Any] | None:
         """Measure if it is time to; call it after the optimizer's step.
 
@@ -274,6 +276,7 @@ class CurvatureMonitor:
         self._ask_again = step + wait if wait else None
         return not wait
 
+    @uncompiled
     def measure(self, step: int) -> dict[str, Any]:
         """Measure now, whatever schedule and budget say; on many ranks all call it.
 

@@ -18,6 +18,7 @@ from hesscurv.hooks.stability import Stability, relative_change
 from hesscurv.metrics import intersection_over_union, leverage_scores, magnitude_mask
 from hesscurv.operators.descriptions import describe_object
 from hesscurv.operators.parameters import unwrap
+from hesscurv.operators.uncompiled import uncompiled
 from hesscurv.optim.arguments import check_count
 from hesscurv.pruning import mask_optimizer_state_, masks_of, prune_model
 from hesscurv.pruning.weights import (
@@ -167,6 +168,7 @@ class PruneWhenStable:
         """Whether the last sparsity has been reached."""
         return len(self.pruned) == len(self.sparsities)
 
+    @uncompiled
     def step(self, step: int) -> Any:
         """Look at what the monitor has measured since, and prune if it is time; after its `step`.
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from hesscurv.distributed import Communicator
 from hesscurv.linalg.precision import full_precision
 from hesscurv.operators.descriptions import Words, describe_object, inherit_arguments
+from hesscurv.operators.uncompiled import uncompiled
 
 
 class LinearOperator(ABC):
@@ -61,6 +62,7 @@ class LinearOperator(ABC):
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
         """Apply the operator to the columns of a checked block (D, b)."""
 
+    @uncompiled
     def __matmul__(self, other: Tensor) -> Tensor:
         """Return ``H @ v`` for v (D,) or ``H @ V`` for V (D, b), in H's dtype on H's device.
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Optimizer
 
 from hesscurv.operators.batches import Batches
 from hesscurv.operators.curvature_operator import CurvatureOperator
@@ -17,25 +16,12 @@ from hesscurv.operators.tasks import as_loss
 _OPERATOR_OPTIONS = ("memory_budget", "way", "compute_dtype", "check")
 
 
-def check_base(base: Any, model: Any, task: Any) -> None:
-    """Refuse what is no optimizer, model or task.
+def check_model(model: Any, task: Any) -> None:
+    """Refuse what is no model or task.
 
     Raises:
         TypeError: If one is of a wrong type.
-        ValueError: If the base evaluates its closure by itself.
     """
-    if isinstance(base, type) and issubclass(base, Optimizer):
-        raise TypeError(
-            f"expected an optimizer, got the class {base.__name__}; pass an instance: "
-            f"{base.__name__}(model.parameters(), ...)"
-        )
-    if not isinstance(base, Optimizer):
-        raise TypeError(f"expected base to be a torch.optim.Optimizer, got {type(base).__name__}")
-    if isinstance(base, LBFGS):
-        raise ValueError(
-            "expected a base that takes one gradient a step, got LBFGS, which evaluates its "
-            "closure many times along directions of its own; use hesscurv.optim.NewtonCG"
-        )
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
     if not callable(task):
@@ -79,24 +65,31 @@ def check_measured(
     check_choice("way", options.get("way", "auto"), ("auto", *kind.ways, *kind.extra_ways))
 
 
-def check_automatic_rate(base: Optimizer, mode: str) -> None:
-    """Refuse bases whose stable learning rate is not that of gradient descent.
+def check_preconditioning(given: Mapping[str, Any], curvatures: tuple[str, ...]) -> None:
+    """Refuse numbers and choices of `PreconditionedOptimizer` that are out of range.
+
+    Args:
+        given: Its arguments by name.
+        curvatures: The choices of `curvature`.
 
     Raises:
-        ValueError: If the base is adaptive, or has no learning rate.
+        TypeError: If one has another type.
+        ValueError: If a value is out of range.
     """
-    adaptive = type(base).__module__.startswith("torch.optim") and not isinstance(base, SGD)
-    if mode != "gradient" or adaptive:
-        raise ValueError(
-            f"expected a base like SGD for learning_rate='auto', got {type(base).__name__} in mode "
-            f"{mode!r}: the stable rate of an adaptive one depends on its own state; leave "
-            "learning_rate out"
-        )
-    if not any("lr" in group for group in base.param_groups):
-        raise ValueError(
-            "expected a base with 'lr' in its groups for learning_rate='auto', got "
-            f"{sorted(base.param_groups[0])}; leave learning_rate out"
-        )
+    check_count("rank", given["rank"])
+    check_positive("damping", given["damping"], zero=True, optional=True)
+    check_count("refresh_every", given["refresh_every"], optional=True)
+    check_positive("max_fraction", given["max_fraction"], below=1.0)
+    check_positive("drift_tol", given["drift_tol"], optional=True)
+    check_count("check_every", given["check_every"])
+    check_choice("mode", given["mode"], (None, "gradient", "update"))
+    check_choice("curvature", given["curvature"], curvatures)
+    check_count("samples", given["samples"], optional=True)
+    check_choice("learning_rate", given["learning_rate"], (None, "auto"))
+    check_positive("rate_fraction", given["rate_fraction"])
+    check_positive("max_growth", given["max_growth"])
+    check_positive("tol", given["tol"])
+    check_count("seed", given["seed"], least=0)
 
 
 def check_count(name: str, value: Any, *, least: int = 1, optional: bool = False) -> None:

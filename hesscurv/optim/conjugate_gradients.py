@@ -14,10 +14,10 @@ from hesscurv.operators.linear_operator import LinearOperator
 class EigenspacePreconditioner:
     r"""The inverse of a damped Hessian on its top eigenspace, the identity elsewhere.
 
-    .. math:: P^{-1} = (|\lambda_r| + \mu) U (|\Lambda| + \mu I)^{-1} U^T + (I - U U^T)
+    .. math:: P^{-1} = (|\lambda_{r+1}| + \mu) U (|\Lambda| + \mu I)^{-1} U^T + (I - U U^T)
 
     With exact pairs :math:`P^{-1} (H + \mu I)` has the eigenvalues
-    :math:`(|\lambda_r| + \mu) (\lambda_i + \mu) / (|\lambda_i| + \mu)` on U and
+    :math:`(|\lambda_{r+1}| + \mu) (\lambda_i + \mu) / (|\lambda_i| + \mu)` on U and
     :math:`\lambda_i + \mu` below, so that its condition is that of the spectrum below the r-th.
     The magnitudes make it positive definite for any symmetric H.
 
@@ -26,10 +26,12 @@ class EigenspacePreconditioner:
         eigenvalues_r: Shape (r,), both signs; magnitudes below 10 eps of the largest one, which
             are noise, count as that.
         damping: mu, not negative.
+        left: |lambda_{r+1}|, the largest eigenvalue outside; default |lambda_r|, where the pairs
+            are all there are or the next one is not known.
 
     Attributes:
-        bulk: |lambda_r| + mu, about the largest eigenvalue of P^-1 (H + mu I): P^-1 divided by it
-            is an approximate inverse.
+        bulk: |lambda_{r+1}| + mu, about the largest eigenvalue of P^-1 (H + mu I): P^-1 divided by
+            it is an approximate inverse.
 
     Cost of a product: 4 r D operations.
 
@@ -39,17 +41,21 @@ class EigenspacePreconditioner:
         ICML 2024 (NysNewton-CG). Here with magnitudes, for indefinite H.
     """
 
-    def __init__(self, basis_Dr: Tensor, eigenvalues_r: Tensor, damping: float) -> None:
+    def __init__(
+        self, basis_Dr: Tensor, eigenvalues_r: Tensor, damping: float, left: float | None = None
+    ) -> None:
         self._basis_Dr = basis_Dr
         magnitudes_r = eigenvalues_r.abs()
         self.bulk = 1.0
         if len(magnitudes_r):
             eps = torch.finfo(basis_Dr.dtype).eps
-            magnitudes_r = magnitudes_r.clamp(min=10 * eps * float(magnitudes_r.max()))
+            noise = 10 * eps * float(magnitudes_r.max())
+            magnitudes_r = magnitudes_r.clamp(min=noise)
             damped_r = magnitudes_r + damping
             if float(damped_r.min()) == 0:  # the zero matrix
                 damped_r = torch.ones_like(damped_r)
-            self.bulk = float(damped_r.min())
+            least = float(damped_r.min())
+            self.bulk = least if left is None else min(least, max(left, noise) + damping)
             self._change_r = self.bulk / damped_r - 1
             self._root_change_r = (self.bulk / damped_r).sqrt() - 1
 
@@ -188,7 +194,7 @@ def ensure_descent(
 
     Returns:
         A descent direction, with a curvature of NaN if it is another one, and which one it is:
-        0 for the one given, 1 for -P^-1 g over |lambda_r| + mu, 2 for -g.
+        0 for the one given, 1 for -P^-1 g over |lambda_{r+1}| + mu, 2 for -g.
     """
     if _is_descent(solved.direction, solved.slope, gradient_D):
         return solved, 0

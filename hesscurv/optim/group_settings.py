@@ -1,14 +1,18 @@
 """What a preconditioned optimizer keeps in its base's parameter groups: settings and counters.
 
 A state dict has a place for tensors by parameter and for plain values by group, and none for more;
-so what a run needs to go on is in every group, and the same in all.
+so what a run needs to go on is in every group, and the same in all. Names carry a prefix: a base
+may read any other key (GaLore projects every group that has a `rank`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+PREFIX = "curvature_"
+# Hyperparameters of PreconditionedOptimizer, which may be changed in the first group.
+RANK, DAMPING, EVERY = "curvature_rank", "curvature_damping", "curvature_refresh_every"
 # Steps so far; the step of the last refresh, or None; the step chosen for the next one, or None.
 STEP, LAST, DUE = "curvature_step", "curvature_refreshed", "curvature_due"
 # What multiplies the group's learning rate, and the rate that it was measured against.
@@ -23,13 +27,16 @@ def begin_groups(groups: Iterable[dict[str, Any]], hyperparameters: dict[str, An
     Raises:
         ValueError: If a group has one of these for a purpose of its own.
     """
+    groups = list(groups)
     for group in groups:
+        # What an earlier wrapper of the same base has left is replaced.
         taken = [] if STEP in group else [key for key in hyperparameters if key in group]
         if taken:
             raise ValueError(
                 f"expected a base without hyperparameters called {taken}, which stand for the "
-                "preconditioner's own; pass those to PreconditionedOptimizer, or rename the base's"
+                "preconditioner's own; rename the base's"
             )
+    for group in groups:
         group.update(hyperparameters | _BEGUN)
         group.pop(INITIAL, None)
     complete_groups(groups, hyperparameters)
@@ -52,3 +59,19 @@ def write_to_groups(groups: Sequence[dict[str, Any]], values: dict[str, Any]) ->
     """Write values into all groups."""
     for group in groups:
         group.update(values)
+
+
+def own_settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group's settings and counters of ours."""
+    return {key: value for key, value in group.items() if key.startswith(PREFIX)}
+
+
+def with_prefix(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a saved group with the names of today.
+
+    Hyperparameters had no prefix once; no base had keys of these names then.
+    """
+    if STEP not in group or RANK in group:
+        return dict(group)
+    old = {name.removeprefix(PREFIX): name for name in (RANK, DAMPING, EVERY)}
+    return {old.get(key, key): value for key, value in group.items()}

@@ -17,17 +17,22 @@ _ROUNDING = 1e-6  # eigenvalues below this, relative to the largest, are float32
 class LowRankPreconditioner:
     r"""The preconditioner :math:`P = I + U (S - I) U^T` of the top r eigenpairs.
 
-    .. math:: s_i = \frac{|\lambda_r| + \mu}{|\lambda_i| + \mu} \in (0, 1],
-        \qquad \mu = \max(\mu_0, \max_i \rho_i)
+    .. math:: s_i = \frac{|\lambda_{r+1}| + \mu}{|\lambda_i| + \mu} \in (0, 1],
+        \qquad \mu = \max(\mu_0, \max_{i \le r} \rho_i)
 
     Gain 1 outside the eigenspace, so that a learning rate keeps its meaning there, and less inside,
     by absolute eigenvalues: no direction is amplified, whatever the sign of its curvature, and none
     is projected out. The stable learning rate of gradient descent rises from :math:`2/|\lambda_1|`
-    to :math:`2/\max(|\lambda_r| + \mu, |\lambda_{r+1}|)` at least.
+    to :math:`2/(|\lambda_{r+1}| + \mu)` at least.
+
+    Gains are measured against the first pair that is not damped, so that a single pair is damped
+    too. Where the r pairs are all there are (m = r), the last one is the measure, with gain 1.
+    Where :math:`\lambda_{r+1}` is zero to rounding, mu is at least a tenth of the last eigenvalue
+    that is not, and pairs of zero eigenvalues have gain 1.
 
     Args:
         basis_mD: Shape (m, D), orthonormal rows, m >= rank: eigenvectors; on several processes this
-            one's columns. Kept, not copied.
+            one's columns. Kept, not copied. With m > rank, pair r + 1 is the measure of the gains.
         eigenvalues: Shape (m,), largest magnitude first; all zero stands for "not known yet", and
             P = I.
         residuals: Shape (m,), of the pairs, rho.
@@ -75,23 +80,28 @@ class LowRankPreconditioner:
     def set_damping(self, damping: float | None) -> None:
         """Take another mu_0; None is the default."""
         self.asked_damping = damping
-        magnitudes = [abs(value) for value in self.eigenvalues[: self.rank]]
-        # A matrix of lower rank has zeros among its top pairs, as far as rounding lets one see:
-        # measured by them, all else would be damped to nothing.
+        magnitudes = [abs(value) for value in self.eigenvalues]
+        # A matrix of lower rank has zeros among its top pairs, as far as rounding lets one see.
         floor = _ROUNDING * magnitudes[0]
-        seen = [x for x in magnitudes if x > floor]
+        damped = magnitudes[: self.rank]
+        seen = [x for x in damped if x > floor]
         last = seen[-1] if seen else 0.0
+        left = magnitudes[min(self.rank, len(magnitudes) - 1)]
         least = _LEAST_DAMPING * last if damping is None else damping
+        if left <= floor:
+            # Measured by zero and without damping, the range would be projected out.
+            left, least = 0.0, max(least, _LEAST_DAMPING * last)
         self.damping = max([least, *self.residuals[: len(seen)]])
         self.gains = [
-            (last + self.damping) / (x + self.damping) if x > floor else 1.0 for x in magnitudes
+            min(1.0, (left + self.damping) / (x + self.damping)) if x > floor else 1.0
+            for x in damped
         ]
         less = torch.tensor([gain - 1.0 for gain in self.gains], dtype=torch.float64, device="cpu")
         self._less_r = less.to(self.basis_mD)
 
     @property
     def largest_after(self) -> float:
-        """The largest curvature that is left, max(|lambda_r| + mu, |lambda_{r+1}|)."""
+        """The largest curvature that is left, at most |lambda_{r+1}| + mu."""
         magnitudes = [abs(value) for value in self.eigenvalues]
         damped = max(g * x for g, x in zip(self.gains, magnitudes, strict=False))
         return max([damped, *magnitudes[self.rank :]])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from hesscurv.operators.uncompiled import uncompiled
 from hesscurv.optim.closure_gauss_newton import ClosureGaussNewton
 from hesscurv.optim.closure_hessian import ClosureHessian
 from hesscurv.optim.closure_loss import Closure, ClosureLoss, LossGraph
@@ -38,7 +39,7 @@ class NewtonCG(Optimizer):
     A step goes from w to :math:`w + t d` with :math:`(H + \mu I) d = -g` solved roughly by
     conjugate gradients on exact products with the Hessian H, preconditioned by its top eigenspace,
 
-    .. math:: P^{-1} = (|\lambda_r| + \mu) U (|\Lambda| + \mu I)^{-1} U^T + (I - U U^T),
+    .. math:: P^{-1} = (|\lambda_{r+1}| + \mu) U (|\Lambda| + \mu I)^{-1} U^T + (I - U U^T),
 
     with t from a backtracking line search (Armijo), so that the loss falls in every step that is
     taken. For ill-conditioned losses over fixed data, such as those of physics-informed networks,
@@ -77,7 +78,7 @@ class NewtonCG(Optimizer):
         refresh_every: Steps between computations of the eigenpairs; default 20.
         refresh_tol: Their relative residual at which a refresh ends early; default 0.1.
         refresh_matvecs: The most products of a refresh; default 2 r for the first and 1.3 r for
-            the others, which start from the last eigenvectors.
+            the others, which start from the last eigenvectors; r + 1 at least.
         cg_tol: Conjugate gradients end at ``||(H + mu I) d + g|| <= cg_tol ||g||``; default 0.1.
         max_cg: The most iterations for one direction; default 200.
         adapt_damping: Whether mu follows the ratio of the actual decrease to the one that the
@@ -184,6 +185,22 @@ class NewtonCG(Optimizer):
         check_options(defaults)
         super().__init__(params, defaults)
 
+    def __repr__(self) -> str:
+        """Tell what is minimised how, and how far it has come."""
+        options, done = self.param_groups[0], self.diagnostics()
+        params = self._params()
+        every = f"refreshed every {options['refresh_every']}"
+        lines = [
+            f"  {options['curvature']} of {sum(p.numel() for p in params)} numbers in "
+            f"{len(params)} parameters",
+            f"  rank={options['rank']}, {every}; first damping {options['damping']:g}, "
+            f"lr {float(options['lr']):g}",
+            f"  {done['step']} steps, {done['num_refused']} refused, {done['num_matvecs']} products"
+            if done
+            else "  no steps yet",
+        ]
+        return "\n".join([f"{type(self).__name__}(", *lines, ")"])
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add parameters to move together with the others.
 
@@ -208,6 +225,7 @@ class NewtonCG(Optimizer):
             self.param_groups.pop()
             raise
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
         """Take one Newton step, or none where the line search finds no decrease.
@@ -271,7 +289,8 @@ class NewtonCG(Optimizer):
             gradient; ``ratio`` of the actual to the predicted decrease. For the next one:
             ``damping``, mu. In all: ``step``, ``num_refused``, ``num_evaluations`` of the closure,
             ``num_matvecs``, products with the Hessian; ``refreshed_at``, the step that computed the
-            eigenpairs, -1 for none; ``first_damping``, where mu started.
+            eigenpairs, -1 for none; ``next_eigenvalue``, ``|lambda_{r+1}|``, -1 for none;
+            ``first_damping``, where mu started.
         """
         for p in self._params():
             state = self.state.get(p)
@@ -319,7 +338,7 @@ class NewtonCG(Optimizer):
         rank = min(options["rank"], H.shape[0])
         age = numbers["step"] - numbers["refreshed_at"]
         due = numbers["refreshed_at"] < 0 or age >= options["refresh_every"]
-        space = None if due else read_eigenspace(self.state, graph.params, rank)
+        space = None if due else self._read_eigenspace(graph.params, rank, numbers)
         new_space = None
         if rank > 0 and space is None:
             space = new_space = compute_eigenspace(
@@ -332,6 +351,7 @@ class NewtonCG(Optimizer):
                 seed=options["seed"],
             )
             numbers["refreshed_at"] = numbers["step"]
+            numbers["next_eigenvalue"] = -1.0 if space.left is None else space.left
         damping = numbers["damping"]
         gradient_D = graph.gradient()
         precondition = (
@@ -354,6 +374,12 @@ class NewtonCG(Optimizer):
         solved, numbers["fallback"] = ensure_descent(solved, gradient_D, precondition)
         return solved, new_space
 
+    def _read_eigenspace(
+        self, params: Sequence[nn.Parameter], rank: int, numbers: dict[str, Any]
+    ) -> NewtonEigenspace | None:
+        left = numbers["next_eigenvalue"]
+        return read_eigenspace(self.state, params, rank, None if left < 0 else left)
+
     def _numbers(self, options: dict[str, Any]) -> dict[str, Any]:
         """Return the numbers of the state, a damping that the user has changed taken over."""
         numbers = {
@@ -370,6 +396,7 @@ class NewtonCG(Optimizer):
             "num_evaluations": 0,
             "num_matvecs": 0,
             "refreshed_at": -1,
+            "next_eigenvalue": -1.0,
         } | self.diagnostics()
         if numbers["first_damping"] != options["damping"]:
             numbers["damping"] = numbers["first_damping"] = options["damping"]

@@ -32,28 +32,30 @@ class NewtonEigenspace:
         pieces: U, one tensor (*shape, r) for each parameter, in its dtype: as it is saved, so that
             a resumed run computes with the same numbers.
         eigenvalues: Shape (r,), largest magnitude first.
+        left: |lambda_{r+1}|, or None where it is not known.
     """
 
     pieces: list[Tensor]
     eigenvalues: Tensor
+    left: float | None
 
     def preconditioner(self, damping: float, dtype: torch.dtype) -> EigenspacePreconditioner:
         """Return the preconditioner of these pairs; a copy of the basis, r D numbers."""
         rank = len(self.eigenvalues)
         # Always a new tensor of one layout: sums may depend on how their terms lie in memory.
         basis_Dr = torch.cat([piece.reshape(-1, rank).to(dtype) for piece in self.pieces])
-        return EigenspacePreconditioner(basis_Dr, self.eigenvalues.to(dtype), damping)
+        return EigenspacePreconditioner(basis_Dr, self.eigenvalues.to(dtype), damping, self.left)
 
 
 def read_eigenspace(
-    state: dict[Any, Any], params: Sequence[nn.Parameter], rank: int
+    state: dict[Any, Any], params: Sequence[nn.Parameter], rank: int, left: float | None
 ) -> NewtonEigenspace | None:
     """Return the eigenspace that an optimizer's state holds, if it is of these parameters."""
     holders = [p for p, own in state.items() if BASIS in own]
     if set(holders) != set(params) or any(state[p][BASIS].shape[-1] != rank for p in params):
         return None
     pieces = [state[p][BASIS] for p in params]
-    return NewtonEigenspace(pieces, state[params[0]][EIGENVALUES])
+    return NewtonEigenspace(pieces, state[params[0]][EIGENVALUES], left)
 
 
 def write_eigenspace(
@@ -79,6 +81,8 @@ def compute_eigenspace(
 ) -> NewtonEigenspace:
     """Compute top eigenpairs roughly, from the vectors that an optimizer's state holds.
 
+    One pair more is solved for, to know what is left; its vector is not kept.
+
     Args:
         H: The Hessian, D x D.
         params: The parameters that its rows stand for.
@@ -95,14 +99,15 @@ def compute_eigenspace(
     initial = _join(state, params, H.dtype)
     if max_matvecs is None:
         max_matvecs = math.ceil((_FIRST if initial is None else _AGAIN) * rank)
+    count = min(rank + 1, H.shape[0])
     with warnings.catch_warnings():
         # Rough vectors serve as well: the preconditioner is positive definite with any.
         warnings.simplefilter("ignore", ConvergenceWarning)
         pairs = eigsh(
             H,
-            rank,
+            count,
             tol=tol,
-            max_matvecs=max(max_matvecs, rank),
+            max_matvecs=max(max_matvecs, count),
             generator=torch.Generator().manual_seed(seed),
             initial=initial,
             verify=False,
@@ -110,13 +115,15 @@ def compute_eigenspace(
     pieces = [
         part.reshape(*p.shape, rank).to(p.dtype, copy=True, memory_format=torch.contiguous_format)
         for part, p in zip(
-            pairs.eigenvectors.split([p.numel() for p in params]), params, strict=True
+            pairs.eigenvectors[:, :rank].split([p.numel() for p in params]), params, strict=True
         )
     ]
     # Through the narrowest dtype that they are saved in.
     narrow = min((p.dtype for p in params), key=lambda dtype: torch.finfo(dtype).bits)
     largest = torch.finfo(narrow).max
-    return NewtonEigenspace(pieces, pairs.eigenvalues.clamp(-largest, largest).to(narrow))
+    values = pairs.eigenvalues.clamp(-largest, largest).to(narrow)
+    left = float(values[rank].abs()) if count > rank else None
+    return NewtonEigenspace(pieces, values[:rank], left)
 
 
 def _join(

@@ -3,44 +3,51 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import Optimizer
 
 from hesscurv.operators.parameters import ParamSelection
-from hesscurv.optim.arguments import (
+from hesscurv.operators.uncompiled import uncompiled
+from hesscurv.operators.user_warning import warn_user
+from hesscurv.optim.arguments import check_measured, check_model, check_preconditioning
+from hesscurv.optim.automatic_rate import AutomaticRate, multiplied_rates
+from hesscurv.optim.base_optimizer import (
+    PARTS_OF_A_STEP,
     check_automatic_rate,
     check_base,
-    check_choice,
-    check_count,
-    check_measured,
-    check_positive,
+    copies_of_weights,
+    evaluate,
+    last_part,
+    perturbs,
+    resolve_mode,
+    say_copies,
 )
-from hesscurv.optim.automatic_rate import AutomaticRate, multiplied_rates
-from hesscurv.optim.damped_steps import DAMPED_STEPS
+from hesscurv.optim.damped_steps import DampedUpdate, damp_gradient
+from hesscurv.optim.eigenspace_refresh import EigenspaceRefresh
 from hesscurv.optim.eigenspace_tracker import OPERATORS, EigenspaceTracker
 from hesscurv.optim.group_settings import (
+    DAMPING,
     DUE,
+    EVERY,
     FACTOR,
     LAST,
+    RANK,
     STEP,
     begin_groups,
     complete_groups,
+    own_settings,
     write_to_groups,
 )
-from hesscurv.optim.optimizer_state import join_state, split_state
-from hesscurv.optim.preconditioner_report import (
-    CurvatureWarning,
-    PreconditionerReport,
-    little_to_gain,
-)
+from hesscurv.optim.optimizer_state import join_state, merged_state, split_state
+from hesscurv.optim.preconditioner_description import describe_wrapper, make_report
+from hesscurv.optim.preconditioner_report import CurvatureWarning, PreconditionerReport
 from hesscurv.optim.refresh_schedule import RefreshSchedule
-from hesscurv.optim.stable_rate import stable_rate
 from hesscurv.optim.tracked_preconditioner import TrackedPreconditioner
 from hesscurv.optim.trained_parameters import (
     require_some,
@@ -53,19 +60,22 @@ class PreconditionedOptimizer(Optimizer):
     r"""Wraps an optimizer, and damps the top eigenspace of the loss Hessian in its steps.
 
     .. math:: P = I + U (S - I) U^T, \qquad
-        s_i = \frac{|\lambda_r| + \mu}{|\lambda_i| + \mu}
+        s_i = \frac{|\lambda_{r+1}| + \mu}{|\lambda_i| + \mu}
 
     With U the top r eigenvectors. A base like SGD steps along P times the gradient; of an adaptive
     base (Adam, ...) the update is multiplied by P. On all but the top r directions nothing changes,
     and the base's learning rate keeps its meaning, but it can be larger: the stable rate rises
-    from :math:`2/|\lambda_1|` to :math:`2/\max(|\lambda_r| + \mu, |\lambda_{r+1}|)`, see `report`.
-    No direction is amplified, whatever the sign of its curvature.
+    from :math:`2/|\lambda_1|` to :math:`2/(|\lambda_{r+1}| + \mu)`, see `report`. No direction is
+    amplified, whatever the sign of its curvature. See `LowRankPreconditioner` for matrices of
+    lower rank.
 
     It is used as the base was: learning rate schedulers, `GradScaler`, clipping, accumulation,
-    closures, checkpoints. `param_groups` are the base's own, so that both see every change.
+    closures, checkpoints, `torch.compile`. `param_groups` are the base's own, so that both see
+    every change, and what the base alone has (`train`, `eval`, ...) is found here too.
 
     Args:
-        base: The optimizer, an instance, with its parameters and hyperparameters.
+        base: The optimizer, an instance, with its parameters and hyperparameters: torch's, or any
+            other with their methods, also one around another (Lookahead, SAM, schedule-free).
         model: The module whose parameters it trains.
         task: The loss whose curvature is measured, see `HessianOperator`:
             ``supervised(loss)``, a callable ``(model, batch) -> scalar``, or a closure.
@@ -83,7 +93,9 @@ class PreconditionedOptimizer(Optimizer):
             ``||H v - U Lambda U^T v|| > drift_tol ||U Lambda U^T v||`` for a random v of it.
         check_every: Steps between such checks, of one product each; default 20.
         mode: What is preconditioned, "gradient" or "update"; default "gradient" for
-            `torch.optim.SGD`, "update" for all other bases.
+            `torch.optim.SGD`, "update" for all other bases. Always "gradient" for bases that keep
+            weights of their own (ASGD, Lookahead, schedule-free), which an update of the model's
+            alone would not reach; always "update" for sharpness-aware ones (SAM).
         curvature: "hessian" (default), "ggn" or "fisher".
         samples: Curvature is measured on at most so many samples, the first of the batches;
             default 256; None for all.
@@ -108,15 +120,17 @@ class PreconditionedOptimizer(Optimizer):
     Raises:
         TypeError: If an argument is of a wrong type, such as a base class for an instance.
         ValueError: If a value is out of range, no parameter of the base is the model's, the base
-            evaluates its closure by itself (LBFGS), or has a hyperparameter called as one of these.
+            evaluates its closure by itself (LBFGS), or `mode` would be wrong with it.
 
     Warns:
         CurvatureWarning: Once, if curvature cannot be computed, say of a loss that is not finite:
             the steps are the base's then, and it is tried again at the next refresh. Once, if
-            ``|lambda_1| / |lambda_{r+1}| < 2``: there is little to gain.
+            ``|lambda_1| / |lambda_{r+1}| < 2``: there is little to gain. Once, if the base turns
+            out to keep copies of weights in its state with mode "update".
 
-    Hyperparameters `rank`, `damping`, `refresh_every` are in every group, and may be changed there;
-    the first group's count. Another rank is a refresh.
+    Hyperparameters are in every group, as `curvature_rank`, `curvature_damping` and
+    `curvature_refresh_every`, and may be changed there; the first group's count. Another rank is
+    a refresh. All keys of ours in a group begin with ``curvature_``.
 
     Cost: a step reads the basis twice, 4 r D operations. A refresh takes about r + 5 products while
     the space stays within `tol`, else two to five times as many. Memory: (r + 2) D numbers, with
@@ -160,37 +174,25 @@ class PreconditionedOptimizer(Optimizer):
         process_group: Any = None,
         operator_options: dict[str, Any] | None = None,
     ) -> None:
-        check_base(base, model, task)
+        given = dict(locals())
+        check_base(base)
         if isinstance(base, PreconditionedOptimizer):
             raise ValueError(
                 "expected a base that is not preconditioned yet, got a PreconditionedOptimizer; "
                 "pass its `base`, or a larger rank in place of two spaces"
             )
-        check_count("rank", rank)
-        check_positive("damping", damping, zero=True, optional=True)
-        check_count("refresh_every", refresh_every, optional=True)
-        check_positive("max_fraction", max_fraction, below=1.0)
-        check_positive("drift_tol", drift_tol, optional=True)
-        check_count("check_every", check_every)
-        check_choice("mode", mode, (None, "gradient", "update"))
-        check_choice("curvature", curvature, tuple(OPERATORS))
-        check_count("samples", samples, optional=True)
-        check_choice("learning_rate", learning_rate, (None, "auto"))
-        check_positive("rate_fraction", rate_fraction)
-        check_positive("max_growth", max_growth)
-        check_positive("tol", tol)
-        check_count("seed", seed, least=0)
+        check_model(model, task)
+        check_preconditioning(given, tuple(OPERATORS))
         check_measured(task, batches, OPERATORS[curvature], operator_options or {})
-        self.base = base
-        self.mode = mode or ("gradient" if isinstance(base, SGD) else "update")
+        self.base, self.mode = base, resolve_mode(base, mode)
+        rate = None
         if learning_rate == "auto":
             check_automatic_rate(base, self.mode)
-        self._own = {"rank": rank, "damping": damping, "refresh_every": refresh_every}
-        super().__setstate__({"defaults": base.defaults | self._own})
+            rate = AutomaticRate(rate_fraction, max_growth)
+        self._own = {RANK: rank, DAMPING: damping, EVERY: refresh_every}
+        super().__setstate__({"defaults": getattr(base, "defaults", {}) | self._own})
         self._warned_capturable_if_run_uncaptured = True
         self.model, self._selection = model, resolve_selection(model, params)
-        self._rate = AutomaticRate(rate_fraction, max_growth) if learning_rate == "auto" else None
-        self._drift_tol, self._check_every, self._seed = drift_tol, check_every, seed
         self._schedule = RefreshSchedule(max_fraction)
         # "retained" is the fastest way for few products with the same weights, and a choice by
         # measured seconds could end in other bits after a resumption.
@@ -201,14 +203,17 @@ class PreconditionedOptimizer(Optimizer):
             batches,
             curvature=curvature,
             samples=samples,
-            rate_samples=(samples or 0) if self._rate else 0,
+            rate_samples=(samples or 0) if rate else 0,
             tol=tol,
             seed=seed,
             options=options | (operator_options or {}),
         )
-        self._refreshes = self._failures = 0
+        self._refresh = EigenspaceRefresh(
+            self._tracker, self._schedule, rate, drift_tol, check_every, seed
+        )
         self._step_seconds = self._base_seconds = 0.0
         self._said: set[str] = set()
+        self._halfway: DampedUpdate | None = None
         chosen = trained_parameters(model, base.param_groups, self._selection)
         require_some(chosen)
         self._tracked = self._track(chosen)
@@ -227,22 +232,27 @@ class PreconditionedOptimizer(Optimizer):
 
     @property
     def state(self) -> defaultdict[Any, Any]:  # type: ignore[override]
-        """The base's state and, for each parameter, its part of the eigenspace; to read."""
-        out: defaultdict[Any, Any] = defaultdict(dict, self.base.state)
-        for p, entry in self._tracked.state().items():
-            out[p] = {**out[p], **entry}
-        return out
+        """The base's state and, for each parameter, its part of the eigenspace, to read.
+
+        What is written to a parameter's entry is written to the base's.
+        """
+        return merged_state(getattr(self.base, "state", {}), self._tracked.state())
 
     def __getattr__(self, name: str) -> Any:
         """Find in the base what is not here: `train` and `eval` of schedule-free ones, say."""
         # Not private names: GradScaler asks for _step_supports_amp_scaling, which is not ours.
         if name.startswith("_") or "base" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(self.base, name)
+        found = getattr(self.base, name)
+        if name in PARTS_OF_A_STEP:
+            return partial(self._take_part, name)
+        return found
 
     def __repr__(self) -> str:
-        """Show the base within."""
-        return f"{type(self).__name__}(rank={self._group['rank']}, mode={self.mode!r}, {self.base})"
+        """Tell what is wrapped, what is damped, and how far it has come."""
+        return describe_wrapper(
+            type(self).__name__, self.base, self.mode, self._refresh, self._tracked
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the base does."""
@@ -259,117 +269,101 @@ class PreconditionedOptimizer(Optimizer):
 
     # -- steps ----------------------------------------------------------------------------------
 
+    @uncompiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take a step of the base, preconditioned; refresh the eigenspace before it if it is due.
 
         Args:
-            closure: Evaluates the model anew and returns the loss; called once.
+            closure: Evaluates the model anew and returns the loss; called once, before the step.
+                Sharpness-aware bases (SAM, ...) call it themselves, at the weights that they
+                choose.
 
         Returns:
             The closure's loss, or None.
+
+        Within `torch.compile` it runs uncompiled; compile the base's own ``step`` for a compiled
+        update.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._follow_parameters()
-        group, schedule = self._group, self._schedule
-        schedule.go_on_from(group[LAST], group[DUE])
-        if (
-            schedule.now(group[STEP], group["refresh_every"], self._tracker.largest)
-            or self._tracked.has_other_rank(group["rank"])
-            or self._has_drifted()
-        ):
-            self._refresh()
+        within = perturbs(self.base)
+        loss, given = evaluate(closure, self.base, self.mode)
+        self._prepare(any_gradient=within)
         P = self._tracked.current
+        start, base = time.perf_counter(), self._base_seconds
         if P is None or P.is_identity:
-            self._step_base()
+            returned = self._step_base(given)
+        elif self.mode == "gradient":
+            returned = damp_gradient(self._tracked.flat, P, lambda: self._step_base(given))
         else:
-            self._tracked.set_damping(group["damping"])
-            start, base = time.perf_counter(), self._base_seconds
-            DAMPED_STEPS[self.mode](self._tracked.flat, P, self._step_base)
-            base = self._base_seconds - base
-            self._step_seconds += time.perf_counter() - start - base
-        # A step before the first gradient is none: so distributed checkpoints ask for the state.
-        steps = group[STEP] + (schedule.last is not None)
-        self._write({STEP: steps, LAST: schedule.last, DUE: schedule.due})
-        return loss
+            update = DampedUpdate(self._tracked.flat, within=within)
+            returned = self._step_base(given)
+            self._finish(update)
+        self._step_seconds += time.perf_counter() - start - (self._base_seconds - base)
+        self._count_step()
+        return returned if within else loss
+
+    @uncompiled
+    @torch.no_grad()
+    def _take_part(self, part: str, *args: Any, **kwargs: Any) -> Any:
+        """Take a part of a sharpness-aware base's step: refresh before, precondition after it."""
+        if part == "first_step":
+            self._prepare(any_gradient=False)
+            known = not self._tracked.is_identity
+            self._halfway = DampedUpdate(self._tracked.flat, within=True) if known else None
+        returned = getattr(self.base, part)(*args, **kwargs)
+        if part == last_part(self.base):
+            update, self._halfway = self._halfway, None
+            if update is not None:
+                self._finish(update)
+            self._count_step()
+        return returned
 
     def report(self) -> PreconditionerReport:
         """Return what was done so far, what it took, and the spectrum found; ``print`` it."""
-        group, P = self._group, self._tracked.current
-        known = P is not None and not P.is_identity
-        values = P.eigenvalues if P is not None and known else []
-        return PreconditionerReport(
-            steps=group[STEP],
-            refreshes=self._refreshes,
-            failures=self._failures,
-            num_matvecs=self._tracker.num_matvecs,
-            seconds=self._schedule.elapsed(),
-            refresh_seconds=self._schedule.refresh_seconds,
-            step_seconds=self._step_seconds,
-            eigenvalues=list(values),
-            gains=list(P.gains) if P is not None and known else [],
-            damping=P.damping if P is not None and known else 0.0,
-            stable_rate=stable_rate(abs(values[0]), group) if values else float("nan"),
-            stable_rate_after=stable_rate(P.largest_after, group)
-            if P is not None and values
-            else float("nan"),
-            rate_factor=group[FACTOR],
+        return make_report(
+            self._group, self._tracked.current, self._refresh, self._step_seconds, self.base
         )
 
-    def _step_base(self) -> None:
+    def _prepare(self, any_gradient: bool) -> None:
+        """Bring the eigenspace up to date before a step."""
+        self._follow_parameters()
+        group, tracked = self._group, self._tracked
+        if self._refresh.is_due(tracked, group):
+            gradients = (p.grad for g in self.param_groups for p in g["params"])
+            if any_gradient or tracked.flat.any_of(gradients):
+                name = type(self.base).__name__
+                self._refresh.run(tracked, self.param_groups, name, self._say_once)
+            else:
+                tracked.allocate(group[RANK])  # nothing to precondition; the next step will see
+        tracked.set_damping(group[DAMPING])
+
+    def _step_base(self, closure: Callable[[], Any] | None) -> Any:
         """Let the base step, at the automatic rate if there is one."""
         start = time.perf_counter()
         with multiplied_rates(self.param_groups, self._group[FACTOR]):
-            self.base.step()
+            returned = self.base.step() if closure is None else self.base.step(closure)
         self._base_seconds += time.perf_counter() - start
+        return returned
+
+    def _finish(self, update: DampedUpdate) -> None:
+        """Multiply an update by P."""
+        P, flat = self._tracked.current, self._tracked.flat
+        if P is None:
+            return
+        if "copies" not in self._said and not flat.is_sharded and not perturbs(self.base):
+            self._said.add("copies")  # looked for once
+            found = copies_of_weights(self.base, update.moving())
+            if found:
+                warn_user(say_copies(self.base, found), CurvatureWarning)
+        update.finish(P)
+
+    def _count_step(self) -> None:
+        # A step before the first gradient is none: so distributed checkpoints ask for the state.
+        schedule = self._schedule
+        steps = self._group[STEP] + (schedule.last is not None)
+        self._write({STEP: steps, LAST: schedule.last, DUE: schedule.due})
 
     # -- the eigenspace -------------------------------------------------------------------------
-
-    def _refresh(self) -> None:
-        """Compute the eigenspace at the present weights, from the last one; or fall back."""
-        group, tracked, schedule = self._group, self._tracked, self._schedule
-        if not tracked.flat.any_of(p.grad for g in self.param_groups for p in g["params"]):
-            tracked.allocate(group["rank"])  # nothing to precondition; the next step will see
-            return
-        start, factor, little = schedule.clock(), 1.0, None
-        self._tracker.thrifty = group["refresh_every"] is None
-        try:
-            tracked.solve(group["rank"], group["damping"], group[STEP])
-            if self._rate:
-                curvature = tracked.largest_curvature(group[STEP])
-                factor = self._rate.factor(curvature, self.param_groups)
-        except Exception as error:
-            # Training goes on: curvature that cannot be had is no reason to end it.
-            tracked.forget(group["rank"])
-            self._tracker.start_over()
-            self._failures += 1
-            self._say_once(
-                "failure",
-                f"the curvature could not be computed; until it can, steps are those of "
-                f"{type(self.base).__name__} alone. {type(error).__name__}: {error}",
-            )
-        else:
-            self._refreshes += 1
-            little = little_to_gain(tracked.current)
-            if little:
-                self._say_once("gain", little)
-        self._write({FACTOR: factor})
-        schedule.refreshed(group[STEP], schedule.clock() - start, worth_it=not little)
-
-    def _has_drifted(self) -> bool:
-        step, schedule = self._group[STEP], self._schedule
-        if self._drift_tol is None or step % self._check_every or self._tracked.is_identity:
-            return False
-        start = schedule.clock()
-        try:
-            return not self._tracked.drift(self._seed + step) <= self._drift_tol
-        except Exception:
-            return True  # the refresh meets it too, and says so
-        finally:
-            schedule.spent(schedule.clock() - start)
 
     def _follow_parameters(self) -> None:
         """Begin anew where parameters were added, frozen, freed, moved or replaced."""
@@ -396,8 +390,7 @@ class PreconditionedOptimizer(Optimizer):
     def _say_once(self, kind: str, message: str) -> None:
         if kind not in self._said:
             self._said.add(kind)
-            # From `step`, with two wrappers of torch's around it.
-            warnings.warn(message, CurvatureWarning, stacklevel=6)
+            warn_user(message, CurvatureWarning)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's state dict with the eigenspace, by parameter, and the counters.
@@ -428,11 +421,15 @@ class PreconditionedOptimizer(Optimizer):
             changed = pre_hook(self, state_dict)
             state_dict = state_dict if changed is None else changed
         self._follow_parameters()
-        base, entries = split_state(state_dict, self.param_groups, self._tracked.flat.parameters)
+        base, entries, groups = split_state(
+            state_dict, self.param_groups, self._tracked.flat.parameters
+        )
         read = self._tracked.read(entries)
         self.base.load_state_dict(base)
+        for group, saved in zip(self.param_groups, groups, strict=False):
+            group.update(own_settings(saved))
         complete_groups(self.param_groups, self._own)
-        self._tracked.take(read, self._group["rank"], self._group["damping"])
+        self._tracked.take(read, self._group[RANK], self._group[DAMPING])
         if read is None:
             self._write({LAST: None, DUE: None, FACTOR: 1.0})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():

@@ -32,6 +32,7 @@ class PreconditionerReport:
             model, for the first group's momentum if it has any.
         stable_rate_after: The same with it.
         rate_factor: What multiplies the groups' learning rates; 1 but for the automatic rate.
+        last_failure: Why the eigenspace could not be computed the last time; empty without any.
     """
 
     steps: int
@@ -47,6 +48,7 @@ class PreconditionerReport:
     stable_rate: float
     stable_rate_after: float
     rate_factor: float
+    last_failure: str = ""
 
     @property
     def refresh_fraction(self) -> float:
@@ -54,14 +56,16 @@ class PreconditionerReport:
         return self.refresh_seconds / max(self.seconds, 1e-9)
 
     def __str__(self) -> str:
-        """Tell it in three lines."""
+        """Tell it in two to four lines."""
         lines = [
             f"{self.steps} steps in {self.seconds:.3g} s; {self.refreshes} refreshes of the "
             f"eigenspace, {self.num_matvecs} products, {self.refresh_fraction:.1%} of the time; "
             f"preconditioning of steps {self.step_seconds / max(self.seconds, 1e-9):.1%}"
         ]
         if self.failures:
-            lines.append(f"curvature failed {self.failures} times")
+            why = self.last_failure.partition("\n")[0]
+            times = f"{self.failures} time{'s' * (self.failures != 1)}"
+            lines.append(f"curvature failed {times}" + (f", at last by {why}" if why else ""))
         if not self.gains:
             return "\n".join([*lines, "no eigenspace: steps are the base's own"])
         r = len(self.gains)

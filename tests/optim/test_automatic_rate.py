@@ -87,7 +87,7 @@ def test_momentum_counts(descent, stable):
 
 
 def test_one_batch_alone_serves_for_both():
-    optimizer = stepped(spectra=[SPECTRA["positive"]])
+    optimizer = stepped(spectra=[SPECTRA["positive"]], max_growth=1000.0)
     expected = 0.5 * 2 / largest_left(0, 0)
     assert expected <= optimizer.base.seen[0][0] <= expected * (1 + LANCZOS)
 

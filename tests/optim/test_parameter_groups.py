@@ -23,6 +23,8 @@ from optim.training import (
 )
 from torch import nn
 
+from hesscurv.optim.group_settings import DAMPING, EVERY, RANK
+
 CLOSE = {"rtol": 1e-7, "atol": 1e-7}  # as in test_preconditioner_rules.py
 
 
@@ -62,8 +64,8 @@ def test_hyperparameters_are_in_every_group_and_the_bases_stay():
     optimizer = precondition(torch.optim.SGD(groups, lr=0.2), model, rank=2, damping=0.5)
     assert [g["lr"] for g in optimizer.param_groups] == [0.1, 0.2]
     for group in optimizer.param_groups:
-        assert (group["rank"], group["damping"], group["refresh_every"]) == (2, 0.5, 3)
-    assert optimizer.defaults["rank"] == 2
+        assert [group[key] for key in (RANK, DAMPING, EVERY)] == [2, 0.5, 3]
+    assert optimizer.defaults[RANK] == 2
     assert optimizer.defaults["lr"] == 0.2
 
 
@@ -86,7 +88,7 @@ def test_a_group_added_later_is_preconditioned_from_the_next_step_on(through):
     rates[6:10] = 0.5
     torch.testing.assert_close(moved, rates * (P @ g), **CLOSE)
     assert optimizer.report().refreshes == 2
-    assert optimizer.param_groups[1]["rank"] == 3
+    assert optimizer.param_groups[1][RANK] == 3
 
 
 def test_a_group_that_the_base_refuses_is_refused():
@@ -102,7 +104,7 @@ def test_a_base_may_be_wrapped_again_with_other_settings():
     optimizer = sgd(model, damping=3.0)
     train(model, optimizer, 2)
     again = precondition(optimizer.base, model, rank=5, damping=None, refresh_every=7)
-    assert [again.param_groups[0][k] for k in ("rank", "damping", "refresh_every")] == [5, None, 7]
+    assert [again.param_groups[0][key] for key in (RANK, DAMPING, EVERY)] == [5, None, 7]
     assert again.report().steps == 0
     train(model, again, 1)
     assert len(again.report().gains) == 5

@@ -173,7 +173,7 @@ def test_the_interval_may_be_changed_in_the_group():
     model = net()
     optimizer = sgd(model, refresh_every=100)
     assert refreshes(optimizer, model, 6) == [0]
-    optimizer.param_groups[0]["refresh_every"] = 2
+    optimizer.param_groups[0]["curvature_refresh_every"] = 2
     assert refreshes(optimizer, model, 5) == [0, 2, 4]  # six steps ago is long enough
 
 
@@ -181,10 +181,10 @@ def test_another_rank_is_a_refresh_at_once():
     model = net()
     optimizer = sgd(model, refresh_every=100)
     train(model, optimizer, 3)
-    optimizer.param_groups[0]["rank"] = 5
+    optimizer.param_groups[0]["curvature_rank"] = 5
     assert refreshes(optimizer, model, 4) == [0]
     assert len(optimizer.report().gains) == 5
-    optimizer.param_groups[0]["rank"] = 2
+    optimizer.param_groups[0]["curvature_rank"] = 2
     assert refreshes(optimizer, model, 4) == [0]
     assert len(optimizer.report().gains) == 2
 
@@ -196,7 +196,7 @@ def test_another_damping_is_the_next_steps():
     optimizer = precondition(base, base_model, quadratic_loss, H, refresh_every=100, tol=1e-10)
     moved = []
     for damping in (None, 40.0, 0.5, None):
-        optimizer.param_groups[0]["damping"] = damping
+        optimizer.param_groups[0]["curvature_damping"] = damping
         before = weights(base_model)
         set_gradients(base_model, torch.ones(12, dtype=torch.float64))
         optimizer.step()

@@ -10,11 +10,11 @@ from torch import nn
 from hesscurv.optim import PreconditionedOptimizer
 
 
-class OwnRank(torch.optim.SGD):
+class OwnKey(torch.optim.SGD):
     """A base that has a hyperparameter called as one of the wrapper's."""
 
     def __init__(self, params, lr=0.1):
-        super().__init__([{"params": list(params), "rank": 128}], lr=lr)
+        super().__init__([{"params": list(params), "curvature_rank": 128}], lr=lr)
 
 
 def wrap(base=None, model=None, task=TASK, batches=(), **options):
@@ -48,10 +48,10 @@ REFUSED = {
         "expected model to be a torch.nn.Module",
     ),
     "another model": (of_another_model, ValueError, "none of those selected which require grad"),
-    "own rank": (
-        lambda: wrap(OwnRank((m := net()).parameters()), m),
+    "own key": (
+        lambda: wrap(OwnKey((m := net()).parameters()), m),
         ValueError,
-        r"without hyperparameters called \['rank'\]",
+        r"without hyperparameters called \['curvature_rank'\]",
     ),
     "unknown name": (lambda: wrap(params=["nothing"]), ValueError, "no parameter or submodule"),
     "no task": (lambda: wrap(task=3), TypeError, "expected task"),

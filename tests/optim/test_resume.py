@@ -174,7 +174,7 @@ def test_a_state_dict_of_the_base_alone_is_taken(base):
     train(model, optimizer, 2)  # another eigenspace than what is to come
     model.load_state_dict(alone.state_dict())
     optimizer.load_state_dict(copy.deepcopy(plain.state_dict()))
-    assert optimizer.param_groups[0]["rank"] == 2
+    assert optimizer.param_groups[0]["curvature_rank"] == 2
     refreshes = optimizer.report().refreshes
     train(model, optimizer, 1, first=3)
     assert optimizer.report().refreshes == refreshes + 1

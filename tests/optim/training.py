@@ -51,10 +51,14 @@ def quadratic_data(*spectra: Sequence[float], seed: int = 0) -> list[Tensor]:
 def dense_preconditioner(H: Tensor, rank: int, damping: float | None = None) -> Tensor:
     """P = I + U (S - I) U^T by its formula, of a matrix whose rank is at least `rank`."""
     values, vectors = torch.linalg.eigh(H)
-    order = values.abs().argsort(descending=True)[:rank]
-    magnitudes, U = values[order].abs(), vectors[:, order]
-    mu = 0.1 * magnitudes[-1] if damping is None else damping
-    S = (magnitudes[-1] + mu) / (magnitudes + mu)
+    order = values.abs().argsort(descending=True)
+    magnitudes, U = values[order].abs(), vectors[:, order[:rank]]
+    left, magnitudes = float(magnitudes[rank]), magnitudes[:rank]
+    least = 0.1 * float(magnitudes[-1])
+    mu = least if damping is None else damping
+    if left < 1e-9 * float(magnitudes[0]):  # H has no other pairs
+        left, mu = 0.0, max(mu, least)
+    S = (left + mu) / (magnitudes + mu)
     return torch.eye(len(H), dtype=H.dtype) + (U * (S - 1)) @ U.mT
 
 
