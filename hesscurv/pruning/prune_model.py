@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,6 +28,8 @@ from hesscurv.pruning.weights import (
     current_parameter,
     find_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def prune_model(
@@ -80,7 +83,8 @@ def prune_model(
             from the name of a weight or module to its sparsity, others stay as they are.
         structure: None, or "N:M", such as "2:4": at most N of M neighbours along the inputs are
             kept; `sparsity` and `scope` are then not used, and weights whose inputs M does not
-            divide are left out.
+            divide are left out. Where inputs lie is known of torch's layers and transformers'
+            Conv1D; tell of others by `register_weight_axes`.
         stages: How often curvature is measured anew.
         schedule: "cubic", "linear", "geometric", a function, or the sparsities at the end of all
             ``stages * steps_per_stage`` steps; see `schedules.sparsities`. Of several sparsities
@@ -143,13 +147,16 @@ def prune_model(
         prepare_attention_(inner)
         selected = find_weights(inner, weights)
         if pattern is not None:
-            selected = {
+            fitting = {
                 n: w
                 for n, w in selected.items()
-                if pattern.fits(w, tuple(current_parameter(*w).shape))
+                if pattern.fits(w, tuple(current_parameter(*w).shape), n)
             }
-            if not selected:
+            if not fitting:
                 raise ValueError(f"{structure} fits no weight: M divides no input dimension")
+            if left_out := [n for n in selected if n not in fitting]:
+                logger.info("%s leaves out %s: M divides not their inputs", structure, left_out)
+            selected = fitting
         objective = _objective_of(model, task, batches, selected)
         dense = _stored_names(inner, selected)
         selected = {dense[s]: selected[dense[s]] for s in objective.layout.names}

@@ -15,12 +15,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hesscurv.linalg.woodbury import Block, DiagonalBlock, KroneckerBlock, LowRankPlusBlocks
+from hesscurv.linalg.woodbury import (
+    Block,
+    DiagonalBlock,
+    KroneckerBlock,
+    LowRankPlusBlocks,
+    PermutedBlock,
+)
 from hesscurv.operators.batches import split
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParameterLayout
 from hesscurv.pruning.eigenspace_rows import eigenspace_rows
-from hesscurv.pruning.layer_inputs import has_covariance, input_covariances
+from hesscurv.pruning.layer_inputs import has_input_rows, input_covariances
 from hesscurv.pruning.sample_gradients import (
     SampleGradients,
     output_roots,
@@ -33,6 +39,7 @@ from hesscurv.pruning.sample_weights import (
     count_samples,
     weigh,
 )
+from hesscurv.pruning.weight_axes import axes_of
 from hesscurv.pruning.weights import Weight
 
 Rows = Literal["ggn", "fisher", "eigenspace", "both"]
@@ -294,7 +301,7 @@ def _blocks(
         return [DiagonalBlock(torch.full_like(s, mean)) for s in squares.values()]
     covariances = {}
     if how.rest == "kronecker":
-        known = {name: w for name, w in weights.items() if has_covariance(w)}
+        known = {name: w for name, w in weights.items() if has_input_rows(w)}
         covariances = input_covariances(
             objective, tuple(params.values()), samples, known, how.largest_block
         )
@@ -307,10 +314,14 @@ def _blocks(
             continue
         a_cii = covariances[name]
         trace = float(a_cii.diagonal(dim1=1, dim2=2).sum())
-        scale_o = squares[name].view(p.shape[0], -1).sum(1) / max(trace, 1e-30)
+        axes = axes_of(*weights[name], name)
+        scale_o = axes.to_matrix(squares[name].view(p.shape)).sum(1) / max(trace, 1e-30)
         # A few samples may leave an output without gradient by chance.
         scale_o = scale_o.clamp(min=1e-2 * float(scale_o.mean()))
-        blocks.append(KroneckerBlock(a_cii, scale_o, damping))
+        block: Block = KroneckerBlock(a_cii, scale_o, damping)
+        if (order := axes.order(p.ndim)) != tuple(range(p.ndim)):
+            block = PermutedBlock(block, p.shape, order)
+        blocks.append(block)
     return blocks
 
 
