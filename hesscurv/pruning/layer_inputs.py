@@ -77,7 +77,7 @@ def input_covariances(
     """
     found: dict[str, Tensor] = {}
     total = weight = 0.0
-    sizes = {name: _num_columns(w) for name, w in weights.items()}
+    sizes = {name: num_columns(w) for name, w in weights.items()}
 
     def read(name: str, module: nn.Module) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -160,8 +160,8 @@ def _spread(module: _ConvTransposeNd, x: Tensor) -> Tensor:
     return F.pad(spread, around)
 
 
-def _num_columns(weight: Weight) -> int:
-    """The inputs of a weight's matrix, those of a kernel's places counted each."""
+def num_columns(weight: Weight) -> int:
+    """Return the inputs of a weight's matrix; those of a kernel's places count each."""
     axes = find_axes(*weight)
     assert axes is not None
     shape = current_parameter(*weight).shape

@@ -8,8 +8,10 @@ what gives the first-order term R^T r; K stands for the curvature that so few ro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -28,10 +30,12 @@ from hesscurv.operators.parameters import ParameterLayout
 from hesscurv.pruning.eigenspace_rows import eigenspace_rows
 from hesscurv.pruning.layer_inputs import has_input_rows, input_covariances
 from hesscurv.pruning.sample_gradients import (
+    MOST_OUTPUTS,
     SampleGradients,
     output_roots,
     output_slopes,
     random_signs,
+    refuse_outputs,
 )
 from hesscurv.pruning.sample_weights import (
     WeighedBatch,
@@ -46,12 +50,14 @@ Rows = Literal["ggn", "fisher", "eigenspace", "both"]
 Rest = Literal["kronecker", "diagonal", "isotropic"]
 Target = Literal["outputs", "loss"]
 
+logger = logging.getLogger(__name__)
+
 _MOST_AT_ONCE = 32
 # Batches that tell about the others.
 _MOST_LOOKED_AT = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuadraticModel:
     """A quadratic model of the loss in some weights.
 
@@ -75,6 +81,16 @@ class QuadraticModel:
     def num_rows(self) -> int:
         """The number of rows of R."""
         return len(self.matrix.rows[0])
+
+    def __repr__(self) -> str:
+        """Return what it is in one line."""
+        order = self.residual is not None or self.gradient is not None
+        return (
+            f"QuadraticModel({self.num_rows} rows, {self.layout.numel:,} entries of "
+            f"{len(self.layout.names)} weights, mu={self.mu:.3g}, "
+            f"{'with' if order else 'without'} a first-order term, "
+            f"{self.matrix.rows[0].dtype} on {self.matrix.rows[0].device})"
+        )
 
     def change(self, delta_D: Tensor) -> float:
         """Return the change of the loss that the model predicts for a change of the weights."""
@@ -145,6 +161,34 @@ class Measuring:
         for name in ("largest_block", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected a positive {name}, got {getattr(self, name)!r}")
+
+
+def with_rows_that_run(objective: Objective, batch: Any, how: Measuring | None) -> Measuring:
+    """Return how to measure: as told, by default rows of a kind that takes the model's outputs.
+
+    Args:
+        objective: The model and the task, refreshed.
+        batch: Samples, on the device, of which one is looked at.
+        how: As told; None for the default.
+
+    Raises:
+        ValueError: If there are more outputs than the rows that are told take.
+    """
+    chosen = how or Measuring()
+    if chosen.rows not in ("ggn", "both"):
+        return chosen
+    with objective.environment(), torch.no_grad():
+        out = objective.outputs(objective.parameters(), split(batch, 1)[0])
+    if not isinstance(out, Tensor) or (count := prod(out.shape[1:])) <= MOST_OUTPUTS:
+        return chosen
+    if how is not None:
+        refuse_outputs(count)
+    logger.warning(
+        "a sample has %d outputs, and rows='ggn' takes at most %d: pruning goes on with "
+        "measuring=Measuring(rows='fisher')",
+        *(count, MOST_OUTPUTS),
+    )
+    return replace(chosen, rows="fisher")
 
 
 def measure_quadratic_model(
@@ -275,6 +319,11 @@ def _floor(
         root = output_roots(objective.task_parts, out, batch)
         total += float(root.square().mean(1).sum(1).cpu().double() @ weights_n)
         weight += float(weights_n.sum())
+    if total == 0:
+        raise ValueError(
+            "expected a loss with curvature in the outputs for rows='ggn', got one whose Hessian "
+            "there is zero, as that of nn.L1Loss; use measuring=Measuring(rows='fisher')"
+        )
     return how.root_floor * total / weight
 
 
