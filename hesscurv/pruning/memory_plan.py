@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 
 from hesscurv.pruning.layer_inputs import num_blocks
 from hesscurv.pruning.quadratic_model import Measuring
@@ -102,13 +103,13 @@ def plan_memory(
     need = sizes.num_bytes(rows, measuring.largest_block)
     free_n = uses_n and gradients is None
     free_k = uses_k and measuring.rank == _DEFAULTS.rank
-    limit = _SHARE * free if free_n or free_k else free
-    if need <= limit:
+    limits = [_SHARE * free, free] if free_n or free_k else [free]
+    if need <= limits[0]:
         return MemoryPlan(n, measuring, need)
     blocks = [measuring.largest_block]
     if measuring.largest_block == _DEFAULTS.largest_block and sizes.columns:
         blocks += _SMALLER_BLOCKS
-    for block in blocks:
+    for limit, block in product(limits, blocks):
         left = sizes.most_rows(limit, block) - (0 if free_n or not uses_n else present)
         left -= 0 if free_k or not uses_k else k
         if left < 0:
@@ -158,11 +159,13 @@ def _remedy(
         ):
             return f"use a largest_block={block} in `measuring`"
     rows = uses_n * least_n + uses_k * least_k
+    least = sizes.num_bytes(rows, _SMALLER_BLOCKS[-1])
     numel = int((free / sizes.itemsize - 4 * rows**2) / (4 * rows + 8))
+    numel = min(numel, int(sizes.numel * free / least))
     some = f"name `weights` of at most {numel:,} entries, or " if numel > 0 else ""
     return (
-        f"with {rows} rows, the least, it is {_gb(sizes.num_bytes(rows, _SMALLER_BLOCKS[-1]))}: "
-        f"{some}use method='magnitude', which needs none of it"
+        f"with {rows} rows, the least, it is {_gb(least)}: {some}use method='magnitude', which "
+        "needs none of it"
     )
 
 
