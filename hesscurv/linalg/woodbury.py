@@ -140,6 +140,51 @@ class KroneckerBlock(Block):
         return out, diagonal_mi.flatten()
 
 
+class PermutedBlock(Block):
+    """Another block's matrix for a tensor that is stored with its dimensions in another order.
+
+    Args:
+        block: K in the coordinates of the permuted tensor, flattened.
+        shape: The shape that the tensor is stored in.
+        order: The stored dimensions in the order that `block` has them in.
+    """
+
+    def __init__(self, block: Block, shape: Sequence[int], order: Sequence[int]) -> None:
+        self._block, self._shape, self._order = block, tuple(shape), tuple(order)
+        self._permuted = tuple(self._shape[d] for d in self._order)
+        self._back = tuple(self._order.index(d) for d in range(len(self._order)))
+        self.numel = block.numel
+
+    def multiply(self, x_p: Tensor) -> Tensor:
+        """Return K x, shape (p,)."""
+        return self._stored(self._block.multiply(self._to_block(x_p)))
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal of K, shape (p,)."""
+        return self._stored(self._block.diagonal())
+
+    def solve(self, mask_p: Tensor, *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return x K_SS^-1 for each x, and the diagonal of K_SS^-1, all zero outside S."""
+        permuted = [self._to_block(x_np) for x_np in inputs]
+        out, diagonal_p = self._block.solve(self._to_block(mask_p), *permuted)
+        # Or two more copies of the rows would be there while the results are put in order.
+        permuted.clear()
+        return [self._stored(out.pop(0)) for _ in inputs], self._stored(diagonal_p)
+
+    def _to_block(self, x: Tensor) -> Tensor:
+        return _permuted(x, self._shape, self._order)
+
+    def _stored(self, x: Tensor) -> Tensor:
+        return _permuted(x, self._permuted, self._back)
+
+
+def _permuted(x: Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
+    """Permute the tensors of a shape that lie flat along the last dimension of x."""
+    lead = x.shape[:-1]
+    dims = (*range(len(lead)), *(len(lead) + d for d in order))
+    return x.reshape(*lead, *shape).permute(dims).reshape(x.shape)
+
+
 class LowRankPlusBlocks:
     """``H = R^T R + mu K``: few rows, and a block-diagonal matrix.
 

@@ -29,6 +29,7 @@ from hesscurv.pruning.state_dicts import (
     load_pruned_,
     masks_of,
 )
+from hesscurv.pruning.weight_axes import register_weight_axes
 from hesscurv.pruning.weights import Weight, find_weights, pruned_weights, refresh_
 
 __all__ = [
@@ -58,6 +59,7 @@ __all__ = [
     "find_weights",
     "pruned_weights",
     "refresh_",
+    "register_weight_axes",
     "masks_of",
     "apply_masks_",
     "dense_state_dict",

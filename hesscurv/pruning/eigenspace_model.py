@@ -20,7 +20,6 @@ from hesscurv.pruning.quadratic_model import QuadraticModel
 from hesscurv.pruning.weights import (
     Weight,
     WeightSelection,
-    as_dense_name,
     current_parameter,
     find_weights,
 )
@@ -206,10 +205,11 @@ def _find(
             "an operator of hesscurv, or set it by dataclasses.replace(pairs, layout=...)"
         )
     selected = find_weights(model, weights)
-    slices = {as_dense_name(name): part for name, part in layout.slices().items()}
-    shapes = {as_dense_name(n): s for n, s in zip(layout.names, layout.shapes, strict=True)}
-    found = {name: weight for name, weight in selected.items() if name in slices}
-    missing = [name for name in selected if name not in slices]
+    slices, shapes = layout.slices(), dict(zip(layout.names, layout.shapes, strict=True))
+    # As dense or as pruned; a parameter may have "_orig" at the end of its own name, too.
+    stored = {name: name if name in slices else f"{name}_orig" for name in selected}
+    found = {name: weight for name, weight in selected.items() if stored[name] in slices}
+    missing = [name for name in selected if name not in found]
     if not found or (missing and weights is not None):
         raise ValueError(
             f"expected eigenpairs that have the weights {missing[:8]} ({len(missing)} in all), got "
@@ -218,12 +218,12 @@ def _find(
         )
     for name, weight in found.items():
         own = tuple(current_parameter(*weight).shape)
-        if own != tuple(shapes[name]):
+        if own != tuple(shape := shapes[stored[name]]):
             raise ValueError(
-                f"expected shape {own} for {name!r} in the eigenpairs' layout, got {shapes[name]}; "
+                f"expected shape {own} for {name!r} in the eigenpairs' layout, got {shape}; "
                 "compute them for this model"
             )
-    return found, {name: slices[name] for name in found}
+    return found, {name: slices[stored[name]] for name in found}
 
 
 def _check_vector(what: str, vector: Tensor | None, dim: int) -> None:

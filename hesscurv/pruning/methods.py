@@ -16,12 +16,8 @@ from torch.nn.utils import prune
 from hesscurv.operators.descriptions import Described
 from hesscurv.pruning.ranking import as_scores, check_amount, check_int, check_scores, lowest
 from hesscurv.pruning.rollback import unchanged_on_error
-from hesscurv.pruning.weights import (
-    check_prunable,
-    input_dimension,
-    refresh_,
-    restore_hook_,
-)
+from hesscurv.pruning.weight_axes import axes_of, check_groups_of_inputs, output_dimension
+from hesscurv.pruning.weights import check_prunable, refresh_, restore_hook_
 
 
 class _CurvatureMethod(Described, prune.BasePruningMethod):
@@ -113,6 +109,7 @@ class CurvatureStructured(_CurvatureMethod):
             pruned whole, an int a number of slices.
         dim: The dimension along which slices lie; 0, the default, is that of a linear or a
             convolution layer's outputs, 1 that of its inputs. Negative ones count from the end.
+            Where a layer lies the other way, `curvature_structured` knows.
 
     Raises:
         TypeError: If `amount` is neither an int nor a float, or `dim` is no int.
@@ -165,11 +162,13 @@ class CurvatureStructured(_CurvatureMethod):
         module: nn.Module,
         name: str,
         amount: float,
-        dim: int = 0,
+        dim: int | None = None,
         importance_scores: Tensor | None = None,
     ) -> prune.BasePruningMethod:
         """Prune a tensor of a module; see `curvature_structured`. Returns the hook."""
-        _dimension(check_prunable(module, name), check_int(dim, "dim"))
+        parameter = check_prunable(module, name)
+        dim = output_dimension(module, name, parameter) if dim is None else check_int(dim, "dim")
+        _dimension(parameter, dim)
         return cls._apply_checked(module, name, importance_scores, amount=amount, dim=dim)
 
 
@@ -188,7 +187,8 @@ class CurvatureNM(_CurvatureMethod):
         n: How many of each group are kept, 1 <= n <= m.
         m: The size of a group; divides the tensor's size along `dim`.
         dim: The dimension along which groups lie, the inputs': 1 by default. Transposed
-            convolutions have their inputs in dimension 0, which `curvature_nm` knows.
+            convolutions and transformers' Conv1D have their inputs in dimension 0, which
+            `curvature_nm` knows.
 
     Raises:
         TypeError: If an argument is no int.
@@ -259,8 +259,11 @@ class CurvatureNM(_CurvatureMethod):
         importance_scores: Tensor | None = None,
     ) -> prune.BasePruningMethod:
         """Prune a tensor of a module; see `curvature_nm`. Returns the hook."""
-        dim = input_dimension(module) if dim is None else dim
-        cls(n, m, dim).check_groups(check_prunable(module, name))
+        parameter = check_prunable(module, name)
+        if dim is None and parameter.ndim > 1:
+            dim = axes_of(module, name).inputs
+        dim = cls(n, m, 1 if dim is None else dim).check_groups(parameter)
+        check_groups_of_inputs(module, name, parameter, dim, m)
         return cls._apply_checked(module, name, importance_scores, n=n, m=m, dim=dim)
 
 
@@ -295,7 +298,7 @@ def curvature_structured(
     module: nn.Module,
     name: str,
     amount: float,
-    dim: int = 0,
+    dim: int | None = None,
     importance_scores: Tensor | None = None,
 ) -> nn.Module:
     """Prune the slices of lowest score along one dimension of a tensor, in place.
@@ -306,7 +309,8 @@ def curvature_structured(
         module: The module that owns the tensor.
         name: The tensor's name when dense, such as "weight".
         amount: A float in [0, 1] is a fraction of the slices not yet pruned, an int a number.
-        dim: The dimension along which slices lie; 0, the outputs, by default.
+        dim: The dimension along which slices lie; the outputs' by default: 0, and 1 for transposed
+            convolutions and transformers' Conv1D.
         importance_scores: Shape of the tensor, integer or floating, on any device, without NaN;
             needed. Of slices of equal score the one that comes first is kept.
 
@@ -316,8 +320,9 @@ def curvature_structured(
     Raises:
         TypeError: If the scores are missing or no real tensor, or `amount` is no number.
         IndexError: If the tensor has no dimension `dim`.
-        ValueError: If the scores have another shape or NaN, `amount` is out of range, or the
-            tensor has one dimension or cannot be pruned. The module is left as it was.
+        ValueError: If the scores have another shape or NaN, `amount` is out of range, the tensor
+            has one dimension or cannot be pruned, or `dim` is not given and the layer's type is
+            unknown. The module is left as it was.
 
     Cost:
         A sum over the tensor, and a mask in the weight's dtype.
@@ -345,7 +350,7 @@ def curvature_nm(
         importance_scores: Shape of the tensor, integer or floating, on any device, without NaN;
             ranked as signed. Of equal scores the one that comes first is kept.
         dim: The dimension along which groups lie; the inputs' by default: 1, and 0 for transposed
-            convolutions. See `CurvatureNM` for convolutions.
+            convolutions and transformers' Conv1D. See `CurvatureNM` for convolutions.
 
     Returns:
         The module: ``name`` is masked, ``name_orig`` the parameter and ``name_mask`` a buffer.
@@ -354,7 +359,9 @@ def curvature_nm(
         TypeError: If the scores are missing or no real tensor, or n, m or dim is no int.
         IndexError: If the tensor has no dimension `dim`.
         ValueError: If the scores have another shape or NaN, n or m is out of range, m does not
-            divide the dimension, or the tensor cannot be pruned. The module is left as it was.
+            divide the inputs (of one group of a grouped convolution), the tensor cannot be pruned,
+            or `dim` is not given and the layer's type is unknown; see `register_weight_axes`. The
+            module is left as it was.
 
     Cost:
         Two sorts of groups of m, and a mask in the weight's dtype.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -13,8 +14,9 @@ from hesscurv.operators.parameters import unwrap
 from hesscurv.pruning.attention import prepare_attention_
 from hesscurv.pruning.batch_statistics import recalibrate_
 from hesscurv.pruning.calibration_loss import CalibrationLoss, SampleStream
+from hesscurv.pruning.memory_plan import DEFAULT_GRADIENTS
 from hesscurv.pruning.pruning_run import METHODS, PruningRun
-from hesscurv.pruning.quadratic_model import Measuring
+from hesscurv.pruning.quadratic_model import Measuring, with_rows_that_run
 from hesscurv.pruning.report import PruningReport
 from hesscurv.pruning.rollback import unchanged_on_error
 from hesscurv.pruning.schedules import Schedule, sparsities
@@ -27,6 +29,8 @@ from hesscurv.pruning.weights import (
     current_parameter,
     find_weights,
 )
+
+logger = logging.getLogger(__name__)
 
 
 def prune_model(
@@ -41,7 +45,7 @@ def prune_model(
     stages: int = 10,
     schedule: Schedule = "cubic",
     steps_per_stage: int = 1,
-    gradients_per_stage: int = 1000,
+    gradients_per_stage: int | None = None,
     compensate: bool | None = None,
     measuring: Measuring | None = None,
     weights: WeightSelection = None,
@@ -80,16 +84,20 @@ def prune_model(
             from the name of a weight or module to its sparsity, others stay as they are.
         structure: None, or "N:M", such as "2:4": at most N of M neighbours along the inputs are
             kept; `sparsity` and `scope` are then not used, and weights whose inputs M does not
-            divide are left out.
+            divide are left out. Where inputs lie is known of torch's layers and transformers'
+            Conv1D; tell of others by `register_weight_axes`.
         stages: How often curvature is measured anew.
         schedule: "cubic", "linear", "geometric", a function, or the sparsities at the end of all
             ``stages * steps_per_stage`` steps; see `schedules.sparsities`. Of several sparsities
             it is that of the highest, and the others are in step.
         steps_per_stage: Steps of pruning with the same curvature.
         gradients_per_stage: n, the samples of one stage, one gradient each; see `Measuring` for
-            what they count where the task weighs its batches.
+            what they count where the task weighs its batches. By default 1000, or as many as fit
+            the free memory, which is logged.
         compensate: Whether the weights that stay move; default for "obs" alone.
-        measuring: How curvature is measured; default `Measuring()`.
+        measuring: How curvature is measured; default `Measuring()`, with rows="fisher" where
+            there are more outputs than "ggn" takes. A rank and a largest block that are left at
+            their defaults are lowered to fit the free memory.
         weights: Which weights, see `find_weights`; all conv, linear and the like by default.
         calibration: Batches that the true loss is measured on; `batches` by default.
         max_calibration: The most samples of these.
@@ -108,7 +116,8 @@ def prune_model(
         TypeError: If an argument is of a wrong type.
         ValueError: If one is out of range, the sparsity is below the model's own, the loss is not
             finite, or a batch's loss is not the mean of its samples' own by `task.weight`.
-        MemoryError: If rows and factors cannot fit, before anything is computed.
+        MemoryError: If rows and factors cannot fit, before anything is computed; it says which
+            argument to change to what.
 
     Cost:
         `gradients_per_stage` gradients and a few forward passes over the calibration set a stage;
@@ -128,14 +137,14 @@ def prune_model(
     counts = {
         "stages": stages,
         "steps_per_stage": steps_per_stage,
-        "gradients_per_stage": gradients_per_stage,
+        "gradients_per_stage": 1 if gradients_per_stage is None else gradients_per_stage,
         "max_calibration": max_calibration,
     }
     for what, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"expected {what} to be a positive int, got {value!r}")
-    measuring = measuring or Measuring()
-    measuring.check()
+    how = measuring or Measuring()
+    how.check()
     pattern = Pattern.parse(structure)
     samples = batches if calibration is None else calibration
     inner = unwrap(model)
@@ -143,13 +152,20 @@ def prune_model(
         prepare_attention_(inner)
         selected = find_weights(inner, weights)
         if pattern is not None:
-            selected = {
+            fitting = {
                 n: w
                 for n, w in selected.items()
-                if pattern.fits(w, tuple(current_parameter(*w).shape))
+                if pattern.fits(w, tuple(current_parameter(*w).shape), n)
             }
-            if not selected:
+            if not fitting:
                 raise ValueError(f"{structure} fits no weight: M divides no input dimension")
+            if left_out := [n for n in selected if n not in fitting]:
+                logger.info(
+                    "%s leaves out %s, whose number of inputs M does not divide",
+                    structure,
+                    left_out,
+                )
+            selected = fitting
         objective = _objective_of(model, task, batches, selected)
         dense = _stored_names(inner, selected)
         selected = {dense[s]: selected[dense[s]] for s in objective.layout.names}
@@ -171,8 +187,8 @@ def prune_model(
             method=method,
             compensate=method == "obs" if compensate is None else compensate,
             pattern=pattern,
-            measuring=measuring,
-            stream=SampleStream(objective, batches, gradients_per_stage),
+            measuring=how,
+            stream=SampleStream(objective, batches, gradients_per_stage or DEFAULT_GRADIENTS),
             calibration=CalibrationLoss(objective, samples, max_calibration),
             generator=generator or torch.Generator().manual_seed(0),
         )
@@ -184,6 +200,14 @@ def prune_model(
             if goal == 0:
                 raise ValueError(f"expected a scope with some sparsity above 0, got {scope!r}")
         run.check()
+        if run.needs_curvature:
+            run.measuring = with_rows_that_run(objective, run.calibration.batches[0], measuring)
+            # Where the calibration took them all, it is known how many there are.
+            found = run.calibration.num_samples
+            run.plan(
+                gradients_per_stage,
+                found if calibration is None and found < max_calibration else None,
+            )
         # Of several sparsities the schedule is that of the highest, and the others are in step.
         begun = 0.0 if not isinstance(scope, str) else min(1 - float(mask.double().mean()), goal)
         steps = stages * steps_per_stage

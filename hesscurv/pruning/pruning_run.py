@@ -17,6 +17,8 @@ from hesscurv.linalg.woodbury import SupportSystem
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import layout_of
 from hesscurv.pruning.calibration_loss import CalibrationLoss, SampleStream
+from hesscurv.pruning.layer_inputs import has_input_rows, num_columns
+from hesscurv.pruning.memory_plan import Sizes, plan_memory
 from hesscurv.pruning.quadratic_model import Measuring, QuadraticModel, measure_quadratic_model
 from hesscurv.pruning.report import LayerReport, PruningReport, StageReport
 from hesscurv.pruning.targets import Budget, Pattern, next_mask
@@ -49,6 +51,8 @@ class PruningRun:
         values: Shape (D,), the weights now.
         mask: Shape (D,), what is left now.
         budgets: How many to prune of which; to be set where there is no pattern.
+        needs_curvature: Whether curvature is measured at all.
+        planned_bytes: The memory that rows and factors take, by `plan`.
     """
 
     def __init__(
@@ -75,8 +79,9 @@ class PruningRun:
         self.measuring, self.stream, self.calibration = measuring, stream, calibration
         self.generator = generator
         self.budgets: list[Budget] = []
+        self.planned_bytes = 0
         self._mu, self._gradients = 1.0, 0
-        self._needs_curvature = compensate or method != "magnitude"
+        self.needs_curvature = compensate or method != "magnitude"
         self._model: QuadraticModel | None = None
         self._system: SupportSystem | None = None
 
@@ -85,7 +90,6 @@ class PruningRun:
 
         Raises:
             ValueError: If more is pruned already than is asked for.
-            MemoryError: If rows and factors cannot fit.
         """
         for budget in self.budgets:
             alive = int(self.mask[budget.index].sum())
@@ -94,23 +98,31 @@ class PruningRun:
                     f"expected a sparsity of at least the present one, "
                     f"{1 - alive / len(budget.index):.4f} of {budget.name}, got {budget.sparsity}"
                 )
-        if self._needs_curvature:
-            need, free = self.planned_bytes(), free_memory(self.objective.device)
-            logger.info("pruning needs about %.3g GB of %.3g GB free", need / 1e9, free / 1e9)
-            if need > free:
-                raise MemoryError(
-                    f"pruning {self.layout.numel:,} weights with {self.stream.count} gradients a "
-                    f"stage needs about {need / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free; "
-                    "lower gradients_per_stage, or select fewer weights"
-                )
 
-    def planned_bytes(self) -> int:
-        """Return the bytes of a stage's rows and factors, and of what one weight takes besides."""
-        how, d = self.measuring, self.layout.numel
-        n = 0 if how.rows == "eigenspace" else self.stream.count
-        n += how.rank if how.rows in ("eigenspace", "both") else 0
-        largest = max(p.numel() for p in self.start.values())
-        return (2 * n * d + 2 * n * largest + 4 * n * n + 8 * d) * self.dense.element_size()
+    def plan(self, gradients: int | None, num_samples: int | None) -> None:
+        """Choose how many rows to take, and of which kind; nothing if no curvature is needed.
+
+        Args:
+            gradients: n, the samples of a stage; None for as many as fit, up to 1000.
+            num_samples: How many samples there are, if it is known.
+
+        Raises:
+            ValueError: If there are too many outputs for the rows that `measuring` names.
+            MemoryError: If rows and factors cannot fit.
+        """
+        if not self.needs_curvature:
+            return
+        known = {n: w for n, w in self.weights.items() if has_input_rows(w)}
+        sizes = Sizes(
+            [p.numel() for p in self.start.values()],
+            [num_columns(w) for w in known.values()] if self.measuring.rest == "kronecker" else [],
+            self.dense.element_size(),
+        )
+        free = free_memory(self.objective.device)
+        plan = plan_memory(sizes, self.measuring, gradients, free, num_samples)
+        logger.info("pruning needs about %.3g GB of %.3g GB free", plan.num_bytes / 1e9, free / 1e9)
+        self.measuring, self.stream.count = plan.measuring, plan.gradients
+        self.planned_bytes = plan.num_bytes
 
     def prune(
         self,
@@ -136,7 +148,7 @@ class PruningRun:
         stages: list[StageReport] = []
         with tqdm(total=len(path), disable=not progress, desc="pruning", unit="step") as bar:
             for number, end in enumerate(path):
-                if number % steps_per_stage == 0 and self._needs_curvature:
+                if number % steps_per_stage == 0 and self.needs_curvature:
                     self._measure()
                 before = loss
                 loss, predicted, mu = self._step(end)
@@ -182,7 +194,7 @@ class PruningRun:
             magnitude_loss=magnitude_loss,
             recalibrated_loss=None,
             gradients=self._gradients,
-            planned_bytes=self.planned_bytes() if self._needs_curvature else 0,
+            planned_bytes=self.planned_bytes,
             seconds=time.perf_counter() - begun,
             stages=stages,
             layers=layers,

@@ -8,25 +8,35 @@ what gives the first-order term R^T r; K stands for the curvature that so few ro
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hesscurv.linalg.woodbury import Block, DiagonalBlock, KroneckerBlock, LowRankPlusBlocks
+from hesscurv.linalg.woodbury import (
+    Block,
+    DiagonalBlock,
+    KroneckerBlock,
+    LowRankPlusBlocks,
+    PermutedBlock,
+)
 from hesscurv.operators.batches import split
 from hesscurv.operators.descriptions import Described
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParameterLayout
 from hesscurv.pruning.eigenspace_rows import eigenspace_rows
-from hesscurv.pruning.layer_inputs import has_covariance, input_covariances
+from hesscurv.pruning.layer_inputs import has_input_rows, input_covariances
 from hesscurv.pruning.sample_gradients import (
+    MOST_OUTPUTS,
     SampleGradients,
     output_roots,
     output_slopes,
     random_signs,
+    refuse_outputs,
 )
 from hesscurv.pruning.sample_weights import (
     WeighedBatch,
@@ -34,11 +44,14 @@ from hesscurv.pruning.sample_weights import (
     count_samples,
     weigh,
 )
+from hesscurv.pruning.weight_axes import axes_of
 from hesscurv.pruning.weights import Weight
 
 Rows = Literal["ggn", "fisher", "eigenspace", "both"]
 Rest = Literal["kronecker", "diagonal", "isotropic"]
 Target = Literal["outputs", "loss"]
+
+logger = logging.getLogger(__name__)
 
 _MOST_AT_ONCE = 32
 # Batches that tell about the others.
@@ -69,6 +82,16 @@ class QuadraticModel(Described):
     def num_rows(self) -> int:
         """The number of rows of R."""
         return len(self.matrix.rows[0])
+
+    def __repr__(self) -> str:
+        """Return what it is in one line."""
+        order = self.residual is not None or self.gradient is not None
+        return (
+            f"QuadraticModel({self.num_rows} rows, {self.layout.numel:,} entries of "
+            f"{len(self.layout.names)} weights, mu={self.mu:.3g}, "
+            f"{'with' if order else 'without'} a first-order term, "
+            f"{self.matrix.rows[0].dtype} on {self.matrix.rows[0].device})"
+        )
 
     def change(self, delta_D: Tensor) -> float:
         """Return the change of the loss that the model predicts for a change of the weights."""
@@ -139,6 +162,34 @@ class Measuring:
         for name in ("largest_block", "rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected a positive {name}, got {getattr(self, name)!r}")
+
+
+def with_rows_that_run(objective: Objective, batch: Any, how: Measuring | None) -> Measuring:
+    """Return how to measure: as told, by default rows of a kind that takes the model's outputs.
+
+    Args:
+        objective: The model and the task, refreshed.
+        batch: Samples, on the device, of which one is looked at.
+        how: As told; None for the default.
+
+    Raises:
+        ValueError: If there are more outputs than the rows that are told take.
+    """
+    chosen = how or Measuring()
+    if chosen.rows not in ("ggn", "both"):
+        return chosen
+    with objective.environment(), torch.no_grad():
+        out = objective.outputs(objective.parameters(), split(batch, 1)[0])
+    if not isinstance(out, Tensor) or (count := prod(out.shape[1:])) <= MOST_OUTPUTS:
+        return chosen
+    if how is not None:
+        refuse_outputs(count)
+    logger.warning(
+        "a sample has %d outputs, and rows='ggn' takes at most %d: pruning goes on with "
+        "measuring=Measuring(rows='fisher')",
+        *(count, MOST_OUTPUTS),
+    )
+    return replace(chosen, rows="fisher")
 
 
 def measure_quadratic_model(
@@ -269,6 +320,11 @@ def _floor(
         root = output_roots(objective.task_parts, out, batch)
         total += float(root.square().mean(1).sum(1).cpu().double() @ weights_n)
         weight += float(weights_n.sum())
+    if total == 0:
+        raise ValueError(
+            "expected a loss with curvature in the outputs for rows='ggn', got one whose Hessian "
+            "there is zero, as that of nn.L1Loss; use measuring=Measuring(rows='fisher')"
+        )
     return how.root_floor * total / weight
 
 
@@ -295,7 +351,7 @@ def _blocks(
         return [DiagonalBlock(torch.full_like(s, mean)) for s in squares.values()]
     covariances = {}
     if how.rest == "kronecker":
-        known = {name: w for name, w in weights.items() if has_covariance(w)}
+        known = {name: w for name, w in weights.items() if has_input_rows(w)}
         covariances = input_covariances(
             objective, tuple(params.values()), samples, known, how.largest_block
         )
@@ -308,10 +364,14 @@ def _blocks(
             continue
         a_cii = covariances[name]
         trace = float(a_cii.diagonal(dim1=1, dim2=2).sum())
-        scale_o = squares[name].view(p.shape[0], -1).sum(1) / max(trace, 1e-30)
+        axes = axes_of(*weights[name], name)
+        scale_o = axes.to_matrix(squares[name].view(p.shape)).sum(1) / max(trace, 1e-30)
         # A few samples may leave an output without gradient by chance.
         scale_o = scale_o.clamp(min=1e-2 * float(scale_o.mean()))
-        blocks.append(KroneckerBlock(a_cii, scale_o, damping))
+        block: Block = KroneckerBlock(a_cii, scale_o, damping)
+        if (order := axes.order(p.ndim)) != tuple(range(p.ndim)):
+            block = PermutedBlock(block, p.shape, order)
+        blocks.append(block)
     return blocks
 
 

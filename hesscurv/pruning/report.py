@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+# Of the weights in a table, which with its head has ten lines.
+_MOST_LINES = 7
+
 
 @dataclass(frozen=True)
 class StageReport:
@@ -51,9 +54,9 @@ class LayerReport:
     true_change: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class PruningReport:
-    """The result of `prune_model`; ``print(report)`` shows it as a table.
+    """The result of `prune_model`; ``print(report)`` shows it as a table of at most ten lines.
 
     Args:
         method: The ranking that gave the mask: the one asked for, or "magnitude" where plain
@@ -124,23 +127,49 @@ class PruningReport:
         right.set(xlabel="layer", ylabel="part that is kept", ylim=(0, 1))
         return left.figure
 
+    def __repr__(self) -> str:
+        """Return the first line of the table, for a prompt."""
+        return (
+            f"PruningReport({self._summary()}, loss {self.dense_loss:.4g} -> {self.loss:.4g}, "
+            f"{len(self.stages)} steps, {len(self.layers)} weights)"
+        )
+
     def __str__(self) -> str:
-        """Return the report as a table."""
+        """Return the report as a table; of many weights the largest are shown."""
+        shown = self.layers
+        if len(shown) > _MOST_LINES:
+            largest = sorted(shown, key=lambda layer: -layer.numel)[: _MOST_LINES - 1]
+            shown = [layer for layer in shown if any(layer is one for one in largest)]
+        names = [_printable(layer.name) for layer in shown]
+        width = max([28, *(len(name) + 1 for name in names)])
+        recalibrated = self.recalibrated_loss
         lines = [
-            f"{self.method}: {self.kept:,} of {self.numel:,} weights kept, sparsity "
-            f"{self.sparsity:.4f}, {self.gradients:,} gradients, {self.seconds:.0f} s",
+            self._summary(),
             f"calibration loss {self.dense_loss:.4g} -> {self.loss:.4g} "
             f"(magnitude pruning: {self.magnitude_loss:.4g}"
             + (
                 ")"
-                if self.recalibrated_loss is None
-                else f"; batch statistics measured anew: {self.recalibrated_loss:.4g})"
+                if recalibrated is None
+                else f"; batch statistics measured anew: {recalibrated:.4g})"
             ),
-            f"{'weight':<28}{'kept':>10}{'of':>10}{'sparsity':>10}{'predicted':>11}{'true':>11}",
+            f"{'weight':<{width}}{'kept':>10}{'of':>12}{'sparsity':>10}{'predicted':>11}{'true':>11}",
         ]
         lines += [
-            f"{layer.name:<28}{layer.kept:>10,}{layer.numel:>10,}{layer.sparsity:>10.3f}"
+            f"{name:<{width}}{layer.kept:>10,}{layer.numel:>12,}{layer.sparsity:>10.3f}"
             f"{layer.predicted_change:>11.3g}{layer.true_change:>11.3g}"
-            for layer in self.layers
+            for name, layer in zip(names, shown, strict=True)
         ]
+        if more := len(self.layers) - len(shown):
+            lines.append(f"... and {more} smaller ones; all are in `layers`, and in to_dict()")
         return "\n".join(lines)
+
+    def _summary(self) -> str:
+        return (
+            f"{self.method}: {self.kept:,} of {self.numel:,} weights kept, sparsity "
+            f"{self.sparsity:.4f}, {self.gradients:,} gradients, {self.seconds:.0f} s"
+        )
+
+
+def _printable(name: str) -> str:
+    """A module's name may have any character but a dot, line breaks too."""
+    return name if name.isprintable() else repr(name)[1:-1]

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -85,10 +85,7 @@ def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> 
     """
     c = prod(outputs.shape[1:])
     if c > MOST_OUTPUTS:
-        raise ValueError(
-            f"expected at most {MOST_OUTPUTS} outputs a sample for rows='ggn', got {c}; use "
-            "rows='fisher'"
-        )
+        refuse_outputs(c)
     try:
         # Backward over backward: forward mode would compile decompositions that torch deprecates.
         curvature = _of_own_loss(
@@ -111,6 +108,14 @@ def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> 
         )
     eigenvalues, vectors = torch.linalg.eigh(curvature.detach().reshape(-1, c, c))
     return vectors * (eigenvalues.clamp(min=0) + floor).sqrt()[:, None, :]
+
+
+def refuse_outputs(count: int) -> NoReturn:
+    """Raise, since there are too many outputs a sample for rows="ggn"."""
+    raise ValueError(
+        f"expected at most {MOST_OUTPUTS} outputs a sample for rows='ggn', got {count}; use "
+        "rows='fisher', in prune_model as measuring=Measuring(rows='fisher')"
+    )
 
 
 def output_slopes(task: Any, outputs: Tensor, batch: Any) -> Tensor:

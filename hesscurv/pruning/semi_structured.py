@@ -8,6 +8,7 @@ from torch.nn.utils import prune
 
 from hesscurv.operators.parameters import unwrap
 from hesscurv.pruning.rollback import unchanged_on_error
+from hesscurv.pruning.weight_axes import AS_LINEAR, REVERSED, find_axes
 from hesscurv.pruning.weights import current_mask, current_parameter, pruned_weights, restore_hook_
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -21,7 +22,7 @@ def is_semi_structured(mask: Tensor, n: int = 2, m: int = 4, dim: int = 1) -> bo
         n: How many of each group may be kept.
         m: The size of a group.
         dim: The dimension along which groups lie: 1 by default, the inputs of linear and
-            convolution layers.
+            convolution layers; those of transposed convolutions and of transformers' Conv1D are 0.
 
     Returns:
         False also where m does not divide the size along `dim`.
@@ -49,7 +50,7 @@ def to_semi_structured_(model: nn.Module) -> list[str]:
     ``torch.sparse.to_sparse_semi_structured(weight)``, a frozen parameter: products with it take
     about half the memory and, for large layers, less time. For inference: train before. Other
     pruned weights stay as they are, among them convolutions, for which torch has no such product,
-    and output projections of `nn.MultiheadAttention`.
+    transformers' Conv1D, and output projections of `nn.MultiheadAttention`.
 
     Args:
         model: The module, on a CUDA device, in float16 or bfloat16; torch.compile and DDP wrappers
@@ -80,12 +81,20 @@ def to_semi_structured_(model: nn.Module) -> list[str]:
         if isinstance(weight.module, nn.Linear)
         and weight.name == "weight"
         and weight.module not in read_by_attention
+        and find_axes(*weight) == AS_LINEAR
         and is_semi_structured(_mask_of(*weight))
     }
     if not chosen:
+        reversed_ = [n for n, w in pruned_weights(model).items() if find_axes(*w) == REVERSED]
         raise ValueError(
             "expected linear layers with 2:4 masks, found none; prune them with "
             "curvature_nm(module, 'weight', 2, 4, scores)"
+            + (
+                f"; {reversed_[:8]} ({len(reversed_)} in all) lie the other way, as in "
+                "transformers' Conv1D: put an nn.Linear with the transposed weight in their place"
+                if reversed_
+                else ""
+            )
         )
     for name, weight in chosen.items():
         _check_support(name, current_parameter(*weight))

@@ -11,7 +11,8 @@ from torch import Tensor
 from hesscurv.metrics.masks import top_k_mask
 from hesscurv.operators.parameters import ParameterLayout
 from hesscurv.pruning.methods import CurvatureNM
-from hesscurv.pruning.weights import Weight, input_dimension
+from hesscurv.pruning.weight_axes import axes_of
+from hesscurv.pruning.weights import Weight
 
 Scope = str | Mapping[str, float]
 
@@ -116,9 +117,13 @@ class Pattern:
             raise ValueError(f"expected 0 < N < M in structure 'N:M', got {structure!r}")
         return cls(n, m)
 
-    def fits(self, weight: Weight, shape: tuple[int, ...]) -> bool:
-        """Whether m divides the weight's input dimension."""
-        return len(shape) > 1 and shape[input_dimension(weight.module)] % self.m == 0
+    def fits(self, weight: Weight, shape: tuple[int, ...], dotted: str | None = None) -> bool:
+        """Whether m divides the number of the weight's inputs, of one group where it has several.
+
+        Raises:
+            ValueError: If it is not known where the inputs lie; it names `dotted`.
+        """
+        return len(shape) > 1 and axes_of(*weight, dotted).num_inputs(shape) % self.m == 0
 
     def next_mask(
         self,
@@ -136,7 +141,7 @@ class Pattern:
         alive = layout.split(mask)
         final = torch.cat(
             [
-                CurvatureNM(self.n, self.m, input_dimension(weights[name].module))
+                CurvatureNM(self.n, self.m, axes_of(*weights[name], name).inputs)
                 .compute_mask(s, alive[name])
                 .flatten()
                 for name, s in ranked.items()

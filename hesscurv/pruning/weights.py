@@ -219,12 +219,6 @@ def check_prunable(module: nn.Module, name: str) -> nn.Parameter:
     return current_parameter(module, name)
 
 
-def input_dimension(module: nn.Module) -> int:
-    """Return the dimension of a module's weight along which its inputs lie: 1, 0 if transposed."""
-    transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-    return 0 if isinstance(module, transposed) else 1
-
-
 @dataclass
 class _Candidate:
     """A tensor that somebody may want to prune, and why that is an error, if it is."""

@@ -146,7 +146,7 @@ def test_a_graph_without_breaks_is_refused_by_name():
     optimizer = precondition(BASES["SGD"](model.parameters()), model)
     gradient(model, optimizer)
     step = torch.compile(lambda: optimizer.step(), backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="PreconditionedOptimizer.step"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"PreconditionedOptimizer\.step"):
         step()
 
 
