@@ -14,24 +14,18 @@ from torch import Tensor
 from hesscurv.distributed.rows import as_rows
 from hesscurv.eigensolvers.checkpoint import Checkpoint
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
-from hesscurv.eigensolvers.krylov_plan import SEARCH_STEPS
+from hesscurv.eigensolvers.krylov_search import MOST_STEPS, Search, sides_to_search
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
 from hesscurv.eigensolvers.progress import Progress
 from hesscurv.eigensolvers.residuals import ConvergenceWarning, measured_residuals
-from hesscurv.linalg.rayleigh_ritz import ritz_pairs
 
-# The search for missed eigenvectors: by how much one would dominate, and when to give up.
-_DOMINANT, _MOST_ROUNDS = 10.0, 3
-
-
-@dataclass
-class _Search:
-    """Where the search for missed eigenvectors stands."""
-
-    first: int  # vectors expanded before it
-    added: int  # vectors that wait for their product
-    bound: float  # the magnitude that a missed eigenvalue would have
-    step: int = 0
+# Vectors that a search starts from, at most.
+_MOST_WIDTH = 16
+# Searches without a result, one after the other, after which it is given up to find out.
+_MOST_STALLS = 6
+# A search begins when H outside the space may be as large as this share of the bound, or else
+# pending directions are expanded first: it would find that they matter.
+_LEAST_LIMIT = 0.5
 
 
 class KrylovRun:
@@ -57,34 +51,45 @@ class KrylovRun:
         self.progress, self.checkpoint = progress, checkpoint
         self.start = time.perf_counter()
         self.next_check = 0  # the Ritz pairs are looked at from so many expanded vectors on
-        # Random vectors a step of the search, how often it was without result, and whether it is
-        # over: what it brought is brought to convergence still.
-        self.count, self.inconclusive, self.closing = 1 if space.k < 50 else 2, 0, False
-        self.search: _Search | None = None
+        # For each end, the bound beyond which all eigenvalues are known to be at hand; and random
+        # vectors that a search starts from which has found something.
+        self.levels, self.width, self.stalls = dict.fromkeys(space.sides, math.inf), 1, 0
+        self.search: Search | None = None
+        # Products that are left for the search where the pairs do not converge.
+        spare = (max_matvecs - space.k) // 6
+        self.reserve = min(16, spare) if verify and spare >= 6 else 0
 
     def solve(self) -> None:
-        """Bring the k largest pairs to convergence, and look for pairs that were missed."""
-        space = self.space
-        while True:
+        """Bring the k wanted pairs to convergence, and look for pairs that were missed."""
+        going_on = True
+        while going_on:
+            last = self.space.k - 1
             if self.search is None:
-                converged = self._converge()
-                whole = space.num_expanded >= space.dim
-                if self.closing or not self.verify:
+                if not self._converge():
+                    last, going_on = self._leading_converged() - 1, False
+                if last < 0 or not self._may_search(last):
                     break
-                if not converged or whole:
-                    self.closing = True
-                    continue
-            found = self._found_missed()
-            self.search = None
-            if found is False or self._affordable(1) == 0:
-                self.closing = True
-            elif found:
-                self.count, self.inconclusive = min(2 * self.count, space.block), 0
-            else:
-                self.inconclusive += 1
-                self.closing = self.inconclusive == _MOST_ROUNDS
+            found = self._found_missed(last)
+            going_on |= found and self._affordable(self.reserve + 1) > 0
         if self.checkpoint is not None:
             self.save()
+
+    @property
+    def level(self) -> float:
+        """The bound beyond which all eigenvalues are known to be at hand, at all wanted ends."""
+        return max(self.levels.values())
+
+    def _may_search(self, last: int) -> bool:
+        space = self.space
+        outside = self.verify and space.k <= space.num_expanded < space.dim
+        outside = outside and self.stalls < _MOST_STALLS
+        return outside and self.level > space.bound(last) and self._affordable(1) > 0
+
+    def _leading_converged(self) -> int:
+        space = self.space
+        if space.num_expanded < space.k:
+            return 0
+        return int(space.converged().long().cumprod(0).sum())
 
     def state(self) -> dict[str, Any]:
         """Return all that decides how the run goes on, beside the basis."""
@@ -97,9 +102,9 @@ class KrylovRun:
             "limits": [self.space.tol, self.max_matvecs],
             "space": self.space.state(),
             "next_check": self.next_check,
-            "count": self.count,
-            "inconclusive": self.inconclusive,
-            "closing": self.closing,
+            "levels": dict(self.levels),
+            "width": self.width,
+            "stalls": self.stalls,
             "search": None if self.search is None else asdict(self.search),
             "seconds": time.perf_counter() - self.start,
         }
@@ -107,12 +112,14 @@ class KrylovRun:
     def load(self, state: dict[str, Any]) -> None:
         """Go on from a state; the basis has been restored already."""
         self.space.load(state["space"])
-        for name in ("next_check", "count", "inconclusive", "closing"):
-            setattr(self, name, state[name])
-        self.search = None if state["search"] is None else _Search(**state["search"])
+        self.next_check = state["next_check"]
+        if "levels" in state:  # else of an earlier version, whose search is made again
+            self.levels, self.width = dict(state["levels"]), state["width"]
+            self.stalls = state["stalls"]
+            self.search = None if state["search"] is None else Search(**state["search"])
         if state["limits"] != [self.space.tol, self.max_matvecs]:
             # What ended then need not be the end now.
-            self.closing, self.inconclusive, self.next_check = False, 0, 0
+            self.next_check, self.stalls = 0, 0
         self.start = time.perf_counter() - state["seconds"]
 
     def save(self) -> None:
@@ -131,7 +138,7 @@ class KrylovRun:
 
     def _converge(self) -> bool:
         """Expand until all k pairs have converged (True), or cannot any more (False)."""
-        space = self.space
+        space, limiting = self.space, None
         while True:
             self._save_if_due()
             pending, expanded = space.num_pending, space.num_expanded
@@ -141,28 +148,32 @@ class KrylovRun:
                 if done == space.k:
                     done = int(space.converged().sum())
                 self.progress.show(done, space.num_matvecs)
-                if done == space.k or expanded == space.dim:
+                if expanded == space.dim or (done == space.k and self._knows_enough()):
                     return True
-                if self._at_noise():
+                if done < space.k and self._at_noise():
                     return False
                 # An eigenproblem of size m costs as much as several blocks: check more and more
                 # rarely, but more often near the end.
                 near = done / space.k
+                limiting = space.limiting(self._least_limit()) if done == space.k else None
                 share = 0.05 if near > 0.9 else 0.12 if near > 0.5 else 0.2
                 self.next_check = expanded + max(space.block, int(share * expanded))
-            size = self._affordable(space.block if pending > 1.5 * space.block else pending or 1)
-            if size == 0:
+            size = space.block if pending > 1.5 * space.block else pending or 1
+            size = min(size, self._affordable(size + self.reserve) - self.reserve)
+            if limiting is not None:
+                size, self.next_check = min(size, limiting.shape[1]), expanded + 1
+            if size <= 0:
                 return False
             if not space.fits(max(size, space.block)):
-                space.restart()
-                self.next_check = 0
+                self._restart()
             elif pending == 0:
                 space.add_random(space.block)
             elif expanded < space.num_initial:
                 space.expand(min(size, space.num_initial - expanded))
             else:
-                space.select(size)
+                space.select(size, limiting)
                 space.expand(size)
+            limiting = None
             self.progress.show(None, space.num_matvecs)
 
     def _at_noise(self) -> bool:
@@ -174,51 +185,105 @@ class KrylovRun:
         residuals = space.ritz(dtype)[2]
         return float(residuals[~space.converged(dtype)].max()) < 2 * space.noise
 
-    def _found_missed(self) -> bool | None:
-        """Look outside the basis for an eigenvalue that belongs to the k largest.
+    def _knows_enough(self) -> bool:
+        """Whether the converged pairs may be all there are, as far as the space tells for free.
 
-        Fresh random vectors, orthogonal to the basis, are expanded by themselves: what the basis
-        misses grows out of them, since all else of its magnitude is in the basis. With theta their
-        own largest Ritz value after s steps, an eigenvector of size |lambda_k| has grown by the
-        Chebyshev polynomial T_s(|lambda_k| / |theta|) relative to the rest, from its share
-        sqrt(count / D) of a random start. It is over when it would dominate, and does not; None
-        when the basis or the steps ran out before.
+        Not so where the singular values of [T; R] prove that a pair was missed, or where pending
+        directions would hold one if H outside were half as large as the last pair.
         """
-        space = self.space
+        if not self.verify or self.level <= self.space.bound(self.space.k - 1):
+            return True
+        return self.space.limit(self.space.k - 1) >= self._least_limit()
+
+    def _least_limit(self) -> float:
+        bound = self.space.bound(self.space.k - 1)
+        return bound - (1 - _LEAST_LIMIT) * abs(bound)
+
+    def _restart(self, spare: int = 0) -> None:
+        self.space.restart(spare)
+        self.next_check = 0
+
+    def _found_missed(self, last: int) -> bool:
+        """Look outside the space for eigenvalues that come before the pair of index `last`.
+
+        Returns:
+            Whether something was found, or the space has to grow anew. If not, `levels` tells what
+            is known; more may be when the space has grown.
+        """
+        space, apart = self.space, False
         if self.search is None:
-            magnitudes = space.ritz()[0][: space.k].abs()
-            # What is larger than |lambda_k| by less than a residual may have does not matter.
-            bound = float(magnitudes[-1] + space.thresholds(magnitudes)[-1])
-            if bound == 0:  # only the zero operator has no scale
-                return False
             self.next_check = 0
+            if space.bound(last) == 0:  # only the zero operator has no scale
+                self.levels = dict.fromkeys(self.levels, 0.0)
+                return False
             if space.basis.size == space.dim:  # all that is outside is pending
                 space.expand(self._affordable(min(space.block, space.num_pending)))
                 return True
-            if not space.fits(self.count * (SEARCH_STEPS // 2)):
-                space.restart()
-            added = space.add_random(self.count)
-            self.search = _Search(space.num_expanded, added, bound)
-        search = self.search
-        while search.step < SEARCH_STEPS:
-            self._save_if_due()
-            if search.added == 0:  # the vectors' own Krylov space is exhausted
-                space.step_back(search.first)
-                return False
-            if not space.fits(search.added) or self._affordable(search.added) < search.added:
-                break
-            space.bring_last_forward(search.added)
-            search.added = space.expand(search.added)
-            own = space.A[search.first : space.num_expanded, search.first :]
-            theta = float(ritz_pairs(own)[0][0].abs())
-            if theta > search.bound:
+        while True:
+            if self.search is None:
+                if not self._make_room(MOST_STEPS // 2):
+                    return True
+                sides = sides_to_search(space, last, self.levels)
+                if not sides:
+                    return False
+                side = space.sides[0] if apart else sides[0]
+                self.search = Search.begin(space, last, 1, side)
+            search = self._run_search()
+            if search.outcome == "found":
+                self.stalls = 0
+                self.width = min(2 * self.width, _MOST_WIDTH)
+                room = self.width * (search.step + 2)
+                if search.count > 1 or not self._affordable(1) or not self._make_room(room):
+                    return True
+                # There may be more: look for several at once.
+                self.search = Search.begin(space, last, self.width, search.side, search.step + 2)
+                continue
+            self._learn(search)
+            if search.count > 1:
                 return True
-            search.step += 1
-            growth = search.step * math.acosh(search.bound / max(theta, 1e-3 * search.bound))
-            if growth > math.log(2 * _DOMINANT * math.sqrt(space.dim / self.count)):
-                space.step_back(search.first)
-                return False
-        return None
+            if search.outcome == "stalled":
+                if search.side or last < space.k - 1 or not self._affordable(1):
+                    self.stalls += 1
+                    return False
+                apart = True  # one by one, the ends can be told of
+            space.step_back(search.first)
+
+    def _run_search(self) -> Search:
+        """Advance the search until it has an outcome, or neither room nor products are left."""
+        space, search = self.space, self.search
+        assert search is not None
+        while search.outcome == "":
+            self._save_if_due()
+            if space.fits(search.added) and self._affordable(search.added) == search.added:
+                search.advance(space)
+                self.progress.show(None, space.num_matvecs)
+            else:
+                search.outcome = "stalled"
+        self.search = None
+        return search
+
+    def _make_room(self, count: int) -> bool:
+        """Make room for vectors of a search, as far as there can be; return whether k pairs are left."""
+        space = self.space
+        count = min(count, space.capacity - space.k - space.num_pending)
+        if not space.fits(count):
+            self._restart(count)
+        return space.num_expanded >= space.k
+
+    def _learn(self, search: Search) -> None:
+        """Lower the levels by what a search has shown that found nothing."""
+        space, level = self.space, search.bound
+        if search.outcome == "stalled":
+            level = search.level(space)
+            if search.side:
+                level = max(level, search.bound)
+            elif math.isfinite(level):
+                # H outside is no larger: which pairs have all larger ones beside them by that?
+                known = (i for i in range(search.last, -1, -1) if space.limit(i) >= level)
+                index = next(known, None)
+                level = math.inf if index is None else space.bound(index)
+        for side in (search.side,) if search.side else space.sides:
+            self.levels[side] = min(self.levels[side], level)
 
     def _affordable(self, size: int) -> int:
         return max(0, min(size, self.max_matvecs - self.space.num_matvecs))

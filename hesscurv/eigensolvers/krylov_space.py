@@ -21,12 +21,13 @@ from torch import Tensor
 
 from hesscurv.eigensolvers.basis import Basis
 from hesscurv.eigensolvers.residuals import convergence_threshold
+from hesscurv.linalg.eigenvalue_bounds import schur_complement
 from hesscurv.linalg.orthogonalization import (
     column_norms,
     orthonormalize_against_,
     project_out_,
 )
-from hesscurv.linalg.rayleigh_ritz import by_magnitude
+from hesscurv.linalg.rayleigh_ritz import sides_of, wanted_first
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.storage.placement import Placement
 
@@ -36,11 +37,12 @@ class KrylovSpace:
 
     Args:
         H: The operator, D x D.
-        k: The number of wanted pairs, those of largest magnitude.
+        k: The number of wanted pairs.
         tol: Their relative tolerance.
         block: The usual number of vectors in a step.
         placement: Where the vectors live, and how many at most: at least min(D, k + 3 block).
         generator: Source of random vectors.
+        which: Which pairs are wanted, "LM", "LA" or "SA".
 
     Where H's products are spread over processes, each holds some rows of all vectors; small
     matrices, and with them all decisions, are the same on each: sums are, and eigenvectors are the
@@ -55,7 +57,9 @@ class KrylovSpace:
         block: int,
         placement: Placement,
         generator: torch.Generator,
+        which: str = "LM",
     ) -> None:
+        self.which, self.sides = which, sides_of(which)
         self.H, self.k, self.tol, self.block = H, k, tol, block
         self.dim, self.capacity = H.shape[0], placement.capacity
         self.eps = torch.finfo(H.dtype).eps
@@ -133,7 +137,10 @@ class KrylovSpace:
     # -- Ritz pairs -----------------------------------------------------------------------------
 
     def ritz(
-        self, dtype: torch.dtype = torch.float64, count: int | None = None
+        self,
+        dtype: torch.dtype = torch.float64,
+        count: int | None = None,
+        expanded: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return all Ritz values (m,), the first coefficients, and the residuals of the first k.
 
@@ -144,22 +151,26 @@ class KrylovSpace:
             dtype: Of the eigenproblem: float32 takes half the time, and errs by some eps |theta_1|
                 in values and residuals.
             count: How many coefficient vectors, (m, count); default k.
+            expanded: m, the vectors that count; default all that are expanded.
         """
-        m = self.num_expanded
+        m = self.num_expanded if expanded is None else expanded
         if dtype not in self._ritz or len(self._ritz[dtype][0]) != m:
-            values, vectors = self._from_first(torch.linalg.eigh(self.A[:m].to(dtype), UPLO="U"))
-            order = by_magnitude(values)
+            values, vectors = self._from_first(torch.linalg.eigh(self.A[:m, :m].to(dtype), UPLO="U"))
+            order = wanted_first(values, self.which)
             leading = vectors[:, order[: self.k]].double()
             self._ritz[dtype] = values[order].double(), leading, vectors, order
         values, leading, vectors, order = self._ritz[dtype]
-        residuals = (self.A[m:] @ leading).norm(dim=0)
+        residuals = (self.A[m:, :m] @ leading).norm(dim=0)
         if count is None or count == self.k:
             return values, leading, residuals
         return values, vectors[:, order[:count]].double(), residuals
 
     def thresholds(self, values: Tensor) -> Tensor:
         """Return the largest residuals with which pairs of these values count as converged."""
-        return convergence_threshold(values, self.tol, self.eps)
+        # The largest magnitude known, which need not be a wanted pair's.
+        known = self._ritz.get(torch.float64) or self._ritz.get(torch.float32)
+        largest = float(known[0].abs().max()) if known else 0.0
+        return convergence_threshold(values, self.tol, self.eps, largest)
 
     def converged(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return which of the first k Ritz pairs have converged, bool.
@@ -175,6 +186,51 @@ class KrylovSpace:
         )
         noise = torch.minimum(noise, 0.9 * thresholds)
         return residuals <= (thresholds**2 - noise**2).sqrt()
+
+    def bound(self, index: int, first: int | None = None) -> float:
+        """Return what a missed eigenvalue exceeds that would come before wanted pair `index`.
+
+        On the side of the wanted ones: a magnitude, or for "SA" the negative of a value. What
+        exceeds the Ritz value by less than a residual may have does not matter.
+        """
+        values = self.ritz(expanded=first)[0][: self.k]
+        value = values[index].abs() if len(self.sides) == 2 else self.sides[0] * values[index]
+        return float(value + self.thresholds(values)[index])
+
+    def schur_complement(self, side: int, index: int, first: int | None = None) -> Tensor:
+        """Return S(x) for x = `bound(index)`, (q, q), in the vectors after the first expanded ones.
+
+        See `hesscurv.linalg.eigenvalue_bounds`.
+
+        Args:
+            side: +1 or -1.
+            index: Of the last wanted pair, from 0.
+            first: How many expanded vectors count; by default all.
+        """
+        first = self.num_expanded if first is None else first
+        values, Y, _ = self.ritz(count=first, expanded=first)
+        x = self.bound(index, first)
+        near = float(self.thresholds(values[: self.k])[index])
+        return schur_complement(values, self.A[first:, :first] @ Y, index + 1, x, side, near)
+
+    def limit(self, index: int) -> float:
+        """Return how large H outside may be, with all pairs up to `index` at hand.
+
+        That is: with no eigenvalue beyond `bound(index)` but theirs. Where the singular values of
+        [T; R] prove that a pair was missed, which they do for free, it is negative.
+        """
+        largest = (
+            float(torch.linalg.eigvalsh(self.schur_complement(side, index))[-1])
+            for side in (self.sides if self.num_pending else ())
+        )
+        return self.bound(index) - max([0.0, *largest])
+
+    def limiting(self, eta: float) -> Tensor:
+        """Return the pending directions, (p, r), that keep `limit` of the last pair below eta."""
+        x, last = self.bound(self.k - 1), self.k - 1
+        S = sum(self.schur_complement(side, last) for side in self.sides)
+        values, U = torch.linalg.eigh(S)
+        return U[:, values > x - eta].flip(1)
 
     # -- steps ----------------------------------------------------------------------------------
 
@@ -233,34 +289,74 @@ class KrylovSpace:
         """Let random vectors, orthogonal to the basis, wait; return how many there was room for."""
         return self.add_pending(self._random(count, self.dim).to(self.H.device))
 
-    def select(self, size: int) -> None:
-        """Turn the pending vectors so that the first `size` couple most to unconverged pairs."""
+    def select(self, size: int, directions: Tensor | None = None) -> None:
+        """Turn the pending vectors so that the first `size` couple most to unconverged pairs.
+
+        Args:
+            size: How many.
+            directions: Of the pending vectors, (p, r), to take in place of these.
+        """
         if self.num_pending <= size:
             return
-        _, Y, _ = self.ritz(self.H.dtype)
-        unfinished = ~self.converged(self.H.dtype)
-        coupling = self.A[self.num_expanded :] @ Y[:, unfinished]
+        coupling = directions
+        if coupling is None:
+            _, Y, _ = self.ritz(self.H.dtype)
+            coupling = self.A[self.num_expanded :] @ Y[:, ~self.converged(self.H.dtype)]
         U, _ = self._from_first(torch.linalg.svd(coupling, full_matrices=True)[:2])
         self._turn_pending(U)
 
-    def bring_last_forward(self, count: int) -> None:
-        """Put the last `count` pending vectors before the other ones."""
-        self._turn_pending(
-            torch.eye(self.num_pending, dtype=torch.float64, device="cpu").roll(count, dims=1)
+    def begin_search(self, count: int) -> int:
+        """Put random vectors of the complement of E first among the pending ones.
+
+        Vectors outside the basis are added, and mixed with the pending ones as in a Gaussian vector
+        of the complement: an eigenvector may lie in any of them.
+
+        Returns:
+            How many there are.
+        """
+        pending = self.num_pending
+        added = self.add_random(count)
+        outside = self.dim - self.num_expanded - pending
+        gaussian = torch.cat(
+            [
+                self._random(pending, added).to("cpu", torch.float64),
+                math.sqrt(outside) * torch.eye(added, dtype=torch.float64, device="cpu"),
+            ]
         )
+        (U,) = self._from_first([torch.linalg.qr(gaussian, mode="complete").Q])
+        self._turn_pending(U)
+        return added
+
+    def follow_search(self, coupling: Tensor) -> int:
+        """Put the directions of a coupling, (p, c), first among the pending vectors.
+
+        Returns:
+            How many they are, beyond rounding.
+        """
+        U, sigma = self._from_first(torch.linalg.svd(coupling, full_matrices=True)[:2])
+        self._turn_pending(U)
+        return int((sigma > self.eps * self._scale).sum())
 
     def step_back(self, num_expanded: int) -> None:
-        """Forget the products of the last expanded vectors, which wait again: nothing came of them.
+        """Forget the last expanded vectors and all that came of them: nothing was found there.
 
-        The Ritz pairs from before are at hand still, as are their residuals: the rows of A that
-        were added since are zero in the columns that remain.
+        The Ritz pairs from before are at hand still, as are their residuals: what they couple to
+        is among the pending vectors, and remains.
         """
         self.A, self.num_expanded = self.A[:, :num_expanded], num_expanded
+        coupled = self.follow_search(self.A[num_expanded:])
+        self.basis.truncate(num_expanded + coupled)
+        self.A = self.A[: num_expanded + coupled]
 
-    def restart(self) -> None:
-        """Keep the best Ritz vectors and the pending ones; drop the rest (thick restart)."""
+    def restart(self, spare: int = 0) -> None:
+        """Keep the best Ritz vectors and the pending ones; drop the rest (thick restart).
+
+        Args:
+            spare: For a search: how many vectors must fit then. As many Ritz vectors as leave that
+                room are kept, and all pending ones, which the search is made without.
+        """
         self.num_restarts += 1
-        dropped = self._drop_pending()
+        dropped = self._drop_pending() if spare == 0 else False
         m = self.num_expanded
         values, Y, _ = self.ritz(count=m)
         self._ritz.clear()
@@ -268,7 +364,9 @@ class KrylovSpace:
         if room >= self.k:
             # What was dropped is negligible for the wanted pairs alone: keep no others then.
             extra = 0 if dropped else max(self.block, (self.capacity - self.k) // 3)
-            keep = min(m - 1, room, self.k + extra)
+            if spare > 0:
+                extra = self.capacity - self.num_pending - spare - self.k
+            keep = min(m - 1, room, self.k + max(0, extra))
             self.A = torch.cat([torch.diag(values[:keep]), self.A[m:] @ Y[:, :keep]])
             self.num_expanded = keep
             self._rotate(0, m, Y[:, :keep])

@@ -38,7 +38,9 @@ def measured_residuals(
     return out
 
 
-def convergence_threshold(eigenvalues: Tensor, tol: float, eps: float) -> Tensor:
+def convergence_threshold(
+    eigenvalues: Tensor, tol: float, eps: float, largest: float = 0.0
+) -> Tensor:
     r"""Return the largest residuals of converged pairs.
 
     :math:`\max(tol |\lambda_i|, 10 \epsilon |\lambda_1|)`. The second bound is the
@@ -48,16 +50,20 @@ def convergence_threshold(eigenvalues: Tensor, tol: float, eps: float) -> Tensor
         eigenvalues: Shape (k,), in any order.
         tol: Relative tolerance.
         eps: Machine epsilon of the operator's dtype.
+        largest: The largest magnitude known of the operator's spectrum, where that is not among
+            these eigenvalues.
 
     Returns:
         Shape (k,).
     """
     magnitudes = eigenvalues.abs()
-    floor = 10 * eps * float(magnitudes.max()) if len(magnitudes) else 0.0
+    floor = 10 * eps * max(largest, float(magnitudes.max())) if len(magnitudes) else 0.0
     return (tol * magnitudes).clamp(min=floor)
 
 
-def converged(residuals: Tensor, eigenvalues: Tensor, tol: float, eps: float) -> Tensor:
+def converged(
+    residuals: Tensor, eigenvalues: Tensor, tol: float, eps: float, largest: float = 0.0
+) -> Tensor:
     """Return which pairs have converged: those with a residual up to `convergence_threshold`.
 
     Args:
@@ -65,8 +71,9 @@ def converged(residuals: Tensor, eigenvalues: Tensor, tol: float, eps: float) ->
         eigenvalues: Shape (k,).
         tol: Relative tolerance.
         eps: Machine epsilon of the operator's dtype.
+        largest: See `convergence_threshold`.
 
     Returns:
         Shape (k,), bool.
     """
-    return residuals <= convergence_threshold(eigenvalues, tol, eps)
+    return residuals <= convergence_threshold(eigenvalues, tol, eps, largest)

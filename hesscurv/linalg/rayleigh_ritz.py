@@ -13,8 +13,8 @@ from hesscurv.linalg.precision import full_precision
 _TEMPORARY_NUMEL = 2**22  # of one chunk in `rotate_`: 16 MiB in float32
 
 
-def ritz_pairs(T: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve the small symmetric eigenproblem, largest magnitude first.
+def ritz_pairs(T: Tensor, which: str = "LM") -> tuple[Tensor, Tensor]:
+    """Solve the small symmetric eigenproblem, by default largest magnitude first.
 
     ``(T + T^T)/2 = Y diag(theta) Y^T`` with ``|theta_1| >= |theta_2| >= ...``; equal magnitudes
     keep the ascending order of their values, so that the result is reproducible.
@@ -22,6 +22,7 @@ def ritz_pairs(T: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         T: Shape (m, m), the operator in an orthonormal basis, ``Q^T H Q``; any real floating dtype,
             any device. Only its symmetric part counts.
+        which: The order, see `wanted_first`.
 
     Returns:
         The Ritz values theta (m,) and the coefficients Y (m, m) of the Ritz vectors ``Q Y``, one
@@ -39,8 +40,25 @@ def ritz_pairs(T: Tensor) -> tuple[Tensor, Tensor]:
             "products"
         )
     values, vectors = torch.linalg.eigh((T + T.mT) / 2)
-    order = by_magnitude(values)
+    order = wanted_first(values, which)
     return values[order], vectors[:, order]
+
+
+def wanted_first(values: Tensor, which: str) -> Tensor:
+    """Return the order in which eigenvalues are wanted; equal ones keep theirs, reproducibly.
+
+    Args:
+        values: Shape (m,).
+        which: "LM", the largest magnitude first; "LA", the largest value; "SA", the smallest.
+    """
+    if which == "LM":
+        return by_magnitude(values)
+    return values.argsort(descending=which == "LA", stable=True)
+
+
+def sides_of(which: str) -> tuple[int, ...]:
+    """Return the ends of the spectrum that are wanted: +1 and -1 for "LM", +1 "LA", -1 "SA"."""
+    return {"LM": (1, -1), "LA": (1,), "SA": (-1,)}[which]
 
 
 def by_magnitude(values: Tensor) -> Tensor:
