@@ -25,7 +25,6 @@ from hesscurv.linalg.woodbury import (
     PermutedBlock,
 )
 from hesscurv.operators.batches import split
-from hesscurv.operators.descriptions import Described
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParameterLayout
 from hesscurv.pruning.eigenspace_rows import eigenspace_rows
@@ -59,7 +58,7 @@ _MOST_LOOKED_AT = 4
 
 
 @dataclass(frozen=True, repr=False)
-class QuadraticModel(Described):
+class QuadraticModel:
     """A quadratic model of the loss in some weights.
 
     Args:

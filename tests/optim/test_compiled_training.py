@@ -26,7 +26,6 @@ def nothing_compiled_before():
 @pytest.fixture(autouse=True)
 def quiet_compiler(recwarn):
     """torch's own warnings of what it does not trace around a step are not the subject."""
-    yield
 
 
 def compiled(function):
