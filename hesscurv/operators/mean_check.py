@@ -255,8 +255,8 @@ class MeanCheck:
                 f"give both the same shape, or say what a batch counts: {own}",
             )
         return (
-            "it averages something else than samples (class weights, ignored targets, tokens), or "
-            "the samples of a batch depend on each other",
+            "it averages something else than samples (class weights, ignored targets, tokens), its "
+            "samples depend on each other, or they are not along the first dimension",
             f"say what each batch counts, which is what its mean is divided by: {own}",
         )
 
