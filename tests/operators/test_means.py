@@ -397,6 +397,22 @@ def test_the_test_can_be_left_out():
     assert H.shape[0] > 0
 
 
+def test_a_task_of_several_outputs_is_tested_through_the_model():
+    class Several(Parts):
+        def outputs(self, model, batch):
+            return model(batch[0]), model(-batch[0])
+
+        def loss(self, outputs, batch):
+            return sum(self.own(out, batch[1]) for out in outputs)
+
+    model, x, y = data_of()
+    found = hessian(model, Several(F.cross_entropy), batches_of(x, y, 9)).to_dense()
+    whole = hessian(model, Several(F.cross_entropy), [(x, y)]).to_dense()
+    torch.testing.assert_close(found, whole, rtol=1e-10, atol=1e-13)
+    with pytest.raises(ValueError, match=r"mean over samples.*define weight\(batch\)"):
+        hessian(model, Several(weighted), batches_of(x, y, 9))
+
+
 def test_a_weighted_batch_after_the_first_is_found():
     model, x, y = data_of()
     y = y.clone()
