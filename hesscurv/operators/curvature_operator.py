@@ -64,15 +64,16 @@ class CurvatureOperator(SummedOperator):
         way: How to compute: "auto" measures and chooses; otherwise one of the class's `ways`.
         memory_budget: Bytes for graphs and blocks of vectors; default an eighth of the machine's
             memory, or a quarter of the GPU's. Batches that need more are cut into micro-batches.
-        check: Evaluate every batch once and probe determinism and symmetry at construction.
+        check: Evaluate every batch once, test that a loss which is not one of torch's is a mean
+            over samples, and probe determinism and symmetry at construction.
         process_group: The ranks that share the batches; default all where `torch.distributed` is
             initialised. A model that FSDP2 shards needs all ranks that hold its shards.
 
     Raises:
         TypeError: If an argument is of a wrong type, or batches are a one-shot iterator.
-        ValueError: If batches are empty, the loss is not a finite scalar, nothing requires grad, or
-            the operator is not deterministic or not symmetric; on all ranks, if their weights or
-            arguments differ.
+        ValueError: If batches are empty, the loss is not a finite scalar or no mean over samples,
+            nothing requires grad, or the operator is not deterministic or not symmetric; on all
+            ranks, if their weights or arguments differ.
         DistributedError: If another rank fails.
     """
 

@@ -9,6 +9,7 @@ statistics inside the model do not matter, and otherwise through the model.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import warnings
 from collections.abc import Mapping
@@ -89,7 +90,9 @@ class MeanCheck:
         with objective.environment(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what cannot be cut may warn of shapes
             if self._has_parts:
-                out = objective.outputs(objective.parameters(), batch).detach()
+                with contextlib.suppress(TypeError):  # several tensors, good for the Hessian
+                    out = objective.outputs(objective.parameters(), batch).detach()
+            if out is not None:
                 found = self._on_fixed_outputs(out, batch)
         if self._is_torch_loss:
             # What it divides by is known, but for outputs that broadcast against their targets.
@@ -255,8 +258,8 @@ class MeanCheck:
                 f"give both the same shape, or say what a batch counts: {own}",
             )
         return (
-            "it averages something else than samples (class weights, ignored targets, tokens), or "
-            "the samples of a batch depend on each other",
+            "it averages something else than samples (class weights, ignored targets, tokens), its "
+            "samples depend on each other, or they are not along the first dimension",
             f"say what each batch counts, which is what its mean is divided by: {own}",
         )
 

@@ -291,3 +291,37 @@ def test_wrong_batches_and_chunks_are_refused():
         CausalLMTask(0)
     with pytest.raises(TypeError, match="number of tokens"):
         CausalLMTask(2.5)
+
+
+def test_batches_that_bring_another_denominator_are_refused():
+    data = batch(2, 6)
+    with pytest.raises(ValueError, match=r"'shift_labels'.*ModelLossTask"):
+        CausalLMTask()(gpt2(), {**data, "shift_labels": data["labels"]})
+    with pytest.raises(ValueError, match="num_items_in_batch"):
+        ModelLossTask().weight({**data, "num_items_in_batch": 3})
+    shifted = {**data, "shift_labels": data["labels"].roll(-1, 1)}
+    shifted["shift_labels"][:, -1] = -100
+    assert ModelLossTask(shifted=True).weight(shifted) == CausalLMTask().weight(data)
+
+
+def test_the_fisher_weighs_sequences_by_their_tokens():
+    model = gpt2().double().eval()
+    batches = [batch(3, 6, padded=2), batch(2, 6)]
+    batches[0]["labels"][1] = -100  # of a sequence without a label
+    params = [n for n, _ in model.named_parameters() if "ln_f" in n or "attn.c_proj" in n]
+    F = hesscurv.EmpiricalFisherOperator(model, CausalLMTask(), batches, params)
+    chosen, expected, total = [p for n, p in model.named_parameters() if n in params], 0, 0
+    for data in batches:
+        for i in range(len(data["labels"])):
+            row = {name: t[i : i + 1] for name, t in data.items()}
+            tokens = CausalLMTask().weight(row)
+            if tokens:
+                logits = CausalLMTask().outputs(model, row)
+                # In float64, where the task takes logits as they are.
+                loss = nn.functional.cross_entropy(
+                    logits[:, :-1].flatten(0, 1), row["labels"][:, 1:].flatten()
+                )
+                slopes = torch.autograd.grad(loss, chosen)
+                g = torch.cat([s.flatten() for s in slopes])
+                expected, total = expected + tokens * torch.outer(g, g), total + tokens
+    torch.testing.assert_close(F.to_dense(), expected / total, rtol=1e-9, atol=1e-13)

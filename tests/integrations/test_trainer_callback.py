@@ -24,6 +24,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -239,3 +241,72 @@ def test_what_cannot_be_watched_is_refused_before_the_first_step(tmp_path):
         train(tmp_path, [CurvatureTrainerCallback()], data=Stream())
     with pytest.raises(ValueError, match="label_smoothing_factor"):
         train(tmp_path, [CurvatureTrainerCallback()], label_smoothing_factor=0.1)
+
+
+def own_mean(outputs, labels, num_items_in_batch=None):
+    losses = nn.functional.cross_entropy(
+        outputs.logits.flatten(0, 1), labels.flatten(), reduction="none"
+    )
+    return losses.sum() / num_items_in_batch
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        return 2 * super().compute_loss(model, inputs, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        (Trainer, {"compute_loss_func": own_mean}, "compute_loss_func=own_mean"),
+        (OwnLoss, {}, "OwnLoss with a compute_loss of its own"),
+    ],
+)
+def test_a_trainer_with_a_loss_of_its_own_is_refused_without_a_task(kind, options, named, tmp_path):
+    arguments = TrainingArguments(
+        str(tmp_path), use_cpu=True, report_to="none", max_steps=1, disable_tqdm=True
+    )
+
+    def trainer(callback):
+        return kind(
+            language_model(), arguments, train_dataset=tokens(), callbacks=[callback], **options
+        )
+
+    with pytest.raises(ValueError, match=rf"{named}.*pass the loss that is trained as the task"):
+        trainer(CurvatureTrainerCallback()).train()
+    callback = CurvatureTrainerCallback(CausalLMTask(), k=1, schedule=every(1))
+    trainer(callback).train()
+    assert callback.records
+
+
+def test_batches_count_as_the_trainer_counts_items(tmp_path):
+    class Counts(Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            found.append((CausalLMTask().weight(inputs), float(num_items_in_batch)))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    data, found = tokens(), []
+    for i, row in enumerate(data):  # of other lengths
+        row["labels"][i % 5 : 5] = -100
+    arguments = TrainingArguments(
+        str(tmp_path),
+        use_cpu=True,
+        report_to="none",
+        max_steps=2,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=3,
+        disable_tqdm=True,
+    )
+    config = LlamaConfig(
+        vocab_size=V,
+        hidden_size=8,
+        intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    Counts(LlamaForCausalLM(config), arguments, train_dataset=data).train()
+    (a, n), (b, _) = found[:2]
+    assert a != b
+    assert a + b == n
