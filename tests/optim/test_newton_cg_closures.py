@@ -467,12 +467,34 @@ def test_a_step_without_decrease_is_refused_and_shows():
     assert optimizer.diagnostics()["step_length"] == 1.0
 
 
-def test_sparse_gradients_are_refused():
-    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 1))
-    index = torch.arange(4)
-    optimizer = NewtonCG(model.parameters())
+def test_sparse_embeddings_take_the_steps_of_dense_ones():
+    index, found = torch.arange(4), []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(5, 3, sparse=sparse), nn.Linear(3, 1))
+        optimizer = NewtonCG(model.parameters(), rank=3)
+        for _ in range(3):
+            optimizer.step(lambda model=model: model(index).square().mean())
+        found.append([p.detach() for p in model.parameters()])
+        assert model[0].sparse == sparse
+    for p, q in zip(*found, strict=True):
+        assert torch.equal(p, q)
+
+
+def test_other_sparse_gradients_are_refused():
+    weight = nn.Parameter(torch.ones(3, 3))
     with pytest.raises(ValueError, match="sparse=False"):
-        optimizer.step(lambda: model(index).square().mean())
+        NewtonCG([weight]).step(lambda: _SparseGradient.apply(weight).square().sum())
+
+
+class _SparseGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, slope):
+        return slope.to_sparse()
 
 
 def test_a_model_in_ddp_is_refused():
