@@ -104,7 +104,8 @@ class EigenspaceTracker:
             initial: The last solution's vectors, columns, or None.
 
         Cost: `count` products where the space is still within `tol`, and a block, of 4 to 16, that
-        measures their noise; a few times as many otherwise. Twice `count` at most if `thrifty`.
+        measures their noise; a few times as many otherwise. If `thrifty`, twice `count`
+        or 8 at most.
         """
         # Small blocks get further with few products, where eigenvalues lie apart.
         most, least = (_FEW_PER_PAIR, 2) if self.thrifty else (_MOST_PER_PAIR, 4)
@@ -113,7 +114,7 @@ class EigenspaceTracker:
                 self.operator,
                 count,
                 tol=self.tol,
-                max_matvecs=most * count,
+                max_matvecs=max(_FEWEST, most * count),
                 generator=torch.Generator().manual_seed(self.seed + seed),
                 initial=initial,
                 block_size=min(count, max(least, min(16, count // 4))),
@@ -215,3 +216,4 @@ class _Scaled(LinearOperator):
 
 
 _MOST_PER_PAIR, _FEW_PER_PAIR = 12, 2
+_FEWEST = 8  # with fewer, one or two pairs are hardly more than random directions

@@ -85,8 +85,8 @@ class PreconditionedOptimizer(Optimizer):
         damping: mu, in the unit of the eigenvalues; default .1 |lambda_r|; never below the pairs'
             residuals.
         refresh_every: Steps from one refresh of the eigenspace to the next. By default as many as
-            keep refreshes within `max_fraction` of the time, with 2 (r + 1) products each at most,
-            where the next goes on from the last; and more while there is little to gain.
+            keep refreshes within `max_fraction` of the time, with 2 (r + 1) products each at most
+            (or 8), where the next goes on from the last; and more while there is little to gain.
         max_fraction: The largest share of the training time for refreshes, without
             `refresh_every`; default .2.
         drift_tol: If given, the eigenspace is also refreshed once

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -16,7 +18,7 @@ def mask_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
     such as momentum, and its mask m. Gradients of pruned entries are zero, but what was averaged
     before is not: it goes on moving ``weight_orig`` under the mask, where it is seen as soon as a
     mask is changed, or a norm of the parameters is taken. `PreconditionedOptimizer` and other
-    wrappers that have a `base` are looked through.
+    wrappers (Lookahead, SAM, accelerate's) are looked through, and their own state is masked too.
 
     Args:
         optimizer: Any optimizer of the model's parameters. Parameters that it does not have are
@@ -37,18 +39,32 @@ def mask_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    while isinstance(base := getattr(optimizer, "base", None), Optimizer):
-        optimizer = base
-    count = 0
+    states, masked = _states(optimizer), set()
     with torch.no_grad():
         for module, name in pruned_weights(model).values():
             parameter, mask = current_parameter(module, name), current_mask(module, name)
             assert mask is not None
-            if parameter not in optimizer.state:  # a look would make an entry
-                continue
-            for value in optimizer.state[parameter].values():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and value.ndim:
-                    # Not a product: 0 times inf is NaN.
-                    value.masked_fill_(~mask.to(value.device), 0)
-                    count += 1
-    return count
+            for state in states:
+                if parameter not in state:  # a look would make an entry
+                    continue
+                for value in state[parameter].values():
+                    if (
+                        isinstance(value, Tensor)
+                        and value.shape == parameter.shape
+                        and value.ndim
+                        and id(value) not in masked
+                    ):
+                        # Not a product: 0 times inf is NaN.
+                        value.masked_fill_(~mask.to(value.device), 0)
+                        masked.add(id(value))
+    return len(masked)
+
+
+def _states(optimizer: Any) -> list[Any]:
+    """Return the states of an optimizer and of those that it wraps; some may share tensors."""
+    seen: list[Any] = []
+    while optimizer is not None and not any(optimizer is other for other in seen):
+        seen.append(optimizer)
+        held = (vars(optimizer).get(name) for name in ("base", "optimizer", "base_optimizer"))
+        optimizer = next((x for x in held if hasattr(x, "param_groups")), None)
+    return [state for x in seen if (state := getattr(x, "state", None)) is not None]

@@ -168,6 +168,33 @@ def test_the_preconditioner_is_its_formula(mu, kind):
     assert math.isclose(P.bulk, float(scale), rel_tol=1e-12)
 
 
+@pytest.mark.parametrize("mu", [0.0, 0.3])
+def test_one_pair_is_preconditioned_against_the_next_eigenvalue(mu):
+    U = EYE[:, :1]
+    P = EigenspacePreconditioner(U, torch.tensor([-100.0], dtype=torch.float64), mu, left=4.0)
+    got = torch.stack([P(unit) for unit in EYE]).diagonal()
+    expected = torch.ones(12, dtype=torch.float64)
+    expected[0] = (4 + mu) / (100 + mu)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=0)
+    assert P.bulk == 4 + mu
+
+
+def test_with_one_pair_steps_do_not_meet_the_one_large_eigenvalue():
+    """11 equal eigenvalues and one of 1e6 times theirs: two distinct ones, then a single one."""
+    iterations = []
+    for rank in (0, 1):
+        params, _, loss = quadratic([1e6] + [1.0] * 11)
+        options = {"rank": rank, "damping": 0.0, "cg_tol": 1e-6, "refresh_tol": 1e-10}
+        optimizer = NewtonCG(params, refresh_matvecs=30, **options)
+        optimizer.step(closure_of(optimizer, loss))
+        report = optimizer.diagnostics()
+        iterations.append(report["cg_iterations"])
+        if rank:
+            assert report["next_eigenvalue"] == pytest.approx(1.0, rel=1e-6)
+            assert optimizer.state[params[0]]["basis"].shape == (2, 3, 1)
+    assert iterations == [2, 1]
+
+
 def test_noise_among_the_eigenvalues_does_not_drown_the_others():
     U = torch.eye(12, dtype=torch.float64)[:, :3]
     for noise in (0.0, 1e-30):

@@ -369,3 +369,55 @@ def test_a_report_tells_in_words_what_it_has_in_numbers():
     for part in ("1 steps", "1 refreshes", "|lambda_1| = 100", "|lambda_4| = 6", "damping 1.6"):
         assert part in text
     assert "stable learning rate 0.02 -> 0.267" in text
+
+
+# -- one pair ---------------------------------------------------------------------------------
+
+
+def test_one_pair_is_damped_against_the_next_one():
+    P = a_preconditioner([100.0, -4.0], 1)
+    assert P.damping == pytest.approx(10.0)  # a tenth of the last eigenvalue that is damped
+    assert P.gains == pytest.approx([(4 + 10) / (100 + 10)])
+    assert P.largest_after == pytest.approx(100 * 14 / 110)
+    P.set_damping(0.0)
+    assert P.gains == pytest.approx([0.04])
+    assert P.largest_after == pytest.approx(4.0)
+
+
+@pytest.mark.parametrize("damping", [None, 0.0])
+def test_one_pair_of_a_matrix_of_rank_one_is_damped_and_not_projected_out(damping):
+    P = a_preconditioner([50.0, 1e-9], 1, damping)
+    assert P.damping == pytest.approx(5.0)
+    assert P.gains == pytest.approx([5 / 55])
+
+
+def test_gains_are_continuous_where_the_next_eigenvalue_vanishes():
+    gains = [a_preconditioner([50.0, 20.0, left], 2).gains for left in (1e-4, 1e-12)]
+    torch.testing.assert_close(*map(torch.tensor, gains), rtol=1e-4, atol=0)
+
+
+def test_a_single_number_to_train_has_nothing_to_compare_with():
+    model = Quadratic(shapes=[(1,)])
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    matrix = torch.full((1, 1, 1), 3.0, dtype=torch.float64)
+    optimizer = precondition(base, model, quadratic_loss, [matrix], rank=1)
+    w = weights(model)
+    set_gradients(model, 3.0 * w)
+    optimizer.step()
+    close(weights(model), 0.7 * w, 1e-14)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 5, 11, 12, 40])
+def test_any_rank_makes_steps_stable_at_the_reported_rate(rank):
+    model = Quadratic()
+    base = torch.optim.SGD(model.parameters(), lr=1.0)
+    optimizer = wrapped(base, model, SPECTRA["indefinite"], rank=rank)
+    set_gradients(model, weights(model))
+    optimizer.step()
+    P, report = optimizer._tracked.current, optimizer.report()
+    assert len(report.gains) == min(rank, DIM)
+    H = quadratic_data(SPECTRA["indefinite"])[0][0]
+    dense = torch.stack([P(column) for column in H], dim=1)
+    largest = float(torch.linalg.eigvals(dense).abs().max())
+    assert largest * report.stable_rate_after == pytest.approx(2, rel=1e-9)
+    assert report.stable_rate_after > 1.5 * report.stable_rate

@@ -15,9 +15,12 @@ class Lookahead(torch.optim.Optimizer):
         self.state = defaultdict(dict)
         self.defaults = optimizer.defaults
         for group in self.param_groups:
-            group["counter"] = 0
-            for p in group["params"]:
-                self.state[p]["slow_params"] = p.detach().clone()
+            self._begin(group)
+
+    def _begin(self, group):
+        group["counter"] = 0
+        for p in group["params"]:
+            self.state[p]["slow_params"] = p.detach().clone()
 
     @property
     def param_groups(self):
@@ -28,6 +31,7 @@ class Lookahead(torch.optim.Optimizer):
 
     def add_param_group(self, group):
         self.optimizer.add_param_group(group)
+        self._begin(self.param_groups[-1])
 
     @torch.no_grad()
     def step(self, closure=None):

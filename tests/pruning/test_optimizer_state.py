@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from optim.wrapping_optimizers import SAM, Lookahead
 from prunable import TASK, data, network
 from torch.nn.utils import prune
 
@@ -101,3 +102,36 @@ def test_a_dense_model_and_one_without_states_are_left_alone():
 def test_refuses_what_is_no_optimizer():
     with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer, got Conv2d"):
         mask_optimizer_state_(network()[0], network())
+
+
+@pytest.mark.parametrize("preconditioned", [False, True])
+def test_of_optimizers_around_others_both_states_are_masked(preconditioned):
+    def around(parameters):
+        return Lookahead(torch.optim.SGD(parameters, 0.01, momentum=0.9))
+
+    model, optimizer = trained(around)
+    masks = pruned(model)
+    outer = optimizer
+    if preconditioned:
+        outer = PreconditionedOptimizer(optimizer, model, TASK, data())
+    assert mask_optimizer_state_(outer, model) == 2 * len(masks)
+    for p, mask in masks.items():
+        for value in (
+            optimizer.state[p]["slow_params"],
+            optimizer.optimizer.state[p]["momentum_buffer"],
+        ):
+            assert not value[~mask].any()
+            assert value[mask].any()
+
+
+def test_a_state_that_two_optimizers_share_is_counted_once():
+    model = network()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.01, momentum=0.9)
+    for batch in data():
+        optimizer.zero_grad()
+        TASK(model, batch).backward()
+        optimizer.first_step(zero_grad=True)
+        TASK(model, batch).backward()
+        optimizer.second_step()
+    masks = pruned(model)
+    assert mask_optimizer_state_(optimizer, model) == len(masks)
