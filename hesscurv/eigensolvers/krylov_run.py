@@ -14,15 +14,23 @@ from torch import Tensor
 from hesscurv.distributed.rows import as_rows
 from hesscurv.eigensolvers.checkpoint import Checkpoint
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
-from hesscurv.eigensolvers.krylov_search import MOST_STEPS, Search, sides_to_search
+from hesscurv.eigensolvers.krylov_filter import is_bounded_by_filter
+from hesscurv.eigensolvers.krylov_search import LEAST_STEPS, MOST_STEPS, Search, is_known, sides_to_search
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
 from hesscurv.eigensolvers.progress import Progress
 from hesscurv.eigensolvers.residuals import ConvergenceWarning, measured_residuals
+from hesscurv.linalg.orthogonalization import column_norms
 
 # Vectors that a search starts from, at most.
 _MOST_WIDTH = 16
+# Pairs whose residuals are measured at the end, at most, to learn the noise of the products.
+_MOST_MEASURED = 8
+# The asymmetry of products, relative to the norm of the operator, that is no rounding.
+_ASYMMETRIC = 1e-3
 # Searches without a result, one after the other, after which it is given up to find out.
-_MOST_STALLS = 6
+_MOST_STALLS = 20
+# Products of a Chebyshev filter, at most.
+_MOST_FILTERED = 200
 # A search begins when H outside the space may be as large as this share of the bound, or else
 # pending directions are expanded first: it would find that they matter.
 _LEAST_LIMIT = 0.5
@@ -74,16 +82,15 @@ class KrylovRun:
         if self.checkpoint is not None:
             self.save()
 
-    @property
-    def level(self) -> float:
-        """The bound beyond which all eigenvalues are known to be at hand, at all wanted ends."""
-        return max(self.levels.values())
-
     def _may_search(self, last: int) -> bool:
         space = self.space
         outside = self.verify and space.k <= space.num_expanded < space.dim
         outside = outside and self.stalls < _MOST_STALLS
-        return outside and self.level > space.bound(last) and self._affordable(1) > 0
+        return outside and not self._is_known(last) and self._affordable(1) > 0
+
+    def _is_known(self, last: int) -> bool:
+        """Whether all eigenvalues beyond the bound of this pair are known to be at hand."""
+        return all(is_known(level, self.space.bound(last)) for level in self.levels.values())
 
     def _leading_converged(self) -> int:
         space = self.space
@@ -191,7 +198,7 @@ class KrylovRun:
         Not so where the singular values of [T; R] prove that a pair was missed, or where pending
         directions would hold one if H outside were half as large as the last pair.
         """
-        if not self.verify or self.level <= self.space.bound(self.space.k - 1):
+        if not self.verify or self._is_known(self.space.k - 1):
             return True
         return self.space.limit(self.space.k - 1) >= self._least_limit()
 
@@ -223,20 +230,23 @@ class KrylovRun:
             if self.search is None:
                 if not self._make_room(MOST_STEPS // 2):
                     return True
-                sides = sides_to_search(space, last, self.levels)
+                sides = sides_to_search(space, last, self.levels, apart=apart)
                 if not sides:
                     return False
-                side = space.sides[0] if apart else sides[0]
-                self.search = Search.begin(space, last, 1, side)
+                self.search = Search.begin(space, last, 1, sides[0])
             search = self._run_search()
             if search.outcome == "found":
                 self.stalls = 0
+                if search.count > 1 or not self._affordable(1):
+                    return True
                 self.width = min(2 * self.width, _MOST_WIDTH)
-                room = self.width * (search.step + 2)
-                if search.count > 1 or not self._affordable(1) or not self._make_room(room):
+                if not self._make_room(self.width * (search.step + 2)):
                     return True
                 # There may be more: look for several at once.
                 self.search = Search.begin(space, last, self.width, search.side, search.step + 2)
+                continue
+            if search.outcome == "stalled" and search.side and self._filter_tells(search):
+                self.levels[search.side] = space.bound(last)
                 continue
             self._learn(search)
             if search.count > 1:
@@ -247,6 +257,13 @@ class KrylovRun:
                     return False
                 apart = True  # one by one, the ends can be told of
             space.step_back(search.first)
+
+    def _filter_tells(self, search: Search) -> bool:
+        """Whether a filter can tell that nothing was missed, where the search's room is too small."""
+        if search.count > 1 or search.step < LEAST_STEPS or search.step == MOST_STEPS:
+            return False
+        spectrum, most = search.spectrum(self.space), self._affordable(_MOST_FILTERED)
+        return is_bounded_by_filter(self.space, search.last, search.side, spectrum, most)
 
     def _run_search(self) -> Search:
         """Advance the search until it has an outcome, or neither room nor products are left."""
@@ -265,7 +282,9 @@ class KrylovRun:
     def _make_room(self, count: int) -> bool:
         """Make room for vectors of a search, as far as there can be; return whether k pairs are left."""
         space = self.space
-        count = min(count, space.capacity - space.k - space.num_pending)
+        # Where there is little room, some of it holds more Ritz vectors: the search is the longer the
+        # less there are.
+        count = min(count, (2 * (space.capacity - space.k - space.num_pending)) // 3)
         if not space.fits(count):
             self._restart(count)
         return space.num_expanded >= space.k
@@ -291,11 +310,13 @@ class KrylovRun:
     def result(self) -> Eigenpairs:
         """Form the eigenvectors, measure the noise of the products, and say what has converged."""
         space, H = self.space, self.space.H
+        complete = self._complete()
         values, residuals, V_Dk = space.take()
 
         residuals = torch.hypot(residuals, space.rounding * values.abs())
         noise = float("nan")
-        sample = torch.linspace(0, space.k - 1, min(space.block, space.k), device="cpu")
+        size = min(space.block, space.k, _MOST_MEASURED)
+        sample = torch.linspace(0, space.k - 1, size, device="cpu")
         sample = sample.round().long().unique()
         if self._affordable(len(sample)) == len(sample):
             measured = measured_residuals(
@@ -310,12 +331,13 @@ class KrylovRun:
             residuals[sample] = measured
         # The values are rounded to H's dtype, which alone makes a residual of this size.
         residuals = torch.hypot(residuals, space.eps / 2 * values.abs())
-        done = residuals <= space.thresholds(values)
+        within = residuals <= space.thresholds(values)
+        done = within & (torch.arange(space.k, device="cpu") < complete)
         self.progress.show(int(done.sum()), space.num_matvecs)
         if not bool(done.all()):
-            self._warn(
-                values, residuals, done, max(space.noise, 0.0 if math.isnan(noise) else noise)
-            )
+            noise_seen = max(space.noise, 0.0 if math.isnan(noise) else noise)
+            repeated = self._repeated_noise(V_Dk) if not bool(within.all()) else 0.0
+            self._warn(values, residuals, within, complete, max(noise_seen, repeated), repeated)
         return Eigenpairs(
             eigenvalues=values.to(H.device, H.dtype),
             eigenvectors=as_rows(V_Dk, H.communicator, space.dim),
@@ -330,6 +352,8 @@ class KrylovRun:
                 "max_basis": space.capacity,
                 "restarts": space.num_restarts,
                 "noise": noise,
+                "which": space.which,
+                "complete": complete,
                 "storage": space.basis.placement.kind,
                 "storage_dtype": str(space.basis.placement.dtype).removeprefix("torch."),
                 "planned_bytes": space.basis.placement.nbytes,
@@ -337,20 +361,79 @@ class KrylovRun:
             },
         )
 
-    def _warn(self, values: Tensor, residuals: Tensor, done: Tensor, noise: float) -> None:
+    def _complete(self) -> int:
+        """Return how many leading pairs are known to have all that come before them beside them."""
         space = self.space
-        worst = int((residuals / values.abs().clamp(min=1e-300)).argmax())
-        if float(residuals[~done].min()) > 5 * noise:
-            remedy = f"raise max_matvecs (now {self.max_matvecs}), max_basis or tol"
-        else:
-            remedy = (
-                f"the products' noise is {noise:.2g}: compute them in float64 "
-                "(compute_dtype=torch.float64) or raise tol"
+        if not self.verify or space.num_expanded >= space.dim:
+            return space.k
+        if space.num_expanded < space.k:
+            return 0
+        return sum(map(self._is_known, range(space.k)))
+
+    def _warn(
+        self,
+        values: Tensor,
+        residuals: Tensor,
+        within: Tensor,
+        complete: int,
+        noise: float,
+        repeated: float,
+    ) -> None:
+        space, k, told = self.space, self.space.k, []
+        done = within & (torch.arange(k, device="cpu") < complete)
+        if not bool(within.all()):
+            worst = int((residuals / values.abs().clamp(min=1e-300)).argmax())
+            told.append(
+                f"pair {worst} has eigenvalue {values[worst]:.3g} and residual "
+                f"{residuals[worst]:.2g}; {self._reason(values, residuals[~within], noise, repeated)}"
+            )
+        if bool((within & ~done).any()):
+            told.append(
+                f"{int((within & ~done).sum())} pairs have residuals within tol, but larger ones "
+                f"may have been missed before them, since no search for these was conclusive; raise "
+                f"max_matvecs (now {self.max_matvecs}) or max_basis (now {space.capacity})"
             )
         warnings.warn(
-            f"{int(done.sum())} of {space.k} eigenpairs have converged to tol={space.tol:g} after "
-            f"{space.num_matvecs} products; pair {worst} has eigenvalue {values[worst]:.3g} and "
-            f"residual {residuals[worst]:.2g}; {remedy}. See `converged` and `residuals`",
+            f"{int(done.sum())} of {k} eigenpairs have converged to tol={space.tol:g} after "
+            f"{space.num_matvecs} products; {'; '.join(told)}. See `converged` and `residuals`",
             ConvergenceWarning,
             stacklevel=4,
         )
+
+    def _reason(self, values: Tensor, residuals: Tensor, noise: float, repeated: float) -> str:
+        """Return why these residuals are not within tol, and what helps."""
+        space = self.space
+        # Errors of norm s in random directions differ by s sqrt(2 m / D) in m of D directions.
+        random = repeated * math.sqrt(2 * space.num_expanded / space.dim) / space.scale
+        if space.asymmetry > max(_ASYMMETRIC, 5 * random):
+            return (
+                "the products are not those of a symmetric operator: v^T (H w) and w^T (H v) "
+                f"differ by {space.asymmetry:.1g} of its norm; look for a wrong backward pass in "
+                "custom functions, or symmetrise it"
+            )
+        if float(residuals.min()) > 5 * noise:
+            if space.num_restarts > 2 and space.capacity < 2 * space.k + 10 * space.block:
+                return (
+                    f"the basis is small: raise max_basis (now {space.capacity}), max_matvecs (now "
+                    f"{self.max_matvecs}) or tol"
+                )
+            return f"raise max_matvecs (now {self.max_matvecs}), max_basis or tol"
+        if space.rounding * float(values.abs().max()) > 0.2 * noise:
+            return (
+                f"the rounding of the stored vectors is a noise of {noise:.2g}: store them in "
+                f"{space.H.dtype} (storage_dtype) or raise tol"
+            )
+        cause = "differ from call to call: fix their randomness (dropout), or" if repeated else ""
+        return (
+            f"the products' noise is {noise:.2g}: {cause + ' ' if cause else ''}compute them in "
+            "float64 (compute_dtype=torch.float64) or raise tol"
+        )
+
+    def _repeated_noise(self, V_Dk: Tensor) -> float:
+        """Return the norm of a product's error that another product does not repeat."""
+        if self._affordable(2) < 2:
+            return 0.0
+        H, v_D1 = self.space.H, V_Dk[:, :1].to(self.space.H.device, self.space.H.dtype)
+        gap_D1 = H.product_rows(v_D1) - H.product_rows(v_D1)
+        self.space.num_matvecs += 2
+        return float(column_norms(gap_D1.mT.contiguous(), self.space.across)[0]) / math.sqrt(2)

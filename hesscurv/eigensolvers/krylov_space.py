@@ -78,6 +78,7 @@ class KrylovSpace:
         self.A = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         self._ritz: dict[torch.dtype, tuple[Tensor, ...]] = {}  # of the last T
         self._asymmetries: list[float] = []
+        self._asymmetry = 0.0
         self._scale = 0.0  # the largest ||H q|| seen: rounding is relative to it
         self._generator = generator
 
@@ -105,6 +106,7 @@ class KrylovSpace:
             "num_expanded": self.num_expanded,
             "num_initial": self.num_initial,
             "asymmetries": list(self._asymmetries),
+            "asymmetry": self._asymmetry,
             "scale": self._scale,
             "generator": self._generator.get_state(),
         }
@@ -123,6 +125,7 @@ class KrylovSpace:
         for name in ("A", "num_matvecs", "num_restarts", "num_expanded", "num_initial"):
             setattr(self, name, state[name])
         self._asymmetries, self._scale = list(state["asymmetries"]), state["scale"]
+        self._asymmetry = state.get("asymmetry", 0.0)
         self._generator.set_state(state["generator"])
 
     @property
@@ -171,7 +174,7 @@ class KrylovSpace:
         """Return the largest residuals with which pairs of these values count as converged."""
         # The largest magnitude known, which need not be a wanted pair's.
         known = self._ritz.get(torch.float64) or self._ritz.get(torch.float32)
-        largest = float(known[0].abs().max()) if known else 0.0
+        largest = float(known[0].abs().max()) if known and len(known[0]) else 0.0
         return convergence_threshold(values, self.tol, self.eps, largest)
 
     def converged(self, dtype: torch.dtype = torch.float64) -> Tensor:
@@ -236,18 +239,23 @@ class KrylovSpace:
 
     # -- steps ----------------------------------------------------------------------------------
 
+    def multiply(self, block_bD: Tensor) -> Tensor:
+        """Return H times vectors (b, D), of which this process has its entries, and count them."""
+        W_bD = self.H.product_rows(block_bD.mT).mT.contiguous()
+        self.num_matvecs += len(block_bD)
+        if not bool(column_norms(W_bD, self.across).isfinite().all()):
+            raise ValueError(
+                f"products {self.num_matvecs - len(block_bD)} to {self.num_matvecs} with the "
+                "operator have NaN or inf entries; check the operator's products, or compute in "
+                "float64"
+            )
+        return W_bD
+
     def expand(self, size: int) -> int:
         """Multiply the first `size` pending vectors; return how many new directions came of it."""
         m, rows = self.num_expanded, self.basis.size
-        W_BD = self.H.product_rows(self.basis.block(m, m + size).mT).mT.contiguous()
-        self.num_matvecs += size
-        scale = float(column_norms(W_BD, self.across).max())
-        if not math.isfinite(scale):
-            raise ValueError(
-                f"products {self.num_matvecs - size} to {self.num_matvecs} with the operator have "
-                "NaN or inf entries; check the operator's products, or compute in float64"
-            )
-        self._scale = max(self._scale, scale)
+        W_BD = self.multiply(self.basis.block(m, m + size))
+        self._scale = max(self._scale, float(column_norms(W_BD, self.across).max()))
         if rows == self.dim:
             C, R = (
                 project_out_(W_BD, self.basis.slabs(), across=self.across),
@@ -277,9 +285,7 @@ class KrylovSpace:
         Returns how many independent ones there were.
         """
         room = min(self.capacity, self.dim) - self.basis.size
-        mine_BD = block_BD[:room]
-        if self.across is not None:
-            mine_BD = mine_BD[:, slice(*self.across.rows(self.dim))].clone()
+        mine_BD = self._own_entries(block_BD[:room])
         Q_rD, _, _ = orthonormalize_against_(mine_BD, self.basis.slabs(), across=self.across)
         self._append(Q_rD)
         self.A = torch.cat(
@@ -290,6 +296,12 @@ class KrylovSpace:
     def add_random(self, count: int) -> int:
         """Let random vectors, orthogonal to the basis, wait; return how many there was room for."""
         return self.add_pending(self._random(count, self.dim).to(self.H.device))
+
+    def outside(self, count: int) -> Tensor:
+        """Return random vectors (count, D) of the complement of the expanded ones, own entries."""
+        Y_bD = self._own_entries(self._random(count, self.dim).to(self.H.device))
+        project_out_(Y_bD, self.basis.slabs(0, self.num_expanded), across=self.across)
+        return Y_bD
 
     def select(self, size: int, directions: Tensor | None = None) -> None:
         """Turn the pending vectors so that the first `size` couple most to unconverged pairs.
@@ -392,6 +404,16 @@ class KrylovSpace:
         return values[: self.k], residuals, self.basis.shrink().mT
 
     @property
+    def scale(self) -> float:
+        """The largest norm of a product with a unit vector so far: at most that of H."""
+        return max(self._scale, 1e-300)
+
+    @property
+    def asymmetry(self) -> float:
+        """How far v^T (H E) is from (H v)^T E, at most, relative to the norm of H."""
+        return self._asymmetry / self.scale
+
+    @property
     def noise(self) -> float:
         """The norm of a product's error, as seen in the asymmetry of the projection.
 
@@ -399,6 +421,11 @@ class KrylovSpace:
         their entries differ by sqrt(2 / D) s.
         """
         return statistics.median_low(self._asymmetries) if self._asymmetries else 0.0
+
+    def _own_entries(self, block_BD: Tensor) -> Tensor:
+        if self.across is None:
+            return block_BD
+        return block_BD[:, slice(*self.across.rows(self.dim))].clone()
 
     def _append(self, Q_rD: Tensor) -> None:
         # A disk may be full for one process alone.
@@ -423,11 +450,15 @@ class KrylovSpace:
 
     def _note_asymmetry(self, upper_ms: Tensor, lower_sm: Tensor) -> None:
         if upper_ms.numel() > 0:
-            rms = float((upper_ms - lower_sm.mT).square().mean().sqrt())
+            gap_ms = upper_ms - lower_sm.mT
+            rms = float(gap_ms.square().mean().sqrt())
             self._asymmetries.append(rms * math.sqrt(self.dim / 2))
+            self._asymmetry = max(self._asymmetry, rms * math.sqrt(len(gap_ms)))
 
     def _turn_pending(self, U: Tensor) -> None:
         m = self.num_expanded
+        if len(U) == 0:
+            return
         self._rotate(m, self.basis.size, U)
         self.A = torch.cat([self.A[:m], U.mT @ self.A[m:]])
 

@@ -1,0 +1,68 @@
+"""A bound on H outside a Krylov space by a Chebyshev filter, which needs no room in the basis."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from hesscurv.eigensolvers.krylov_search import ESCAPES, LEAST_STEPS
+from hesscurv.eigensolvers.krylov_space import KrylovSpace
+from hesscurv.linalg.eigenvalue_bounds import least_share
+from hesscurv.linalg.orthogonalization import column_norms, inner_products, project_out_
+
+
+def is_bounded_by_filter(
+    space: KrylovSpace, last: int, side: int, spectrum: tuple[float, float], most: int
+) -> bool:
+    r"""Whether all eigenvalues beyond `space.bound(last)` at one end are in the space.
+
+    That is so if B = H' + S of `hesscurv.linalg.eigenvalue_bounds` has none there. A random vector
+    y outside is multiplied by the Chebyshev polynomial T_n of B, mapped so that [-1, 1] covers its
+    spectrum: that leaves ||T_n(B) y|| <= ||y||, while an eigenvector beyond x would grow by T_n(x).
+    It takes three vectors, where `Search` takes one for each step, but more steps, and knows the
+    spectrum by estimate alone; too small an interval costs the result, not the truth.
+
+    Args:
+        space: The space.
+        last: Index of the last pair that is asked about.
+        side: The end, +1 or -1.
+        spectrum: Estimates of B's smallest and largest eigenvalue.
+        most: Products, at most; none are taken where they cannot be enough.
+    """
+    x, m = space.bound(last), space.num_expanded
+    low, high = spectrum
+    high += (x - high) / 4
+    low -= (high - low) / 10
+    center, half = (high + low) / 2, (high - low) / 2
+    share = least_share(1, space.dim - m, ESCAPES)
+    if not half > 0 or not (x - center) / half > 1:
+        return False
+    rate = math.acosh((x - center) / half)
+    needed = max(LEAST_STEPS, math.ceil(math.log(2 / share) / rate))
+    if needed > most:
+        return False
+    S = space.schur_complement(side, last)
+
+    def multiply(y_1D: Tensor) -> Tensor:
+        """Return (B - center) y / half."""
+        out_1D = space.multiply(y_1D)
+        project_out_(out_1D, space.basis.slabs(0, m), across=space.across)
+        out_1D *= side
+        if len(S):
+            pending = space.basis.slabs(m)
+            C_q1 = torch.cat([inner_products(slab, y_1D, space.across) for slab in pending])
+            for slab, part_r1 in zip(pending, (S @ C_q1).split([*map(len, pending)]), strict=True):
+                out_1D += part_r1.mT.to(out_1D) @ slab.to(out_1D)
+        return (out_1D - center * y_1D) / half
+
+    before_1D = space.outside(1)
+    norm = float(column_norms(before_1D, space.across)[0])
+    y_1D = multiply(before_1D)
+    for n in range(1, needed + needed // 4):
+        left = float(column_norms(y_1D, space.across)[0])
+        if n >= LEAST_STEPS and left < math.cosh(n * rate) * share * norm:
+            return True
+        before_1D, y_1D = y_1D, 2 * multiply(y_1D) - before_1D
+    return False
