@@ -332,7 +332,7 @@ def _copy_apart(value: Any) -> Any:
 
 def _copy(value: Any) -> Any:
     """Return a shallow copy, also of an object whose `__getattr__` needs attributes to be there."""
-    kind = type(value)
+    kind: Any = type(value)
     is_plain = kind.__new__ is object.__new__ and hasattr(value, "__dict__")
     if not is_plain or hasattr(kind, "__copy__") or any(_slots(k) for k in kind.__mro__):
         return copy.copy(value)
