@@ -15,7 +15,13 @@ from hesscurv.distributed.rows import as_rows
 from hesscurv.eigensolvers.checkpoint import Checkpoint
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.krylov_filter import is_bounded_by_filter
-from hesscurv.eigensolvers.krylov_search import LEAST_STEPS, MOST_STEPS, Search, is_known, sides_to_search
+from hesscurv.eigensolvers.krylov_search import (
+    LEAST_STEPS,
+    MOST_STEPS,
+    Search,
+    is_known,
+    sides_to_search,
+)
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
 from hesscurv.eigensolvers.progress import Progress
 from hesscurv.eigensolvers.residuals import ConvergenceWarning, measured_residuals

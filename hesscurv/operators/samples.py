@@ -332,8 +332,8 @@ def _copy_apart(value: Any) -> Any:
 
 def _copy(value: Any) -> Any:
     """Return a shallow copy, also of an object whose `__getattr__` needs attributes to be there."""
-    kind = type(value)
-    is_plain = kind.__new__ is object.__new__ and hasattr(value, "__dict__")  # type: ignore[comparison-overlap]
+    kind: Any = type(value)
+    is_plain = kind.__new__ is object.__new__ and hasattr(value, "__dict__")
     if not is_plain or hasattr(kind, "__copy__") or any(_slots(k) for k in kind.__mro__):
         return copy.copy(value)
     out = object.__new__(kind)
