@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Of eps: a condition number at which a factorisation still has one digit.
+_FLOOR = 10
 # Small matrices factored at once, so that they stay far below the rows' memory.
 _BYTES_AT_ONCE = 2**26
 
@@ -79,7 +81,8 @@ class KroneckerBlock(Block):
     Args:
         covariance: A, shape (i, i), or (c, i/c, i/c): symmetric and positive semidefinite.
         scale_o: Shape (o,), not negative.
-        damping: Positive.
+        damping: Positive; raised to what the dtype needs, `_FLOOR` eps times a bound on the largest
+            eigenvalue.
 
     Raises:
         ValueError: If a scale is negative, the damping not positive, or a number not finite.
@@ -95,7 +98,11 @@ class KroneckerBlock(Block):
         if not 0 < damping < float("inf"):
             raise ValueError(f"expected a positive damping, got {damping}")
         self._a_cii = covariance if covariance.ndim == 3 else covariance[None]
-        self._scale_o, self._damping = scale_o, damping
+        # Constant inputs, or one output with all of the curvature, leave an eigenvalue so large
+        # beside the damping that rounding makes K indefinite.
+        bound = self._a_cii.abs().sum(2).max() * scale_o.max()
+        least = _FLOOR * torch.finfo(covariance.dtype).eps * float(bound)
+        self._scale_o, self._damping = scale_o, max(damping, least)
         self.numel = scale_o.numel() * self._a_cii.shape[0] * self._a_cii.shape[1]
 
     def multiply(self, x_p: Tensor) -> Tensor:

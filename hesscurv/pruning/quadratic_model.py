@@ -322,7 +322,8 @@ def _floor(
     if total == 0:
         raise ValueError(
             "expected a loss with curvature in the outputs for rows='ggn', got one whose Hessian "
-            "there is zero, as that of nn.L1Loss; use measuring=Measuring(rows='fisher')"
+            "there is zero, as that of nn.L1Loss or of a saturated softmax; use "
+            "measuring=Measuring(rows='fisher')"
         )
     return how.root_floor * total / weight
 

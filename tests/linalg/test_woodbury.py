@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from hesscurv.linalg.woodbury import DiagonalBlock, KroneckerBlock, LowRankPlusBlocks
+from hesscurv.linalg.woodbury import (
+    DiagonalBlock,
+    KroneckerBlock,
+    LowRankPlusBlocks,
+    PermutedBlock,
+)
 
 SEEDS = (0, 1, 2)
 # float64 and conditions of some thousands: 1e-12 at best, three digits to spare.
@@ -28,12 +33,19 @@ def blocks_of(kind, g):
         a = covariance(1, 4, g)[0]
         dense = torch.kron(torch.diag(scale), a)
         return KroneckerBlock(a, scale, 0.3), dense + 0.3 * torch.eye(12).double()
+    if kind == "permuted":
+        # Stored as (inputs, outputs, kernel), the matrix is (outputs, inputs x kernel).
+        a = covariance(1, 4, g)[0]
+        block = PermutedBlock(KroneckerBlock(a, scale, 0.3), (2, 3, 2), (1, 0, 2))
+        dense = torch.kron(torch.diag(scale), a) + 0.3 * torch.eye(12).double()
+        places = [o * 4 + i * 2 + k for i in range(2) for o in range(3) for k in range(2)]
+        return block, dense[places][:, places]
     a = covariance(2, 2, g)
     dense = torch.kron(torch.diag(scale), torch.block_diag(*a))
     return KroneckerBlock(a, scale, 0.3), dense + 0.3 * torch.eye(12).double()
 
 
-KINDS = ("diagonal", "kronecker", "block-kronecker")
+KINDS = ("diagonal", "kronecker", "permuted", "block-kronecker")
 
 
 def system(kinds, seed, n=5):
@@ -166,3 +178,17 @@ def test_rows_that_do_not_fit_the_blocks_are_refused():
         LowRankPlusBlocks([torch.ones(2, 3), torch.ones(1, 3)], [block, block])
     with pytest.raises(ValueError, match="finite rows"):
         LowRankPlusBlocks([torch.full((2, 3), float("inf"))], [block])
+
+
+def test_the_damping_is_at_least_what_the_dtype_needs():
+    ones, scale = torch.ones(300, 300), torch.tensor([1.0, 0.0])
+    block = KroneckerBlock(ones, scale, 1e-9)
+    x = torch.randn(3, 600, generator=torch.Generator().manual_seed(0))
+    (found,), diagonal = block.solve(torch.ones(600, dtype=torch.bool), x)
+    assert bool(found.isfinite().all())
+    assert bool((diagonal > 0).all())
+    # Solved for the matrix that it multiplies with: of condition 1 / (10 eps), to some percent.
+    back = torch.stack([block.multiply(row) for row in found])
+    assert float((back - x).norm() / x.norm()) < 0.2
+    exact = KroneckerBlock(ones.double(), scale.double(), 1e-9)
+    assert float(exact.diagonal()[-1]) == 1e-9

@@ -209,7 +209,22 @@ def test_a_loss_without_curvature_in_the_outputs_is_told_what_will_do():
     torch.manual_seed(0)
     net, task = nn.Linear(4, 2).double(), supervised(nn.L1Loss())
     batches = [(torch.randn(9, 4).double(), torch.randn(9, 2).double())]
-    with pytest.raises(ValueError, match=r"zero, as that of nn.L1Loss; .*rows='fisher'"):
+    with pytest.raises(ValueError, match=r"zero, as that of nn.L1Loss .*rows='fisher'"):
         prune_model(net, task, batches, 0.5, stages=1)
     how = Measuring(rows="fisher")
     assert prune_model(net, task, batches, 0.5, stages=1, measuring=how).kept == 4
+
+
+@pytest.mark.parametrize("rows", ["ggn", "fisher", "eigenspace"])
+def test_constant_inputs_and_dead_units_are_no_error_of_the_factorisation(rows):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 3))
+    with torch.no_grad():
+        # One unit alone is alive, and has all of the curvature.
+        net[0].bias[1:] = -1e9
+        net[0].weight[0].abs_()
+    how = Measuring(rows=rows, rank=5, damping=1e-6)
+    batches = [(torch.ones(20, 512), torch.randint(3, (20,)))]
+    report = prune_model(net, TASK, batches, 0.8, stages=1, gradients_per_stage=16, measuring=how)
+    assert report.loss <= report.magnitude_loss
+    assert all(bool(p.isfinite().all()) for p in net.parameters())
