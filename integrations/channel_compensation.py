@@ -101,7 +101,8 @@ def compensate_channels_(
             was. What cannot be tried, such as views of sizes that the code keeps, is logged.
 
     Cost:
-        Two copies of the model; one forward pass; ``i^2`` operations a sample and place, ``i^3`` a layer, ``i^2`` floats.
+        Two copies of the model for the trial, one forward pass; ``i^2`` operations a sample and
+        place, ``i^3`` a layer, ``i^2`` floats.
 
     References:
         He et al., ICCV 2017, arXiv 1707.06168, equation (5), least squares on a layer's outputs;
