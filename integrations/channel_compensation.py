@@ -73,10 +73,13 @@ def compensate_channels_(
         for group in groups:
             group.prune()
 
-    All layers are fitted to the inputs that they have now. So where many channels go, it is better
-    done in stages. Afterwards the model computes what it will compute once the groups are pruned,
-    as far as the channels that go are read by the updated layers: dense layers and convolutions in
-    two dimensions, without groups. Other readers are left as they are.
+    The groups may be pruned in any order: each follows those that go before it, see
+    `remove_channels_`, which does both. All layers are fitted to the inputs that they have now. So
+    where many channels go, it is better done in stages. Afterwards the model computes what it will
+    compute once the groups are pruned, as far as the channels that go are read by the updated
+    layers: dense layers and convolutions in two dimensions, without groups. Other readers are left
+    as they are. Of what the model cuts into equal chunks, as many channels stay as keep them equal,
+    with weights of zero behind them.
 
     Args:
         model: The model that the pruner has, in place; batch norms count in eval mode.
@@ -93,10 +96,13 @@ def compensate_channels_(
     Raises:
         TypeError: If the model is no module, or a group none of torch-pruning.
         ValueError: If the damping is not positive, a layer loses all of its inputs, its weight is
-            not a parameter of the model, or values are not finite. The model is then as it was.
+            not a parameter of the model, values are not finite, or the smaller model, tried on a
+            copy, computes something else than with the channels at zero. The model is then as it
+            was. What cannot be tried, such as views of sizes that the code keeps, is logged.
 
     Cost:
-        One forward pass; ``i^2`` operations a sample and place, ``i^3`` a layer, ``i^2`` floats.
+        Two copies of the model for the trial, one forward pass; ``i^2`` operations a sample and
+        place, ``i^3`` a layer, ``i^2`` floats.
 
     References:
         He et al., ICCV 2017, arXiv 1707.06168, equation (5), least squares on a layer's outputs;

@@ -66,6 +66,7 @@ def repair_(graph: Any) -> bool:
     for node, stride in strides.items():
         for source in dict.fromkeys(node.inputs):
             _connect(node, [source], stride, 0)
+        _connect(node, list(dict.fromkeys(node.outputs)), None, 0)
     for node, is_along in slices.items():
         for source in dict.fromkeys(node.inputs):
             _connect(node, [source], _Sliced(node.module) if is_along == "channels" else None, 0)
@@ -91,13 +92,19 @@ def remake_(group: Any) -> None:
 
 
 class _Mappings(list[Any]):
-    """A dependency's two index mappings, one of which torch-pruning's updates leave as it is."""
+    """A dependency's two index mappings, some of which torch-pruning's updates leave alone."""
 
-    fixed: int
+    def __init__(self) -> None:
+        super().__init__([None, None])
+        self._fixed: set[int] = set()
 
-    def __setitem__(self, place: Any, mapping: Any) -> None:
-        if place != self.fixed:
-            super().__setitem__(place, mapping)
+    def fix(self, slot: int, mapping: Any) -> None:
+        super().__setitem__(slot, mapping)
+        self._fixed.add(slot)
+
+    def __setitem__(self, slot: Any, mapping: Any) -> None:
+        if slot not in self._fixed:
+            super().__setitem__(slot, mapping)
 
 
 class _Part:
@@ -172,10 +179,9 @@ def _connect_each(node: Any, other: Any, mappings: Sequence[Any], slot: int) -> 
     inward = [dep for dep in other.dependencies if dep.target is node]
     for deps, direction in ((outward, "from_node"), (inward, "to_node")):
         for dep, mapping in zip(deps, mappings, strict=True):
-            pair = [None, None]
-            pair[slot] = getattr(mapping, direction, None)
-            dep.index_mapping = _Mappings(pair)
-            dep.index_mapping.fixed = slot
+            if not isinstance(dep.index_mapping, _Mappings):
+                dep.index_mapping = _Mappings()
+            dep.index_mapping.fix(slot, getattr(mapping, direction, None))
 
 
 def _divide(graph: Any, node: Any, edges: Edges) -> bool:
@@ -268,7 +274,8 @@ def _stride(node: Any, edges: Edges) -> _Stride | None:
         return None
     if len(before) > 2 and len(after) == 2 and edges.axis(source, output) == 1:
         return _Stride(prod(before[2:]), flattens=True)
-    if len(before) == 2 and len(after) > 2 and after[1] * prod(after[2:]) == before[1]:
+    is_unflattened = len(before) == 2 and len(after) > 2 and prod(after[1:]) == before[1]
+    if is_unflattened and edges.is_read_by_channel(node.grad_fn):
         return _Stride(prod(after[2:]), flattens=False)
     return None
 

@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
+import torch
 import torch_pruning as tp
+from torch import nn
 
 from hesscurv.integrations.channel_graph import remake_, repair_
 
+_Attention = nn.MultiheadAttention
 # A layer's node in the graph, and the function that takes channels from one of its sides.
 Axis = tuple[Any, Callable[..., Any]]
 
@@ -127,10 +130,28 @@ def _prune(
     for item, _ in left:
         item.root_idxs = [None] * len(item.idxs)
     group.items[:] = [item for item, _ in left]
+    attentions = {m: m.head_dim for i, _ in left if isinstance(m := i[0].target.module, _Attention)}
     type(group).prune(group, record_history=record_history)
+    for attention, head_dim in attentions.items():
+        keep_scale_(attention, head_dim)
     for item, axis in left:
         log.removed.setdefault(axis, []).append((left[0][1][0], list(item.idxs)))
     group.prune = partial(_refuse, items[0][0].target.name)
+
+
+@torch.no_grad()
+def keep_scale_(attention: nn.MultiheadAttention, head_dim: int) -> None:
+    """Let an attention with smaller heads divide by the root of what they were.
+
+    Args:
+        attention: The module, whose queries are scaled in place.
+        head_dim: The size of its heads before.
+    """
+    scale, width = (attention.head_dim / head_dim) ** 0.5, attention.embed_dim
+    weight = attention.in_proj_weight
+    (attention.q_proj_weight if weight is None else weight[:width]).mul_(scale)
+    if attention.in_proj_bias is not None:
+        attention.in_proj_bias[:width].mul_(scale)
 
 
 def _refuse(name: str, *args: Any, **kwargs: Any) -> NoReturn:

@@ -55,8 +55,8 @@ class Edges:
                 if is_first and len(shape) == len(_kernel(node.module)) + 1:
                     return None  # without a batch
                 axis = 1 if is_first else len(shape) - 1
-                for order in reversed(moves):
-                    axis = order.index(axis)
+                for move in reversed(moves):
+                    axis = move.index(axis)
                 return axis
             order = _permutation(source, len(shape))
             if order is not None:
@@ -64,6 +64,19 @@ class Edges:
                 shape = tuple(shape[order.index(d)] for d in range(len(shape)))
             source, output = _alike(source, shape, node is not None and node.type in _SIZED)
         return None
+
+    def is_read_by_channel(self, fn: Any) -> bool:
+        """Whether an operation's output goes, through others of its shape, to a convolution."""
+        shape, seen, stack = shape_of(fn, 0), {fn}, [fn]
+        while stack:
+            for reader, _ in self.readers.get((stack.pop(), 0), ()):
+                node = self.node_of.get(reader)
+                if node is not None and node.type in _FIRST_AXIS:
+                    return True
+                if reader not in seen and shape_of(reader, 0) == shape:
+                    seen.add(reader)
+                    stack.append(reader)
+        return False
 
 
 def shape_of(fn: Any, output: int) -> tuple[int, ...] | None:

@@ -19,6 +19,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hesscurv.integrations.channel_groups import keep_scale_
 from hesscurv.integrations.channel_slices import READERS
 from hesscurv.operators.batches import part_of
 from hesscurv.operators.objective import Objective
@@ -149,8 +150,9 @@ def check_removal(
         remedy = "set the sizes that the model's code keeps, such as head_dim, in `adapt`"
     raise ValueError(
         f"expected a model that without channels of {_names_of(groups)} computes what it does with "
-        f"them at zero, got {verdict.why}; its code counts on their number (chunks, slices, a "
-        f"scale), or torch-pruning does not see where they are read: {remedy}"
+        f"them at zero, got {verdict.why}; its code counts on their number (chunks, slices, "
+        "heads without num_heads, a scale), or torch-pruning does not see where they are read: "
+        f"{remedy}"
     )
 
 
@@ -174,7 +176,11 @@ class _Copy:
         if not idxs:
             return
         dep.handler.__self__.pruning_dim = node.pruning_dim
-        result = dep.handler(self._of[id(node.module)], list(idxs))
+        module = self._of[id(node.module)]
+        head_dim = getattr(module, "head_dim", 0)
+        result = dep.handler(module, list(idxs))
+        if node.type == _TYPES.MHA:
+            keep_scale_(module, head_dim)
         if node.type == _TYPES.PARAMETER:
             path, _, name = self._names[id(node.module)].rpartition(".")
             setattr(self.model.get_submodule(path), name, result)
@@ -197,6 +203,16 @@ class _Copy:
             module.register_forward_hook(_zeroed(index, None))
         elif node.type in (_TYPES.LINEAR, _TYPES.EMBED):
             module.register_forward_hook(_zeroed(index, -1))
+        elif node.type == _TYPES.MHA and module.in_proj_weight is not None:
+            width = module.embed_dim
+            rows = torch.cat([index + k * width for k in range(3)]).to(module.in_proj_weight.device)
+            module.in_proj_weight[rows] = 0
+            if module.in_proj_bias is not None:
+                module.in_proj_bias[rows] = 0
+            zero_inputs_(module.out_proj, rows[: len(index)])
+            # What is left reads nothing of them.
+            module.in_proj_weight[:, rows[: len(index)]] = 0
+            module.register_forward_hook(_zeroed(index, -1))
         else:
             return False
         return True
@@ -213,7 +229,10 @@ def _outputs(objective: Objective, model: nn.Module, batch: Any) -> Tensor:
     with other.environment(), torch.no_grad():
         torch.manual_seed(0)
         if callable(getattr(other.task, "outputs", None)):
-            return other.outputs(values, batch)
+            try:
+                return other.outputs(values, batch)
+            except TypeError:  # several outputs
+                pass
         return other.loss(values, batch)
 
 
@@ -231,7 +250,9 @@ def zero_inputs_(layer: Any, index: Tensor) -> None:
 
 
 def _zeroed(index: Tensor, axis: int | None) -> Any:
-    def hook(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+    def hook(module: nn.Module, args: Any, out: Any) -> Any:
+        if isinstance(out, tuple):  # attention, with its weights
+            return out[0].index_fill(-1, index.to(out[0].device), 0), *out[1:]
         places = len(getattr(module, "kernel_size", ()))
         # A convolution without a batch has its channels first.
         along = axis if axis is not None else (0 if places and out.ndim == places + 1 else 1)

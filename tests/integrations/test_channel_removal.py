@@ -7,7 +7,7 @@ import branches
 import pytest
 import torch
 import torch_pruning as tp
-from channels import TASK, build, data, graph_of
+from channels import TASK, ViT, build, data, graph_of
 from torch import nn
 
 from hesscurv.integrations import (
@@ -355,3 +355,31 @@ def test_a_layer_that_shares_its_weight_is_not_fitted_anew():
     group = graph.get_pruning_group(model[3], tp.prune_conv_out_channels, [1])
     assert compensate_channels_(model, TASK, batches, [group]).keys() == {"6"}
     assert torch.equal(model[1].weight, weight)
+
+
+def attention_groups(heads, channels):
+    torch.manual_seed(0)
+    model = ViT(width=8, heads=heads, depth=1).double().eval()
+    graph = graph_of(model)
+    return model, graph.get_pruning_group(model.patch, tp.prune_conv_out_channels, channels)
+
+
+def test_the_heads_of_torchs_attention_keep_their_scale():
+    model, group = attention_groups(2, [1, 3, 5, 6])  # two of either head
+    batches, attention = data((12,)), model.blocks[0][1].attention
+    x = torch.randn(3, 4, 8).double()
+    x[..., [1, 3, 5, 6]] = 0
+    dense = copy.deepcopy(attention)
+    with torch.no_grad():
+        for t in (dense.in_proj_weight, dense.in_proj_bias):
+            t.unflatten(0, (3, 8))[:, [1, 3, 5, 6]] = 0
+        wanted = dense(x, x, x)[0][..., [0, 2, 4, 7]]
+    remove_channels_(model, TASK, batches, [group], damping=None)
+    x = x[..., [0, 2, 4, 7]]
+    same(attention(x, x, x)[0], wanted)
+
+
+def test_heads_that_would_lose_different_numbers_are_refused():
+    model, group = attention_groups(2, [0, 1])
+    with pytest.raises(ValueError, match="heads without num_heads"):
+        remove_channels_(model, TASK, data((12,)), [group])
