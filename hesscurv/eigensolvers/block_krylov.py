@@ -27,6 +27,7 @@ def block_krylov(
     H: LinearOperator,
     k: int,
     *,
+    which: str = "LM",
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     generator: torch.Generator | None = None,
@@ -39,7 +40,7 @@ def block_krylov(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Eigenpairs:
-    r"""Compute the k eigenpairs of largest magnitude by randomised block Krylov iteration.
+    r"""Compute k eigenpairs at an end of the spectrum, or both, by randomised block Krylov iteration.
 
     From a random block Q_1 the space span{Q_1, H Q_1, H^2 Q_1, ...} grows block by block, every
     block orthogonalised twice against all before it, and the pairs are those of
@@ -53,6 +54,8 @@ def block_krylov(
     Args:
         H: The symmetric operator, D x D.
         k: Number of pairs, 1 <= k <= D.
+        which: "LM" (default) for the largest magnitudes, "LA" for the largest values, "SA" for the
+            smallest; from that end on.
         tol: Pair i has converged when its residual is at most
             ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
         max_matvecs: The most products; default 20 k + 1000.
@@ -107,12 +110,20 @@ def block_krylov(
     before, journal, state = generator.get_state(), None, None
     given = None if initial is None else tuple(initial.shape)
     ranks.agree(
-        (k, tol, max_matvecs, asked, verify, str(storage_dtype), given, checkpoint is None),
+        (k, which, tol, max_matvecs, asked, verify, str(storage_dtype), given, checkpoint is None),
         "arguments of the solve",
     )
     try:
         if checkpoint is not None:
-            marks = identity(H, k, **asked, initial=initial, verify=verify, generator=generator)
+            marks = identity(
+                H,
+                k,
+                **asked,
+                initial=initial,
+                verify=verify,
+                generator=generator,
+                which=which,
+            )
             with ranks.together("opening the checkpoint"):
                 journal = Checkpoint(checkpoint, marks, ranks.rank)
             state = newest_state(journal, H)
@@ -132,7 +143,7 @@ def block_krylov(
         if checkpoint is not None and state is None:
             with ranks.together("looking at the disk"):
                 check_disk(checkpoint, placement, k, block, ranks.size)
-        space = KrylovSpace(H, k, tol, block, placement, generator)
+        space = KrylovSpace(H, k, tol, block, placement, generator, which)
         with Progress(k, progress) as bar:
             bar.say(str(placement), unusual=placement.is_unusual(H.dtype))
             most = 20 * k + 1000 if max_matvecs is None else max_matvecs

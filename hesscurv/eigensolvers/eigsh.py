@@ -19,7 +19,9 @@ from hesscurv.eigensolvers.single_pass import single_pass
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
 from hesscurv.operators.uncompiled import uncompiled
 
+WHICH = ("LM", "LA", "SA")
 METHODS: dict[str, Callable[..., Eigenpairs]] = {
+    "auto": block_krylov,
     "block_krylov": block_krylov,
     "single_pass": single_pass,
     "rayleigh_ritz": rayleigh_ritz,
@@ -30,7 +32,8 @@ METHODS: dict[str, Callable[..., Eigenpairs]] = {
 def eigsh(
     H: Any,
     k: int,
-    method: str = "block_krylov",
+    method: str = "auto",
+    which: str = "LM",
     *,
     tol: float = 1e-3,
     max_matvecs: int | None = None,
@@ -41,17 +44,22 @@ def eigsh(
     progress: bool = False,
     **options: Any,
 ) -> Eigenpairs:
-    r"""Compute the k eigenpairs of largest magnitude of a symmetric operator, matrix-free.
+    r"""Compute the top k eigenpairs of a symmetric operator, matrix-free.
 
-    :math:`H v_i = \lambda_i v_i` with :math:`|\lambda_1| \ge |\lambda_2| \ge ...`, both signs.
+    :math:`H v_i = \lambda_i v_i` with :math:`|\lambda_1| \ge |\lambda_2| \ge ...`, both signs;
+    or the k largest or smallest ones, as SciPy's `eigsh` has them.
 
     Args:
         H: A hesscurv operator, a dense symmetric tensor (D, D), or any object with `shape`,
             `dtype`, `device` and ``@`` on tensors (D,) and (D, b).
         k: Number of pairs, 1 <= k <= D.
-        method: "block_krylov" (default: fewest products at every accuracy), "single_pass" (the
-            sketch of the paper: products independent of each other, accuracy not controlled) or
+        method: "auto" (default), which is "block_krylov": fewest products at every accuracy;
+            "single_pass" (the sketch of the paper: products independent of each other, accuracy not controlled) or
             "rayleigh_ritz" (two passes, optional subspace iterations).
+        which: "LM" (default), the largest magnitudes; "LA", the largest values, or "SA", the
+            smallest, sorted from that end on. With these the wanted pairs may lie within the
+            spectrum, and then take many products: the largest ones of a matrix with few positive
+            eigenvalues do. For "block_krylov".
         tol: Pair i has converged when its residual is at most
             ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
         max_matvecs: The most products; default the method's own.
@@ -84,6 +92,8 @@ def eigsh(
     """
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
+    if which not in WHICH:
+        raise ValueError(f"expected which to be one of {list(WHICH)}, got {which!r}")
     solver = METHODS[method]
     operator = as_linear_operator(H)
     if initial is not None:  # gathered before the checks, which are each rank's own
@@ -96,6 +106,13 @@ def eigsh(
                 "torch.Generator().manual_seed(seed)"
             )
         accepted = inspect.signature(solver).parameters
+        if which != "LM":
+            if "which" not in accepted:
+                raise ValueError(
+                    f"method {method!r} computes the pairs of largest magnitude; use "
+                    f"method='block_krylov' for which={which!r}"
+                )
+            options["which"] = which
         if initial is not None:
             if "initial" not in accepted:
                 raise ValueError(

@@ -142,6 +142,7 @@ def identity(
     initial: Tensor | None,
     verify: bool,
     generator: torch.Generator,
+    which: str = "LM",
 ) -> dict[str, Any]:
     """Return what must be equal for a solve to be gone on with; tolerance and limits may change."""
     return {
@@ -154,6 +155,8 @@ def identity(
         "initial": None if initial is None else hash_tensors([initial]),
         "generator": hash_tensors([generator.get_state()]),
         "processes": H.communicator.size,
+        # Not of the default, so that checkpoints from before there was a choice go on.
+        **({} if which == "LM" else {"which": which}),
     }
 
 

@@ -75,6 +75,9 @@ class Measurements:
                 None if last is None else last.rows,
                 None if last is None else last.layout,
             )
+            if "sharpness" in wanted:
+                largest = probe.largest_eigenvalue(pairs, self.count)
+                out |= q.sharpness(largest, self.optimizer)
             if "trace" in wanted:
                 trace = probe.trace(pairs, self.trace_matvecs, self.count)
         weights, layout = probe.weights()
@@ -144,8 +147,6 @@ class Measurements:
         out: dict[str, Any] = {}
         if "eigenvalues" in wanted:
             out |= q.spectrum(pairs)
-        if "sharpness" in wanted:
-            out |= q.sharpness(pairs, self.optimizer)
         if "overlap" in wanted and mask is not None:
             out |= q.mask_overlap(mask, pairs)
         if "overlap_by_parameter" in wanted and mask is not None:

@@ -177,6 +177,32 @@ class Probe:
             ).gather()
         return pairs
 
+    def largest_eigenvalue(self, pairs: Eigenpairs, seed: int) -> float:
+        """Return the largest eigenvalue with its sign.
+
+        Where one of the pairs of largest magnitude is positive, the largest of them is it. Where
+        all are negative it may be any smaller number, and is searched for: usually 10 to 50
+        products.
+
+        Args:
+            pairs: Those of largest magnitude.
+            seed: Told apart from other solves' by it.
+        """
+        H, known = self.operator, float(pairs.eigenvalues.max())
+        if known > 0 or len(pairs) == H.shape[0]:
+            return known
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)
+            found = eigsh(
+                H,
+                1,
+                which="LA",
+                tol=self.tol,
+                generator=torch.Generator().manual_seed(self.seed + seed),
+                max_matvecs=max(FIRST * 10, self.max_matvecs or 3 * len(pairs)),
+            )
+        return max(known, float(found.eigenvalues[0]))
+
     def trace(self, pairs: Eigenpairs, num_matvecs: int, seed: int) -> tuple[float, float]:
         """Return an estimate of the trace and its standard error.
 

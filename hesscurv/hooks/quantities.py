@@ -71,7 +71,7 @@ def spectrum(pairs: Eigenpairs) -> dict[str, Any]:
     }
 
 
-def sharpness(pairs: Eigenpairs, optimizer: Any) -> dict[str, Any]:
+def sharpness(value: float, optimizer: Any) -> dict[str, Any]:
     r"""Return the largest signed eigenvalue, beside what the optimizer's learning rate can bear.
 
     Gradient descent is stable up to the rate 2 / sharpness; momentum shifts that, see
@@ -79,10 +79,9 @@ def sharpness(pairs: Eigenpairs, optimizer: Any) -> dict[str, Any]:
     takes to 1, the edge of stability (Cohen et al., ICLR 2021).
 
     Args:
-        pairs: The eigenpairs of largest magnitude.
+        value: The largest eigenvalue, with its sign.
         optimizer: Whose parameter group of largest rate counts; None for no rates.
     """
-    value = float(pairs.eigenvalues.max())
     out: dict[str, Any] = {"sharpness": value}
     groups = list(getattr(optimizer, "param_groups", ()))
     rates = [float(group["lr"]) for group in groups if "lr" in group]

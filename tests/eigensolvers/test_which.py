@@ -1,0 +1,84 @@
+"""Ends of the spectrum: the largest magnitudes, the largest values, the smallest."""
+
+import pytest
+import torch
+
+import hesscurv
+
+
+def planted(values, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(
+        torch.randn(len(values), len(values), generator=generator, dtype=torch.float64)
+    )[0]
+    A = (Q * values) @ Q.T
+    return (A + A.T) / 2
+
+
+def wanted(values, which, k):
+    if which == "LM":
+        return values[values.abs().argsort(descending=True)][:k]
+    return values.sort(descending=which == "LA").values[:k]
+
+
+SPECTRA = {
+    "both signs": torch.cat([torch.linspace(1, 20, 40), -torch.linspace(0.5, 30, 80)]).double(),
+    "few positive": torch.cat([torch.tensor([3.0, 2.0]), -torch.linspace(0.1, 50, 100)]).double(),
+    "repeated": torch.cat([torch.full((7,), 4.0), torch.full((5,), -6.0), torch.rand(90)]).double(),
+    "negative": -torch.linspace(0.1, 10, 60).double(),
+}
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA"])
+@pytest.mark.parametrize("name", SPECTRA)
+def test_the_wanted_end_is_found_in_its_order(name, which):
+    values = SPECTRA[name]
+    pairs = hesscurv.eigsh(planted(values), k=6, which=which, tol=1e-6)
+    assert bool(pairs.converged.all())
+    expected = wanted(values, which, 6)
+    # An eigenvalue errs by less than its residual, at most 1e-6 of the largest magnitude.
+    scale = float(values.abs().max())
+    assert float((pairs.eigenvalues - expected).abs().max()) < 1e-6 * scale
+
+
+@pytest.mark.parametrize("which", ["LA", "SA"])
+def test_what_is_called_converged_was_not_missed(which):
+    for seed in range(15):
+        generator = torch.Generator().manual_seed(seed)
+        i = torch.arange(1, 401, dtype=torch.float64)
+        signs = torch.where(torch.rand(400, generator=generator) < 0.4, -1.0, 1.0).double()
+        values = 20 * i**-0.9 * signs
+        values[10 : 10 + seed] = values[10].clone()  # repeated up to 14 times
+        matrix = torch.diag(values[torch.randperm(400, generator=generator)])
+        pairs = hesscurv.eigsh(matrix, k=20, which=which, tol=1e-3, block_size=1 + seed % 4)
+        expected = wanted(values, which, 20)
+        gaps = (pairs.eigenvalues - expected).abs()[pairs.converged]
+        assert float(gaps.max()) <= 2e-3 * float(values.abs().max())
+        assert bool(pairs.converged.all())
+
+
+@pytest.mark.parametrize("method", ["single_pass", "rayleigh_ritz"])
+def test_sketches_compute_the_largest_magnitudes_alone(method):
+    with pytest.raises(ValueError, match="use method='block_krylov' for which='LA'"):
+        hesscurv.eigsh(torch.eye(8), k=2, method=method, which="LA")
+
+
+def test_another_end_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"expected which to be one of .*'LM'.*got 'BE'"):
+        hesscurv.eigsh(torch.eye(8), k=2, which="BE")
+
+
+def test_auto_is_block_krylov():
+    matrix = planted(SPECTRA["both signs"])
+    first, second = (hesscurv.eigsh(matrix, k=4, method=m) for m in ("auto", "block_krylov"))
+    assert torch.equal(first.eigenvalues, second.eigenvalues)
+    assert first.method == "block_krylov"
+
+
+def test_a_checkpoint_is_of_one_end(tmp_path):
+    matrix = planted(SPECTRA["both signs"])
+    first = hesscurv.eigsh(matrix, k=4, which="LA", checkpoint=tmp_path)
+    again = hesscurv.eigsh(matrix, k=4, which="LA", checkpoint=tmp_path)
+    assert torch.equal(first.eigenvalues, again.eigenvalues)
+    with pytest.raises(ValueError, match="which"):
+        hesscurv.eigsh(matrix, k=4, which="SA", checkpoint=tmp_path)
