@@ -78,7 +78,7 @@ def test_a_loss_that_is_no_mean_over_samples_is_refused(rows):
     model = build("plain")
     weight = torch.tensor([1.0, 3.0, 0.5])
     # A weighted mean that is not known as one.
-    task = hesscurv.supervised(lambda out, y: nn.functional.cross_entropy(out, y, weight))
+    task = hesscurv.supervised(lambda out, y: nn.functional.cross_entropy(out, y, weight.to(out)))
     batches = [(x, torch.arange(len(x)) % 3) for x, _ in data()]
     with pytest.raises(ValueError, match=r"mean of its samples' own, weighted by task\.weight"):
         FisherImportance(model, task, batches, rows=rows)(groups_of(model)[0])

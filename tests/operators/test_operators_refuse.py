@@ -142,8 +142,9 @@ def test_a_loss_that_is_no_mean_is_refused(reduction):
         hesscurv.supervised(nn.CrossEntropyLoss(reduction=reduction))
 
 
-def test_class_weights_are_refused_for_the_fisher_with_a_remedy():
-    task = hesscurv.supervised(nn.CrossEntropyLoss(weight=torch.tensor([1.0, 5.0, 0.2])))
+def test_unknown_class_weights_are_refused_for_the_fisher_with_a_remedy():
+    weight = torch.tensor([1.0, 5.0, 0.2])
+    task = hesscurv.supervised(lambda out, y: nn.functional.cross_entropy(out, y, weight))
     with pytest.raises(ValueError, match=r"no plain mean over samples.*override sample_losses"):
         EmpiricalFisherOperator(net(), task, data())
 
