@@ -54,8 +54,8 @@ def eigsh(
             `dtype`, `device` and ``@`` on tensors (D,) and (D, b).
         k: Number of pairs, 1 <= k <= D.
         method: "auto" (default), which is "block_krylov": fewest products at every accuracy;
-            "single_pass" (the sketch of the paper: products independent of each other, accuracy not controlled) or
-            "rayleigh_ritz" (two passes, optional subspace iterations).
+            "single_pass" (the sketch of the paper: products independent of each other, accuracy not
+            controlled) or "rayleigh_ritz" (two passes, optional subspace iterations).
         which: "LM" (default), the largest magnitudes; "LA", the largest values, or "SA", the
             smallest, sorted from that end on. With these the wanted pairs may lie within the
             spectrum, and then take many products: the largest ones of a matrix with few positive
