@@ -74,7 +74,7 @@ class KrylovRun:
             last = self.space.k - 1
             if self.search is None:
                 if not self._converge():
-                    last, going_on = self._leading_converged() - 1, False
+                    last, going_on = self._last_converged(), False
                 if last < 0 or not self._may_search(last):
                     break
             found = self._found_missed(last)
@@ -92,11 +92,13 @@ class KrylovRun:
         """Whether all eigenvalues beyond the bound of this pair are known to be at hand."""
         return all(is_known(level, self.space.bound(last)) for level in self.levels.values())
 
-    def _leading_converged(self) -> int:
+    def _last_converged(self) -> int:
+        """Return the index of the last pair before which all have converged, as far as they can."""
         space = self.space
         if space.num_expanded < space.k:
-            return 0
-        return int(space.converged().long().cumprod(0).sum())
+            return -1
+        leading = int(space.converged().long().cumprod(0).sum())
+        return space.k - 1 if leading == space.k or self._at_noise() else leading - 1
 
     def state(self) -> dict[str, Any]:
         """Return all that decides how the run goes on, beside the basis."""
