@@ -16,9 +16,11 @@ from hesscurv.eigensolvers.block_krylov import block_krylov
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.rayleigh_ritz import rayleigh_ritz
 from hesscurv.eigensolvers.single_pass import single_pass
+from hesscurv.linalg.rayleigh_ritz import sides_of
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
 
 METHODS: dict[str, Callable[..., Eigenpairs]] = {
+    "auto": block_krylov,
     "block_krylov": block_krylov,
     "single_pass": single_pass,
     "rayleigh_ritz": rayleigh_ritz,
@@ -28,8 +30,9 @@ METHODS: dict[str, Callable[..., Eigenpairs]] = {
 def eigsh(
     H: Any,
     k: int,
-    method: str = "block_krylov",
+    method: str = "auto",
     *,
+    which: str = "LM",
     tol: float = 1e-3,
     max_matvecs: int | None = None,
     generator: torch.Generator | None = None,
@@ -39,19 +42,25 @@ def eigsh(
     progress: bool = False,
     **options: Any,
 ) -> Eigenpairs:
-    r"""Compute the k eigenpairs of largest magnitude of a symmetric operator, matrix-free.
+    r"""Compute k eigenpairs at an end of the spectrum of a symmetric operator, matrix-free.
 
-    :math:`H v_i = \lambda_i v_i` with :math:`|\lambda_1| \ge |\lambda_2| \ge ...`, both signs.
+    :math:`H v_i = \lambda_i v_i` with :math:`|\lambda_1| \ge |\lambda_2| \ge ...`, both signs, for
+    ``which="LM"``.
 
     Args:
         H: A hesscurv operator, a dense symmetric tensor (D, D), or any object with `shape`,
             `dtype`, `device` and ``@`` on tensors (D,) and (D, b).
         k: Number of pairs, 1 <= k <= D.
-        method: "block_krylov" (default: fewest products at every accuracy), "single_pass" (the
-            sketch of the paper: products independent of each other, accuracy not controlled) or
-            "rayleigh_ritz" (two passes, optional subspace iterations).
+        method: "auto" (default: "block_krylov"), "block_krylov" (fewest products at every
+            accuracy), "single_pass" (the sketch of the paper: products independent of each other,
+            accuracy not controlled) or "rayleigh_ritz" (two passes, optional subspace iterations).
+        which: "LM", the k largest magnitudes (default); "LA", the k largest values, largest first;
+            "SA", the k smallest values, smallest first; as in SciPy. "LA" and "SA" are slow where
+            fewer than k eigenvalues have the sign, since the others lie inside the spectrum.
         tol: Pair i has converged when its residual is at most
-            ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
+            ``max(tol |lambda_i|, 10 eps |lambda_1|)``, with the largest magnitude known for
+            ``|lambda_1|``, and no eigenvalue is missed before it, for which see `block_krylov`;
+            default 1e-3.
         max_matvecs: The most products; default the method's own.
         generator: Source of random numbers; default a new one with seed 0, so that the same call
             gives the same result. The global generator is never used.
@@ -77,6 +86,7 @@ def eigsh(
     """
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
+    sides_of(which)
     solver = METHODS[method]
     operator = as_linear_operator(H)
     if initial is not None:  # gathered before the checks, which are each rank's own
@@ -107,6 +117,7 @@ def eigsh(
     return solver(
         operator,
         k,
+        which=which,
         tol=tol,
         max_matvecs=max_matvecs,
         generator=generator,
