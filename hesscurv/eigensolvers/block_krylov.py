@@ -20,6 +20,7 @@ from hesscurv.eigensolvers.krylov_plan import (
 from hesscurv.eigensolvers.krylov_run import KrylovRun
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
 from hesscurv.eigensolvers.progress import Progress
+from hesscurv.linalg.rayleigh_ritz import sides_of
 from hesscurv.operators.linear_operator import LinearOperator
 
 
@@ -40,24 +41,39 @@ def block_krylov(
     checkpoint: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Eigenpairs:
-    r"""Compute the top k eigenpairs by randomised block Krylov iteration.
+    r"""Compute k eigenpairs at an end of the spectrum by randomised block Krylov iteration.
 
     From a random block Q_1 the space span{Q_1, H Q_1, H^2 Q_1, ...} grows block by block, every
     block orthogonalised twice against all before it, and the pairs are those of
     :math:`T = Q^T H Q` (Rayleigh-Ritz). The residuals come free: with
     :math:`H Q = Q T + P R`, that of the Ritz pair (theta, Q y) is ||R y||. When the basis is full,
     the best Ritz vectors are kept and the space grows on from them (thick restart). Once all k
-    have converged, a few products on fresh random vectors outside the space look for eigenvectors
-    that the starting block missed, such as further copies of a repeated eigenvalue, and one
-    block of residuals is measured to learn the noise of the products.
+    have converged, products on fresh random vectors outside the space look for eigenvectors that
+    were missed, such as further copies of an eigenvalue of more copies than a block has vectors,
+    and some residuals are measured to learn the noise of the products.
+
+    **None is missed, but with a small probability.** A pair counts as converged when, beside its
+    residual, it is shown that all eigenvalues before it are in the space: beyond
+    ``x = |theta_i| + max(tol |theta_i|, 10 eps |lambda_1|)`` there are no others. By Haynsworth's
+    theorem that is so if H' + S(x) has no eigenvalue beyond x, H' being H outside the expanded
+    vectors and S(x) known: see `hesscurv.linalg.eigenvalue_bounds`. A Krylov process of that
+    matrix from one random vector is continued until an eigenvalue beyond x is found, or until its
+    eigenvector, by the numbers found, must have less than the share tau of that vector, where a
+    smaller share than tau has a probability of 0.001. So for every symmetric H, whatever its
+    spectrum, multiplicities and gaps, one search wrongly finds nothing missed with a probability
+    of at most 0.001, in exact arithmetic; two searches, one for each end, end a solve. The random
+    vectors are independent of all before them. Where it cannot be shown within the products,
+    because the spectrum is flat beyond the last pair or the basis small, pairs that others may
+    come before do not count as converged, and a warning says so. Products that are off by more
+    than their tolerance, or not symmetric, void it.
 
     Args:
         H: The symmetric operator, D x D.
         k: Number of pairs, 1 <= k <= D.
-        which: "LM" (default) for the largest magnitudes, "LA" for the largest values, "SA" for the
-            smallest; from that end on.
+        which: "LM", largest magnitudes (default); "LA", largest values; "SA", smallest values.
         tol: Pair i has converged when its residual is at most
-            ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
+            ``max(tol |lambda_i|, 10 eps |lambda_1|)``, where |lambda_1| is the largest magnitude
+            known, and none is missed before it; default 1e-3.
         max_matvecs: The most products; default 20 k + 1000.
         generator: Source of the starting block; default a new one with seed 0.
         initial: Vectors (D, k0) to start from, such as an earlier solution's; they are multiplied
@@ -65,7 +81,8 @@ def block_krylov(
         block_size: Vectors in a block; by default chosen from the operator's calibration.
         max_basis: The most vectors to store, at least k + 3 block_size; default 2 k + 10
             block_size + 30, or fewer where memory is short. Memory is taken as the basis grows.
-        verify: Whether to look for missed eigenvectors at the end, 6 to 12 products.
+        verify: Whether to look for missed eigenvectors at the end, usually 8 to 25 products. If
+            not, residuals alone decide what has converged.
         storage: Where the basis lives: "device", the operator's; "cpu", the host's memory; or a
             folder on a disk, for files that are mapped into memory and go with the result. By
             default chosen from what is free: see `hesscurv.storage.placement.choose_placement`.
@@ -79,24 +96,15 @@ def block_krylov(
         progress: Whether to show a progress bar: pairs converged, products, rate.
 
     Returns:
-        The eigenpairs, both signs, largest magnitude first. Residuals are estimates that include
-        the noise of the products, as measured on one block.
+        The eigenpairs, in the order of `which`: largest magnitude first, both signs. Residuals are
+        estimates that include the noise of the products, as measured on up to 8 pairs.
+        ``info["complete"]`` leading pairs are known to have none missed before them.
 
     Raises:
         ValueError: If an argument is out of range, the basis fits nowhere, or the checkpoint is
             another problem's or damaged.
         DiskFullError: If the disk of the storage or the checkpoint has no room, an OSError.
         BlockingIOError: If another process works with the same checkpoint.
-
-    No pair is missed without a word. Pairs are called converged where a search has shown that
-    nothing before them is missing: a block Krylov process from random vectors outside the space
-    bounds the largest eigenvalue there, coupling included. The bound is wrong with a probability of
-    at most 1e-3 a search, over these vectors, for any spectrum: repeated and clustered eigenvalues
-    and both signs included. It is one up to the tolerance (an eigenvalue beyond the last pair's by
-    less than its threshold may be missed) and to the noise of the products. Where products, steps
-    or room run out before, pairs that may have others before them are not called converged, and a
-    warning says so. With ``verify=False`` only the free test is made, of the singular values of the
-    projection.
 
     A checkpoint takes D numbers of the basis' dtype for each product, up to three times the basis,
     and little time. It may be resumed with another tol, max_matvecs or storage, and with the same
@@ -107,14 +115,19 @@ def block_krylov(
     vectors twice.
 
     Warns:
-        ConvergenceWarning: If pairs have not converged within `max_matvecs`.
+        ConvergenceWarning: If pairs have not converged, or others may have been missed before
+            them, within `max_matvecs`. It names the cause: too few products, a small basis, noise
+            or asymmetry of the products.
 
     References:
         Golub, Underwood, "The block Lanczos method for computing eigenvalues" (1977).
         Musco, Musco, "Randomized block Krylov methods", NeurIPS 2015, algorithm 2.
         Wu, Simon, "Thick-restart Lanczos method", SIAM J. Matrix Anal. Appl. 22 (2000).
+        Haynsworth, "Determination of the inertia of a partitioned Hermitian matrix", Linear Algebra
+        Appl. 1 (1968); Parlett, "The symmetric eigenvalue problem" (1998), chapter 10.
     """
     check_sizes(block_size, max_basis)
+    sides_of(which)
     generator = generator or torch.Generator().manual_seed(0)
     ranks, asked = H.communicator, {"block_size": block_size, "max_basis": max_basis}
     before, journal, state = generator.get_state(), None, None

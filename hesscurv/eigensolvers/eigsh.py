@@ -16,10 +16,10 @@ from hesscurv.eigensolvers.block_krylov import block_krylov
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.rayleigh_ritz import rayleigh_ritz
 from hesscurv.eigensolvers.single_pass import single_pass
+from hesscurv.linalg.rayleigh_ritz import sides_of
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
 from hesscurv.operators.uncompiled import uncompiled
 
-WHICH = ("LM", "LA", "SA")
 METHODS: dict[str, Callable[..., Eigenpairs]] = {
     "auto": block_krylov,
     "block_krylov": block_krylov,
@@ -44,24 +44,25 @@ def eigsh(
     progress: bool = False,
     **options: Any,
 ) -> Eigenpairs:
-    r"""Compute the top k eigenpairs of a symmetric operator, matrix-free.
+    r"""Compute k eigenpairs at an end of the spectrum of a symmetric operator, matrix-free.
 
-    :math:`H v_i = \lambda_i v_i` with :math:`|\lambda_1| \ge |\lambda_2| \ge ...`, both signs;
-    or the k largest or smallest ones, as SciPy's `eigsh` has them.
+    :math:`H v_i = \lambda_i v_i` with :math:`|\lambda_1| \ge |\lambda_2| \ge ...`, both signs, for
+    ``which="LM"``.
 
     Args:
         H: A hesscurv operator, a dense symmetric tensor (D, D), or any object with `shape`,
             `dtype`, `device` and ``@`` on tensors (D,) and (D, b).
         k: Number of pairs, 1 <= k <= D.
-        method: "auto" (default), which is "block_krylov": fewest products at every accuracy;
-            "single_pass" (the sketch of the paper: products independent of each other, accuracy not
-            controlled) or "rayleigh_ritz" (two passes, optional subspace iterations).
-        which: "LM" (default), the largest magnitudes; "LA", the largest values, or "SA", the
-            smallest, sorted from that end on. With these the wanted pairs may lie within the
-            spectrum, and then take many products: the largest ones of a matrix with few positive
-            eigenvalues do. For "block_krylov".
+        method: "auto" (default: "block_krylov"), "block_krylov" (fewest products at every
+            accuracy), "single_pass" (the sketch of the paper: products independent of each other,
+            accuracy not controlled) or "rayleigh_ritz" (two passes, optional subspace iterations).
+        which: "LM", the k largest magnitudes (default); "LA", the k largest values, largest first;
+            "SA", the k smallest values, smallest first; as in SciPy. "LA" and "SA" are slow where
+            fewer than k eigenvalues have the sign, since the others lie inside the spectrum.
         tol: Pair i has converged when its residual is at most
-            ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
+            ``max(tol |lambda_i|, 10 eps |lambda_1|)``, with the largest magnitude known for
+            ``|lambda_1|``, and no eigenvalue is missed before it, for which see `block_krylov`;
+            default 1e-3.
         max_matvecs: The most products; default the method's own.
         generator: Source of random numbers; default a new one with seed 0, so that the same call
             gives the same result. The global generator is never used.
@@ -92,8 +93,7 @@ def eigsh(
     """
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {list(METHODS)}, got {method!r}")
-    if which not in WHICH:
-        raise ValueError(f"expected which to be one of {list(WHICH)}, got {which!r}")
+    sides_of(which)
     solver = METHODS[method]
     operator = as_linear_operator(H)
     if initial is not None:  # gathered before the checks, which are each rank's own
@@ -106,13 +106,6 @@ def eigsh(
                 "torch.Generator().manual_seed(seed)"
             )
         accepted = inspect.signature(solver).parameters
-        if which != "LM":
-            if "which" not in accepted:
-                raise ValueError(
-                    f"method {method!r} computes the pairs of largest magnitude; use "
-                    f"method='block_krylov' for which={which!r}"
-                )
-            options["which"] = which
         if initial is not None:
             if "initial" not in accepted:
                 raise ValueError(
@@ -131,6 +124,7 @@ def eigsh(
     pairs = solver(
         operator,
         k,
+        which=which,
         tol=tol,
         max_matvecs=max_matvecs,
         generator=generator,

@@ -14,7 +14,7 @@ from hesscurv.operators.fingerprint import fingerprint, hash_tensors
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.storage.placement import Placement, choose_placement
 
-SEARCH_STEPS = 30  # the most of a search for missed eigenvectors
+_SEARCH_ROOM = 30  # vectors of a search for missed eigenvectors
 
 # A basis in float16 lets all pairs of examples/benchmarks/storage.py reach 1e-2. (One in bfloat16,
 # which has 3 bits less, does not: it is not chosen.)
@@ -91,7 +91,7 @@ def plan(
     else:
         block = min(block_size or choose_block_size(H, k), dim)
         least = min(dim, k + 3 * block)
-        wanted = min(dim, max(least, 2 * max(k, num_initial) + 10 * block + SEARCH_STEPS))
+        wanted = min(dim, max(least, 2 * max(k, num_initial) + 10 * block + _SEARCH_ROOM))
         if max_basis is not None:
             if max_basis < least:
                 raise ValueError(
@@ -145,8 +145,11 @@ def identity(
     which: str = "LM",
 ) -> dict[str, Any]:
     """Return what must be equal for a solve to be gone on with; tolerance and limits may change."""
+    # Checkpoints of earlier versions, which knew "LM" alone, do not name it.
+    asked = {} if which == "LM" else {"which": which}
     return {
         **fingerprint(H),
+        **asked,
         "method": "block_krylov",
         "k": k,
         "block_size": block_size,
@@ -155,8 +158,6 @@ def identity(
         "initial": None if initial is None else hash_tensors([initial]),
         "generator": hash_tensors([generator.get_state()]),
         "processes": H.communicator.size,
-        # Not of the default, so that checkpoints from before there was a choice go on.
-        **({} if which == "LM" else {"which": which}),
     }
 
 

@@ -80,7 +80,7 @@ class KrylovRun:
             last = self.space.k - 1
             if self.search is None:
                 if not self._converge():
-                    last, going_on = self._leading_converged() - 1, False
+                    last, going_on = self._last_converged(), False
                 if last < 0 or not self._may_search(last):
                     break
             found = self._found_missed(last)
@@ -98,11 +98,13 @@ class KrylovRun:
         """Whether all eigenvalues beyond the bound of this pair are known to be at hand."""
         return all(is_known(level, self.space.bound(last)) for level in self.levels.values())
 
-    def _leading_converged(self) -> int:
+    def _last_converged(self) -> int:
+        """Return the index of the last pair before which all have converged, as far as they can."""
         space = self.space
         if space.num_expanded < space.k:
-            return 0
-        return int(space.converged().long().cumprod(0).sum())
+            return -1
+        leading = int(space.converged().long().cumprod(0).sum())
+        return space.k - 1 if leading == space.k or self._at_noise() else leading - 1
 
     def state(self) -> dict[str, Any]:
         """Return all that decides how the run goes on, beside the basis."""
@@ -265,7 +267,7 @@ class KrylovRun:
             space.step_back(search.first)
 
     def _filter_tells(self, search: Search) -> bool:
-        """Whether a filter can tell that nothing was missed, where the search's room is too small."""
+        """Whether a filter can tell that nothing was missed, where a search has too little room."""
         if search.count > 1 or search.step < LEAST_STEPS or search.step == MOST_STEPS:
             return False
         spectrum, most = search.spectrum(self.space), self._affordable(_MOST_FILTERED)
@@ -286,10 +288,10 @@ class KrylovRun:
         return search
 
     def _make_room(self, count: int) -> bool:
-        """Make room for vectors of a search, as far as there can be; return whether k pairs are left."""
+        """Make what room there can be for a search; return whether k pairs are left."""
         space = self.space
-        # Where there is little room, some of it holds more Ritz vectors: the search is the longer the
-        # less there are.
+        # Where there is little room, some of it holds more Ritz vectors: the search is the longer
+        # the less there are.
         count = min(count, (2 * (space.capacity - space.k - space.num_pending)) // 3)
         if not space.fits(count):
             self._restart(count)
@@ -391,12 +393,13 @@ class KrylovRun:
             worst = int((residuals / values.abs().clamp(min=1e-300)).argmax())
             told.append(
                 f"pair {worst} has eigenvalue {values[worst]:.3g} and residual "
-                f"{residuals[worst]:.2g}; {self._reason(values, residuals[~within], noise, repeated)}"
+                f"{residuals[worst]:.2g}; "
+                + self._reason(values, residuals[~within], noise, repeated)
             )
         if bool((within & ~done).any()):
             told.append(
                 f"{int((within & ~done).sum())} pairs have residuals within tol, but larger ones "
-                f"may have been missed before them, since no search for these was conclusive; raise "
+                "may have been missed before them, since no search for these was conclusive; raise "
                 f"max_matvecs (now {self.max_matvecs}) or max_basis (now {space.capacity})"
             )
         warnings.warn(

@@ -21,6 +21,7 @@ def rayleigh_ritz(
     H: LinearOperator,
     k: int,
     *,
+    which: str = "LM",
     num_measurements: int | None = None,
     subspace_iterations: int = 0,
     measurements: str = "gaussian",
@@ -42,6 +43,9 @@ def rayleigh_ritz(
     Args:
         H: The symmetric operator, D x D, float32 or float64; what `eigsh` takes.
         k: Number of pairs, 1 <= k <= D.
+        which: "LM", largest magnitudes (default); "LA", largest values; "SA", smallest values. The
+            sketch holds large magnitudes: of "LA" and "SA", pairs below these do not count as
+            converged.
         num_measurements: m, the vectors in the basis, k <= m <= D; default 2 k, or as many as
             `initial` has. This is what is stored.
         subspace_iterations: q, with a reorthonormalisation each; default 0.
@@ -117,6 +121,7 @@ def rayleigh_ritz(
             basis_mD,
             torch.cat(columns, dim=1),
             k,
+            which=which,
             method="rayleigh_ritz",
             generator=generator,
             residuals=residuals,

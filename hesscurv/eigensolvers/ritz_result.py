@@ -18,7 +18,7 @@ from hesscurv.eigensolvers.residuals import (
     measured_residuals,
 )
 from hesscurv.linalg.orthogonalization import complete_
-from hesscurv.linalg.rayleigh_ritz import ritz_pairs, rotate_
+from hesscurv.linalg.rayleigh_ritz import ritz_pairs, rotate_, sides_of, wanted_first
 
 
 def ritz_result(
@@ -27,6 +27,7 @@ def ritz_result(
     T_rr: Tensor,
     k: int,
     *,
+    which: str = "LM",
     method: str,
     generator: torch.Generator,
     residuals: bool,
@@ -46,6 +47,7 @@ def ritz_result(
             free. Overwritten.
         T_rr: Shape (r, r), the projected operator.
         k: The number of pairs.
+        which: Which ones, and their order: see `wanted_first`.
         method: The solver's name.
         generator: Source of the completing vectors.
         residuals: Whether to measure residuals, by k products; if not, they are NaN and no pair
@@ -61,23 +63,36 @@ def ritz_result(
     Warns:
         ConvergenceWarning: If residuals are measured and exceed the tolerance.
     """
-    rank = min(len(T_rr), k)
-    theta, Y_rr = ritz_pairs(T_rr)
-    rotate_(basis_mD[: len(T_rr)], Y_rr[:, :rank])
-    complete_(basis_mD[:k], rank, generator)
-    values = torch.zeros(k, dtype=torch.float64)
-    values[:rank] = theta[:rank]
-    values = values.to(H.dtype)
+    theta, Y_rr = ritz_pairs(T_rr, which)
+    rank, dim = len(T_rr), H.shape[0]
+    # Where Q has fewer vectors than were measured, it has the whole range: outside are zeros.
+    zeros = min(k, dim - rank) if rank < len(basis_mD) else 0
+    wanted = torch.cat([theta, theta.new_zeros(zeros)])
+    order = wanted_first(wanted, which)[:k]
+    inside = order < rank
+    count = int(inside.sum())
+    rotate_(basis_mD[:rank], Y_rr[:, order[inside]])
+    complete_(basis_mD[:k], count, generator)
+    if not bool(inside[:count].all()):  # zeros come before some Ritz values
+        place = torch.where(inside, inside.cumsum(0) - 1, count + (~inside).cumsum(0) - 1)
+        rotate_(basis_mD[:k], torch.eye(k, dtype=torch.float64)[:, place])
+    values = wanted[order].to(H.dtype)
     V_Dk = basis_mD[:k].mT
 
     gaps = torch.full((k,), math.nan, dtype=torch.float64)
     if residuals:
         gaps = measured_residuals(H, values.to(H.device), V_Dk, block_size).cpu()
-    done = converged(gaps, values, tol, torch.finfo(H.dtype).eps)
+    largest = float(theta.abs().max()) if rank else 0.0
+    done = converged(gaps, values, tol, torch.finfo(H.dtype).eps, largest)
+    if len(sides_of(which)) == 1 and rank < dim:
+        # A sketch holds the largest magnitudes. What is wanted and is not outside exceeds them.
+        outside = 0.0 if zeros else float(theta.abs().min())
+        rounding = 10 * torch.finfo(H.dtype).eps * largest
+        done &= sides_of(which)[0] * values >= outside - rounding
     if residuals and not bool(done.all()):
         warnings.warn(
             f"{int(done.sum())} of {k} eigenpairs have residuals within tol={tol:g}, the largest "
-            f"is {gaps.max():.2g} beside |lambda_1| = {values[0].abs():.3g}; take more "
+            f"is {gaps.max():.2g} beside |lambda_1| = {largest:.3g}; take more "
             "measurements, or method='block_krylov' if all pairs must converge. See `converged` "
             "and `residuals`",
             ConvergenceWarning,
@@ -95,6 +110,7 @@ def ritz_result(
             "tol": tol,
             "block_size": block_size,
             "rank": len(T_rr),
+            "which": which,
             **info,
             "seconds": time.perf_counter() - start,
         },

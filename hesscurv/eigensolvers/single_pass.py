@@ -21,6 +21,7 @@ def single_pass(
     H: LinearOperator,
     k: int,
     *,
+    which: str = "LM",
     outer: int | None = None,
     inner: int | None = None,
     measurements: str = "ssrft",
@@ -44,6 +45,9 @@ def single_pass(
     Args:
         H: The symmetric operator, D x D, float32 or float64; what `eigsh` takes.
         k: Number of pairs, 1 <= k <= D.
+        which: "LM", largest magnitudes (default); "LA", largest values; "SA", smallest values. The
+            sketch holds large magnitudes: of "LA" and "SA", pairs below these do not count as
+            converged.
         outer: Vectors in the basis, k <= outer <= inner; default 2 k. This is what is stored.
         inner: Measurements; default 2 outer. At most D: D orthogonal (SSRFT) measurements
             determine H on the basis exactly, so they take the place of any more, of any kind.
@@ -120,6 +124,7 @@ def single_pass(
             basis_mD,
             C_rr,
             k,
+            which=which,
             method="single_pass",
             generator=generator,
             residuals=residuals,

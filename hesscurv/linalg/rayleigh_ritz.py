@@ -57,8 +57,18 @@ def wanted_first(values: Tensor, which: str) -> Tensor:
 
 
 def sides_of(which: str) -> tuple[int, ...]:
-    """Return the ends of the spectrum that are wanted: +1 and -1 for "LM", +1 "LA", -1 "SA"."""
-    return {"LM": (1, -1), "LA": (1,), "SA": (-1,)}[which]
+    """Return the ends of the spectrum that are wanted: +1 and -1 for "LM", +1 "LA", -1 "SA".
+
+    Raises:
+        ValueError: If `which` is none of them.
+    """
+    sides = {"LM": (1, -1), "LA": (1,), "SA": (-1,)}
+    if which not in sides:
+        raise ValueError(
+            'expected which to be "LM" (largest magnitude), "LA" (largest algebraic) or "SA" '
+            f"(smallest algebraic), got {which!r}"
+        )
+    return sides[which]
 
 
 def by_magnitude(values: Tensor) -> Tensor:
