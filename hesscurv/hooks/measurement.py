@@ -50,6 +50,7 @@ class Measurements:
         self.mask: Tensor | None = None
         self.count = 0
         self._spaces, self._masks = History(history), History(history)
+        self._largest = History(0)  # vectors of largest eigenvalues that are not in the spaces
 
     def take(self, step: int) -> dict[str, Any]:
         """Measure; return the quantities of a record.
@@ -62,7 +63,7 @@ class Measurements:
         probe, wanted = self.probe, self.quantities
         self.count += 1
         out: dict[str, Any] = {}
-        gradient = pairs = trace = None
+        gradient = pairs = trace = largest = None
         if wanted & q.NEED_GRADIENT:
             loss, gradient = probe.loss_and_gradient()
             out |= {"loss": loss} if "loss" in wanted else {}
@@ -74,6 +75,14 @@ class Measurements:
                 None if last is None else last.rows,
                 None if last is None else last.layout,
             )
+            if "sharpness" in wanted:
+                above = self._largest.last
+                largest = probe.largest(
+                    pairs,
+                    self.count,
+                    None if above is None else above.rows,
+                    None if above is None else above.layout,
+                )
             if "trace" in wanted:
                 trace = probe.trace(pairs, self.trace_matvecs, self.count)
         weights, layout = probe.weights()
@@ -83,6 +92,8 @@ class Measurements:
                 mask = top_k_mask(weights.abs(), self._mask_entries(len(weights)))
             if pairs is not None:
                 out |= self._of_pairs(pairs, weights, mask, layout)
+                if "sharpness" in wanted:
+                    out |= q.sharpness(pairs, self.optimizer, largest)
                 if gradient is not None and "gradient_share" in wanted:
                     out |= q.gradient_share(pairs, gradient)
                 if trace is not None:
@@ -92,6 +103,8 @@ class Measurements:
             if "sparsity" in wanted:
                 out |= q.sparsities(weights == 0, layout)
             self._keep(step, layout, pairs, mask)
+            if largest is not None:
+                self._largest.add(step, layout, largest.eigenvectors.cpu())
         return out
 
     @property
@@ -117,12 +130,15 @@ class Measurements:
             "pairs": pairs,  # whose eigenvectors are the last ones of spaces
             "spaces": self._spaces.state_dict(),
             "masks": self._masks.state_dict(),
+            "largest": self._largest.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up `state_dict`'s result."""
         self._spaces.load_state_dict(state["spaces"])
         self._masks.load_state_dict(state["masks"])
+        if "largest" in state:  # states of earlier versions have none
+            self._largest.load_state_dict(state["largest"])
         self.count = int(state["count"])
         self.mask = None if self._masks.last is None else self._masks.last.rows
         last, pairs = self._spaces.last, state["pairs"]
@@ -141,8 +157,6 @@ class Measurements:
         out: dict[str, Any] = {}
         if "eigenvalues" in wanted:
             out |= q.spectrum(pairs)
-        if "sharpness" in wanted:
-            out |= q.sharpness(pairs, self.optimizer)
         if "overlap" in wanted and mask is not None:
             out |= q.mask_overlap(mask, pairs)
         if "overlap_by_parameter" in wanted and mask is not None:

@@ -71,7 +71,9 @@ def spectrum(pairs: Eigenpairs) -> dict[str, Any]:
     }
 
 
-def sharpness(pairs: Eigenpairs, optimizer: Any) -> dict[str, Any]:
+def sharpness(
+    pairs: Eigenpairs, optimizer: Any, largest: Eigenpairs | None = None
+) -> dict[str, Any]:
     r"""Return the largest signed eigenvalue, beside what the optimizer's learning rate can bear.
 
     Gradient descent is stable up to the rate 2 / sharpness; momentum shifts that, see
@@ -81,9 +83,13 @@ def sharpness(pairs: Eigenpairs, optimizer: Any) -> dict[str, Any]:
     Args:
         pairs: The eigenpairs of largest magnitude.
         optimizer: Whose parameter group of largest rate counts; None for no rates.
+        largest: The pair of the largest eigenvalue by value, where that is not among `pairs`; until
+            it has converged, its value is a lower bound.
     """
-    value = float(pairs.eigenvalues.max())
+    value = float((pairs if largest is None else largest).eigenvalues.max())
     out: dict[str, Any] = {"sharpness": value}
+    if largest is not None:
+        out["sharpness_converged"] = bool(largest.converged.all())
     groups = list(getattr(optimizer, "param_groups", ()))
     rates = [float(group["lr"]) for group in groups if "lr" in group]
     if value > 0:
