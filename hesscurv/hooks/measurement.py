@@ -51,6 +51,7 @@ class Measurements:
         self.count = 0
         self._history = history
         self._spaces, self._masks = History(history), History(history)
+        self._largest = History(0)  # vectors of largest eigenvalues that are not in the spaces
 
     def take(self, step: int) -> dict[str, Any]:
         """Measure; return the quantities of a record.
@@ -63,7 +64,7 @@ class Measurements:
         probe, wanted = self.probe, self.quantities
         self.count += 1
         out: dict[str, Any] = {}
-        gradient = pairs = trace = None
+        gradient = pairs = trace = largest = None
         if wanted & q.NEED_GRADIENT:
             loss, gradient = probe.loss_and_gradient()
             out |= {"loss": loss} if "loss" in wanted else {}
@@ -76,8 +77,13 @@ class Measurements:
                 None if last is None else last.layout,
             )
             if "sharpness" in wanted:
-                largest = probe.largest_eigenvalue(pairs, self.count)
-                out |= q.sharpness(largest, self.optimizer)
+                above = self._largest.last
+                largest = probe.largest(
+                    pairs,
+                    self.count,
+                    None if above is None else above.rows,
+                    None if above is None else above.layout,
+                )
             if "trace" in wanted:
                 trace = probe.trace(pairs, self.trace_matvecs, self.count)
         weights, layout = probe.weights()
@@ -87,6 +93,8 @@ class Measurements:
                 mask = top_k_mask(weights.abs(), self._mask_entries(len(weights)))
             if pairs is not None:
                 out |= self._of_pairs(pairs, weights, mask, layout)
+                if "sharpness" in wanted:
+                    out |= q.sharpness(pairs, self.optimizer, largest)
                 if gradient is not None and "gradient_share" in wanted:
                     out |= q.gradient_share(pairs, gradient)
                 if trace is not None:
@@ -96,6 +104,8 @@ class Measurements:
             if "sparsity" in wanted:
                 out |= q.sparsities(weights == 0, layout)
             self._keep(step, layout, pairs, mask)
+            if largest is not None:
+                self._largest.add(step, layout, largest.eigenvectors.cpu())
         return out
 
     @property
@@ -121,13 +131,17 @@ class Measurements:
             "pairs": pairs,  # whose eigenvectors are the last ones of spaces
             "spaces": self._spaces.state_dict(),
             "masks": self._masks.state_dict(),
+            "largest": self._largest.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take up `state_dict`'s result; after an error nothing is changed."""
         spaces, masks = History(self._history), History(self._history)
+        largest = History(0)
         spaces.load_state_dict(state["spaces"])
         masks.load_state_dict(state["masks"])
+        if "largest" in state:  # states of earlier versions have none
+            largest.load_state_dict(state["largest"])
         count = int(state["count"])
         last, pairs = spaces.last, state["pairs"]
         kept = None
@@ -137,7 +151,8 @@ class Measurements:
             }
             plain = {name: pairs[name] for name in ("num_matvecs", "method", "info")}
             kept = Eigenpairs(eigenvectors=last.rows, layout=last.layout, **tensors, **plain)
-        self._spaces, self._masks, self.count, self.pairs = spaces, masks, count, kept
+        self._spaces, self._masks, self._largest = spaces, masks, largest
+        self.count, self.pairs = count, kept
         self.mask = None if masks.last is None else masks.last.rows
 
     def _of_pairs(

@@ -50,7 +50,8 @@ class CurvatureMonitor:
     - "loss": ``loss``, on the probe set.
     - "eigenvalues": ``eigenvalues`` (k, largest magnitude first), ``residuals``, and how many have
       ``converged`` to `tol`.
-    - "sharpness": ``sharpness``, the largest signed one; with an optimizer ``learning_rate`` (the
+    - "sharpness": ``sharpness``, the largest signed one, which is looked for by itself, and has
+      ``sharpness_converged``, where all k are negative; with an optimizer ``learning_rate`` (the
       largest of its groups), ``stable_rate``, up to which gradient descent is stable (2 /
       sharpness, more with momentum), ``sharpness_ratio`` = sharpness x rate / 2.
     - "gradient_share": ``gradient_share``, :math:`\|U^T g\|^2 / \|g\|^2` of the probe's gradient.

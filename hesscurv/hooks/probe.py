@@ -39,6 +39,8 @@ OPERATORS: dict[str, type[CurvatureOperator]] = {
 
 # The first solve, which starts from random vectors, may take so many times a refresh's products.
 FIRST = 4
+# Products of a search for the largest eigenvalue by value, at most.
+SEARCHED = 150
 
 
 class Probe:
@@ -177,31 +179,44 @@ class Probe:
             ).gather()
         return pairs
 
-    def largest_eigenvalue(self, pairs: Eigenpairs, seed: int) -> float:
-        """Return the largest eigenvalue with its sign.
+    def largest(
+        self, pairs: Eigenpairs, seed: int, initial: Tensor | None, source: ParameterLayout | None
+    ) -> Eigenpairs | None:
+        """Return the largest eigenvalue by value, where it need not be among the top pairs.
 
-        Where one of the pairs of largest magnitude is positive, the largest of them is it. Where
-        all are negative it may be any smaller number, and is searched for: usually 10 to 50
-        products.
+        One that is positive and among the top pairs by magnitude is the largest of all. Where all
+        of these are negative, a solve of its own looks for it at the other end of the spectrum.
 
         Args:
-            pairs: Those of largest magnitude.
-            seed: Told apart from other solves' by it.
+            pairs: The top pairs at the present weights.
+            seed: As in `solve`.
+            initial: Its vector (D', 1) when it was last looked for, or None.
+            source: As in `solve`.
+
+        Returns:
+            None where it is among the top pairs; else a single pair.
+
+        Cost: where it is looked for, at most `SEARCHED` products, with a vector to start from a
+        third of it.
         """
-        H, known = self.operator, float(pairs.eigenvalues.max())
-        if known > 0 or len(pairs) == H.shape[0]:
-            return known
+        H = self.operator
+        if len(pairs) == H.shape[0] or float(pairs.eigenvalues.max()) >= 0:
+            return None
+        if initial is not None and source is not None:
+            initial = self._start(initial, source)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)
-            found = eigsh(
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the record says so
+            return eigsh(
                 H,
                 1,
                 which="LA",
                 tol=self.tol,
                 generator=torch.Generator().manual_seed(self.seed + seed),
-                max_matvecs=max(FIRST * 10, self.max_matvecs or 3 * len(pairs)),
-            )
-        return max(known, float(found.eigenvalues[0]))
+                block_size=min(4, H.shape[0]),
+                max_matvecs=SEARCHED if initial is None else SEARCHED // 3,
+                verify=initial is None,
+                initial=initial,
+            ).gather()
 
     def trace(self, pairs: Eigenpairs, num_matvecs: int, seed: int) -> tuple[float, float]:
         """Return an estimate of the trace and its standard error.

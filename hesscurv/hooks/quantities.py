@@ -71,7 +71,9 @@ def spectrum(pairs: Eigenpairs) -> dict[str, Any]:
     }
 
 
-def sharpness(value: float, optimizer: Any) -> dict[str, Any]:
+def sharpness(
+    pairs: Eigenpairs, optimizer: Any, largest: Eigenpairs | None = None
+) -> dict[str, Any]:
     r"""Return the largest signed eigenvalue, beside what the optimizer's learning rate can bear.
 
     Gradient descent is stable up to the rate 2 / sharpness; momentum shifts that, see
@@ -79,10 +81,15 @@ def sharpness(value: float, optimizer: Any) -> dict[str, Any]:
     takes to 1, the edge of stability (Cohen et al., ICLR 2021).
 
     Args:
-        value: The largest eigenvalue, with its sign.
+        pairs: The eigenpairs of largest magnitude.
         optimizer: Whose parameter group of largest rate counts; None for no rates.
+        largest: The pair of the largest eigenvalue by value, where that is not among `pairs`; until
+            it has converged, its value is a lower bound.
     """
+    value = float((pairs if largest is None else largest).eigenvalues.max())
     out: dict[str, Any] = {"sharpness": value}
+    if largest is not None:
+        out["sharpness_converged"] = bool(largest.converged.all())
     groups = list(getattr(optimizer, "param_groups", ()))
     rates = [float(group["lr"]) for group in groups if "lr" in group]
     if value > 0:
