@@ -7,7 +7,6 @@ the Hessian.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 
-from hesscurv.operators.environment import differentiable
+from hesscurv.operators.environment import compilation_suspended, differentiable
 from hesscurv.operators.linearizations import NonFiniteLossError
 from hesscurv.operators.plain_embeddings import with_plain_arguments
 from hesscurv.optim.flat_parameters import FlatParameters
@@ -173,8 +172,7 @@ class ClosureLoss:
     def _run(self, mode: _Interception) -> Any:
         self.num_evaluations += 1
         with ExitStack() as stack:
-            if "torch._dynamo" in sys.modules:  # compiled code cannot be differentiated twice
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
+            stack.enter_context(compilation_suspended())
             stack.enter_context(differentiable(self._device))
             stack.enter_context(mode)
             return self._closure()

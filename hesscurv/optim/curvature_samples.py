@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from hesscurv.linalg.process_settings import LOCK
 from hesscurv.operators.batches import part_of
 from hesscurv.operators.samples import map_tensors, num_rows, num_samples
 
@@ -94,7 +95,8 @@ def _drawing_from_seed(batches: Any, seed: int) -> Iterator[None]:
     epochs = [h for h in holders if isinstance(getattr(h, "epoch", None), int)]
     numbers = [h.epoch for h in epochs]
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_available() else []
-    with torch.random.fork_rng(devices):
+    # The generators are the process's: no other thread is to save them meanwhile.
+    with LOCK, torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for generator in generators:
             generator.manual_seed(seed)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hesscurv.operators.batches import Batches
+from hesscurv.operators.environment import unchanged_random_state
 from hesscurv.operators.parameters import unwrap
 from hesscurv.operators.tasks import Task
 
@@ -37,9 +38,8 @@ def recalibrate_(model: nn.Module, task: Task, batches: Iterable[Any]) -> int:
     modes = {m: m.training for m in inner.modules()}
     momenta = [m.momentum for m in norms]
     device = next(inner.parameters()).device
-    devices = [device] if device.type == "cuda" else []
     source = Batches(batches, device, None, 0)
-    with torch.random.fork_rng(devices), torch.no_grad():
+    with unchanged_random_state(device), torch.no_grad():
         try:
             inner.eval()
             for norm in norms:
