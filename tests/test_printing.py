@@ -5,6 +5,7 @@ import functools
 import importlib
 import inspect
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -141,7 +142,9 @@ BUILDERS = {
     "csv": lambda path: hooks.CSVWriter(path / "a.csv"),
     "pruning method": lambda _: pruning.CurvatureUnstructured(0.5),
     "quadratic model": lambda _: pruning.QuadraticModel(
-        ParameterLayout(("w",), ((3,),)), object(), residual=torch.zeros(500)
+        ParameterLayout(("w",), ((3,),)),
+        SimpleNamespace(rows=[torch.zeros(500, 3)]),
+        residual=torch.zeros(500),
     ),
     "weight": lambda _: pruning.find_weights(net())["0.weight"],
     "importance": lambda _: integrations.EigenspaceImportance(net(), solved()[1]),
