@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,7 +15,13 @@ from hesscurv.distributed.rows import as_rows
 from hesscurv.eigensolvers.checkpoint import Checkpoint
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.krylov_filter import is_bounded_by_filter
-from hesscurv.eigensolvers.krylov_search import LEAST_STEPS, MOST_STEPS, Search, is_known, sides_to_search
+from hesscurv.eigensolvers.krylov_search import (
+    LEAST_STEPS,
+    MOST_STEPS,
+    Search,
+    is_known,
+    sides_to_search,
+)
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
 from hesscurv.eigensolvers.progress import Progress
 from hesscurv.eigensolvers.residuals import ConvergenceWarning, measured_residuals
@@ -261,7 +267,7 @@ class KrylovRun:
             space.step_back(search.first)
 
     def _filter_tells(self, search: Search) -> bool:
-        """Whether a filter can tell that nothing was missed, where the search's room is too small."""
+        """Whether a filter can tell that nothing was missed, where a search has too little room."""
         if search.count > 1 or search.step < LEAST_STEPS or search.step == MOST_STEPS:
             return False
         spectrum, most = search.spectrum(self.space), self._affordable(_MOST_FILTERED)
@@ -282,10 +288,10 @@ class KrylovRun:
         return search
 
     def _make_room(self, count: int) -> bool:
-        """Make room for vectors of a search, as far as there can be; return whether k pairs are left."""
+        """Make what room there can be for a search; return whether k pairs are left."""
         space = self.space
-        # Where there is little room, some of it holds more Ritz vectors: the search is the longer the
-        # less there are.
+        # Where there is little room, some of it holds more Ritz vectors: the search is the longer
+        # the less there are.
         count = min(count, (2 * (space.capacity - space.k - space.num_pending)) // 3)
         if not space.fits(count):
             self._restart(count)
@@ -387,12 +393,13 @@ class KrylovRun:
             worst = int((residuals / values.abs().clamp(min=1e-300)).argmax())
             told.append(
                 f"pair {worst} has eigenvalue {values[worst]:.3g} and residual "
-                f"{residuals[worst]:.2g}; {self._reason(values, residuals[~within], noise, repeated)}"
+                f"{residuals[worst]:.2g}; "
+                + self._reason(values, residuals[~within], noise, repeated)
             )
         if bool((within & ~done).any()):
             told.append(
                 f"{int((within & ~done).sum())} pairs have residuals within tol, but larger ones "
-                f"may have been missed before them, since no search for these was conclusive; raise "
+                "may have been missed before them, since no search for these was conclusive; raise "
                 f"max_matvecs (now {self.max_matvecs}) or max_basis (now {space.capacity})"
             )
         warnings.warn(

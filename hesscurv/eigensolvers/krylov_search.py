@@ -24,8 +24,8 @@ class Search:
     """A block Krylov process from random vectors outside the expanded ones, and what it has shown.
 
     With H' and S as in `hesscurv.linalg.eigenvalue_bounds`, the space has all eigenvectors beyond
-    the bound x at one end if H' + S(x) has no eigenvalue beyond x, and at both if H' has none beyond
-    x - ||S(x)||. The process is that of B = H' + S, or, for both ends at once, of B = H'.
+    the bound x at one end if H' + S(x) has no eigenvalue beyond x, and at both if H' has none
+    beyond x - ||S(x)||. The process is that of B = H' + S, or, for both ends at once, of B = H'.
 
     Args:
         first: Vectors expanded before it.

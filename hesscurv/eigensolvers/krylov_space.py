@@ -158,7 +158,9 @@ class KrylovSpace:
         """
         m = self.num_expanded if expanded is None else expanded
         if dtype not in self._ritz or len(self._ritz[dtype][0]) != m:
-            values, vectors = self._from_first(torch.linalg.eigh(self.A[:m, :m].to(dtype), UPLO="U"))
+            values, vectors = self._from_first(
+                torch.linalg.eigh(self.A[:m, :m].to(dtype), UPLO="U")
+            )
             order = wanted_first(values, self.which)
             leading = vectors[:, order[: self.k]].double()
             self._ritz[dtype] = values[order].double(), leading, vectors, order
