@@ -31,6 +31,8 @@ from hesscurv.linalg.orthogonalization import column_norms
 _MOST_WIDTH = 16
 # Pairs whose residuals are measured at the end, at most, to learn the noise of the products.
 _MOST_MEASURED = 8
+# What of the thresholds may be lost in restarts before all residuals are measured at the end.
+_MOST_LOST = 0.3
 # The asymmetry of products, relative to the norm of the operator, that is no rounding.
 _ASYMMETRIC = 1e-3
 # Searches without a result, one after the other, after which it is given up to find out.
@@ -323,7 +325,9 @@ class KrylovRun:
 
         residuals = torch.hypot(residuals, space.rounding * values.abs())
         noise = float("nan")
-        size = min(space.block, space.k, _MOST_MEASURED)
+        # Where restarts have dropped what residuals are made of, none of them is known.
+        unknown = space.lost > _MOST_LOST
+        size = space.k if unknown else min(space.block, space.k, _MOST_MEASURED)
         sample = torch.linspace(0, space.k - 1, size, device="cpu")
         sample = sample.round().long().unique()
         if self._affordable(len(sample)) == len(sample):
@@ -331,15 +335,17 @@ class KrylovRun:
                 H, values[sample].to(H.dtype), V_Dk[:, sample.to(V_Dk.device)]
             )
             space.num_matvecs += len(sample)
-            # Only what the estimate does not explain is noise, which is alike for all pairs.
-            excess = measured**2 - residuals[sample] ** 2
-            excess[excess < 0.2 * residuals[sample] ** 2] = 0
-            noise = float(excess.max().sqrt())
-            residuals = (residuals.square() + noise**2).sqrt()
+            if not unknown:
+                # Only what the estimate does not explain is noise, which is alike for all pairs.
+                excess = measured**2 - residuals[sample] ** 2
+                excess[excess < 0.2 * residuals[sample] ** 2] = 0
+                noise = float(excess.max().sqrt())
+                residuals = (residuals.square() + noise**2).sqrt()
             residuals[sample] = measured
+            unknown = False
         # The values are rounded to H's dtype, which alone makes a residual of this size.
         residuals = torch.hypot(residuals, space.eps / 2 * values.abs())
-        within = residuals <= space.thresholds(values)
+        within = (residuals <= space.thresholds(values)) & (not unknown)
         done = within & (torch.arange(space.k, device="cpu") < complete)
         self.progress.show(int(done.sum()), space.num_matvecs)
         if not bool(done.all()):

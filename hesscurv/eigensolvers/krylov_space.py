@@ -70,6 +70,9 @@ class KrylovSpace:
         self.rounding = 0.0 if stored == H.dtype else torch.finfo(stored).eps / 4
         self.num_matvecs = 0
         self.num_restarts = 0
+        # The norm of couplings that restarts have dropped, relative to the thresholds: residuals
+        # are estimated without them.
+        self.lost = 0.0
         self.num_expanded = 0
         # Vectors to expand before all others: they belong together, coupled or not.
         self.num_initial = 0
@@ -103,6 +106,7 @@ class KrylovSpace:
             "size": self.basis.size,
             "num_matvecs": self.num_matvecs,
             "num_restarts": self.num_restarts,
+            "lost": self.lost,
             "num_expanded": self.num_expanded,
             "num_initial": self.num_initial,
             "asymmetries": list(self._asymmetries),
@@ -125,7 +129,7 @@ class KrylovSpace:
         for name in ("A", "num_matvecs", "num_restarts", "num_expanded", "num_initial"):
             setattr(self, name, state[name])
         self._asymmetries, self._scale = list(state["asymmetries"]), state["scale"]
-        self._asymmetry = state.get("asymmetry", 0.0)
+        self._asymmetry, self.lost = state.get("asymmetry", 0.0), state.get("lost", 0.0)
         self._generator.set_state(state["generator"])
 
     @property
@@ -476,6 +480,7 @@ class KrylovSpace:
         keep = max(self.block, int((rest > 0.02).sum()))
         if self.capacity < 2 * self.k + 3 * self.block:  # no room for any other way out
             keep = self.block
+        self.lost += float(rest[keep]) if keep < len(rest) else 0.0
         self._turn_pending(U)
         self.basis.truncate(m + keep)
         self.A = self.A[: m + keep]
