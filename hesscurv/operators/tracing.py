@@ -86,7 +86,7 @@ def _record(fn: Callable[..., Any], params: tuple[Tensor, ...]) -> fx.GraphModul
 def load_forward_rules() -> None:
     """Let torch load its rules of forward mode, which warns of torch's own code, deprecated."""
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "`torch.jit", DeprecationWarning)
+        warnings.filterwarnings("ignore", "`torch.jit")  # a FutureWarning from torch 2.14 on
         with torch.autograd.forward_ad.dual_level():
             torch.autograd.forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 
