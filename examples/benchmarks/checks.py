@@ -36,7 +36,7 @@ from hesscurv.operators import curvature_operator
 from hesscurv.operators.agreement import Agreement
 
 MOST = 3.0  # percent
-RUNS = {"mlp": 355, "convnet": 150, "resnet20": 50}  # k
+RUNS = {"mlp": 150, "convnet": 60, "small convnet": 40}  # k
 QUICK_RUNS = {"small mlp": 40, "small convnet": 20}
 CUTS = (1, 4)
 
@@ -84,7 +84,7 @@ def bare(case: Case) -> Callable[[], int]:
 def main() -> None:
     options = parser(__doc__)
     options.add_argument("--data", type=Path, metavar="DIR", help="a folder of MNIST and CIFAR-10")
-    options.add_argument("--rounds", type=int, default=9, help="rounds of each case; default 9")
+    options.add_argument("--rounds", type=int, default=5, help="rounds of each case; default 5")
     arguments = options.parse_args()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
