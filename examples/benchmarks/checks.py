@@ -36,7 +36,7 @@ from hesscurv.operators import curvature_operator
 from hesscurv.operators.agreement import Agreement
 
 MOST = 3.0  # percent
-RUNS = {"mlp": 150, "convnet": 60, "small convnet": 40}  # k
+RUNS = {"mlp": 150, "small convnet": 60, "small mlp": 60}  # k
 QUICK_RUNS = {"small mlp": 40, "small convnet": 20}
 CUTS = (1, 4)
 
