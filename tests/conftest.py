@@ -14,6 +14,19 @@ import torch
 os.environ["HESSCURV_CACHE"] = "off"
 
 
+# What torch 2.6 says of its own compiler, checkpoint files and schedulers: errors otherwise.
+OWN_WARNINGS = (
+    "ignore:Graph break due to unsupported builtin:UserWarning",
+    "ignore:TypedStorage is deprecated:UserWarning",
+    r"ignore:The epoch parameter in `scheduler.step\(\)`:UserWarning",
+)
+
+
+def pytest_configure(config):
+    for line in OWN_WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """Seed torch's generator, so that a test's data does not depend on the tests before it."""

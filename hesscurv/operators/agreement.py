@@ -92,6 +92,7 @@ class Combination:
     def __init__(self, layout: ParameterLayout, like: Tensor, seed: int = 0) -> None:
         self._layout = layout
         self._generator = torch.Generator().manual_seed(seed)
+        self._signs_left = torch.empty(0, dtype=like.dtype, device=like.device)
         self.x_D = torch.zeros(layout.numel, dtype=like.dtype, device=like.device)
         self.y_D = torch.zeros_like(self.x_D)
         self.count = 0
@@ -100,14 +101,14 @@ class Combination:
         """Take in some vectors and their products, as a block (B, D) or in pieces."""
         size = len(vectors_BD)
         self.count += size
-        signs_B = self._signs(size).to(vectors_BD)
-        self.x_D.add_(signs_B @ vectors_BD)
+        signs_B = self._signs(size)
+        self.x_D.addmv_(vectors_BD.T, signs_B)
         if isinstance(products, Tensor):
-            self.y_D.add_(signs_B @ products)
+            self.y_D.addmv_(products.T, signs_B)
             return
         for span, piece in zip(self._layout.slices().values(), products, strict=True):
             if piece is not None:
-                self.y_D[span] += signs_B @ piece.detach().reshape(size, -1).to(signs_B.dtype)
+                self.y_D[span].addmv_(piece.detach().reshape(size, -1).T.to(signs_B.dtype), signs_B)
 
     def random_vector(self) -> Tensor:
         """Return a random vector (1, D) of the norm of x.
@@ -121,8 +122,11 @@ class Combination:
         return vector * torch.where(size > 0, size, torch.ones_like(size)) / vector.norm()
 
     def _signs(self, size: int) -> Tensor:
-        draws = torch.randint(0, 2, (size,), generator=self._generator, device="cpu")
-        return draws * 2 - 1
+        if len(self._signs_left) < size:  # some hundred at once: blocks of few vectors are many
+            draws = torch.randint(0, 2, (max(size, 256),), generator=self._generator, device="cpu")
+            self._signs_left = (draws * 2 - 1).to(self.x_D)
+        signs_B, self._signs_left = self._signs_left[:size], self._signs_left[size:]
+        return signs_B
 
 
 def agree(expected: Tensor, got: Tensor, rounding: float = 1.0) -> bool:

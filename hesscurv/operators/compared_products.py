@@ -11,7 +11,7 @@ from torch import Tensor
 
 from hesscurv.operators.agreement import Combination, agree, relative_gap
 from hesscurv.operators.linearizations import Linearization
-from hesscurv.operators.references import on_batch
+from hesscurv.operators.references import on_batch, with_reference
 
 if TYPE_CHECKING:
     from hesscurv.operators.curvature_operator import CurvatureOperator
@@ -48,16 +48,14 @@ def confirm(operator: CurvatureOperator, record: Combination) -> None:
     reference = operator.ways[0]
 
     def multiply() -> Tensor:
-        out_1D = torch.empty_like(record.x_D[None])
-        for number, (_, batch, weight) in enumerate(operator.microbatches()):
-            apply = operator.prepare(batch, reference)
-            operator.multiply_into(
-                out_1D, reference, apply, record.x_D[None], weight, 1, add=number > 0
-            )
-        return out_1D[0]
+        out_D = torch.zeros_like(record.x_D)
+        for index, batch, weight in operator.microbatches():
+            product_1D = operator.reference_on(index, batch, record.x_D[None])
+            out_D.add_(product_1D[0], alpha=weight)
+        return out_D
 
     with torch.inference_mode(False):
-        expected_D = operator.within_memory(multiply)
+        expected_D = with_reference(operator, lambda: operator.within_memory(multiply))
     # Products of many vectors add up here, and so does their rounding.
     if agree(expected_D, record.y_D, rounding=4.0):
         return
@@ -95,7 +93,7 @@ def _pass_over(
                 out_BD, used, apply, vectors_BD, weight, chunk, add=add, seen=seen
             )
             if seen is not None:
-                _compare(operator, batch, used, apply, seen)
+                _compare(operator, index, batch, used, apply, seen)
                 operator.agreement.passed(index, used, width)
         except torch.OutOfMemoryError:
             raise
@@ -105,7 +103,12 @@ def _pass_over(
 
 
 def _compare(
-    operator: CurvatureOperator, batch: Any, way: str, apply: Linearization, seen: Combination
+    operator: CurvatureOperator,
+    index: int,
+    batch: Any,
+    way: str,
+    apply: Linearization,
+    seen: Combination,
 ) -> None:
     """Compare the products in `seen` with the reference's.
 
@@ -114,7 +117,7 @@ def _compare(
     if seen.count < 4 or bool((seen.x_D == 0).any()):
         extra_1D = seen.random_vector()
         seen.add(extra_1D, operator.run(apply, extra_1D, way))
-    expected_1D = operator.product_on(batch, seen.x_D[None])
+    expected_1D = operator.reference_on(index, batch, seen.x_D[None])
     if not agree(expected_1D[0], seen.y_D):
         raise ValueError(
             f"it gives other products than {operator.ways[0]!r}, by "

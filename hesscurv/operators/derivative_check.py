@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
 
-from hesscurv.operators.linearizations import hessian_retained
+from hesscurv.operators.linearizations import require_whole
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.plain_embeddings import dense
 from hesscurv.operators.tasks import map_tensors
@@ -157,24 +157,40 @@ class _Point:
         self._fn = lambda params: slope.fn(params, batch, self._constants)
 
     def gradient(self, params: Params) -> tuple[Tensor, Params]:
-        leaves = tuple(p.detach().requires_grad_() for p in params)
+        value, slopes, _ = self.derivatives(params, None)
+        return value, slopes
 
-        def differentiate() -> tuple[Tensor, Params]:
+    def derivatives(
+        self, params: Params, direction: Params | None
+    ) -> tuple[Tensor, Params, Params]:
+        """Return the value, the gradient, and the Hessian's product with a direction, of one graph.
+
+        The product is empty where no direction is given.
+        """
+        leaves = tuple(p.detach().requires_grad_() for p in params)
+        twice = direction is not None
+
+        def grad(outputs: Any, weights: Any, **options: Any) -> Params:
+            options |= {"allow_unused": True, "materialize_grads": True}
+            return torch.autograd.grad(outputs, leaves, weights, **options)
+
+        def differentiate() -> tuple[Tensor, Params, Params]:
             value = self._fn(leaves)
+            zeros = tuple(map(torch.zeros_like, params))
             if not value.requires_grad:
-                return value.detach(), tuple(map(torch.zeros_like, params))
-            slopes = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
-            return value.detach(), tuple(map(dense, slopes))
+                return value.detach(), zeros, zeros if twice else ()
+            slopes = grad(value, None, create_graph=twice)
+            if twice:
+                require_whole(slopes)
+            curved = [
+                (s, d) for s, d in zip(slopes, direction or (), strict=False) if s.requires_grad
+            ]
+            products = zeros if twice else ()
+            if curved:
+                products = grad(*map(list, zip(*curved, strict=True)))
+            return value.detach(), tuple(dense(s.detach()) for s in slopes), products
 
         return self._run(differentiate, leaves)
-
-    def product(self, params: Params, direction: Params) -> Params:
-        block = tuple(d.unsqueeze(0) for d in direction)
-        found = self._run(lambda: hessian_retained(self._fn, params)(block), params)
-        return tuple(
-            torch.zeros_like(p) if h is None else h.detach()[0]
-            for h, p in zip(found, params, strict=True)
-        )
 
     def custom_functions(self) -> list[str]:
         """Name the functions in the graph whose backward is not torch's own."""
@@ -206,11 +222,10 @@ def _find_mismatch(point: _Point) -> _Mismatch | None:
     generator = torch.Generator().manual_seed(0)
     moved = _moved(params, tuple(_direction(p, generator) for p in params), _MOVE)
     direction = tuple(_direction(p, generator) for p in params)
-    value, slope = point.gradient(moved)
+    value, slope, products = point.derivatives(moved, direction if point.twice else None)
     if not bool(value.isfinite()):  # out of the function's domain: nothing is decided
         return None
     exact = _dot(slope, direction)
-    products = point.product(moved, direction) if point.twice else ()
     for scale in _SCALES[dtype]:
         before: tuple[float, Params] | None = None
         for step in scale.steps:

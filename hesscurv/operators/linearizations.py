@@ -181,7 +181,7 @@ def _gradient_graph(
     if not value.requires_grad:
         return [], leaves
     slopes = torch.autograd.grad(value, leaves, create_graph=True, allow_unused=True)
-    _require_whole(slopes)
+    require_whole(slopes)
     return [s if s is not None and s.requires_grad else None for s in slopes], leaves  # type: ignore[misc]
 
 
@@ -248,7 +248,7 @@ def _gauss_newton_retained(
         return lambda block: (None,) * len(params)
     u = torch.zeros_like(z).requires_grad_()
     pulled = torch.autograd.grad(z, leaves, u, create_graph=True, allow_unused=True)
-    _require_whole(pulled)
+    require_whole(pulled)
     active = [i for i, p in enumerate(pulled) if p is not None]
 
     def pull_back(block: Tensor) -> Product:
@@ -313,7 +313,7 @@ def _stack(rows: list[Any]) -> Product:
     )
 
 
-def _require_whole(slopes: Sequence[Tensor | None]) -> None:
+def require_whole(slopes: Sequence[Tensor | None]) -> None:
     """Refuse a backward pass that autograd would leave parts of out when it is differentiated."""
     if any(map(is_cut, new_nodes([s for s in slopes if s is not None], ()))):
         raise RuntimeError(CUT)

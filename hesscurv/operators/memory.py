@@ -30,12 +30,14 @@ class MemoryPlan:
         max_samples: Samples in a micro-batch.
         max_vectors: Vectors at once on one micro-batch.
         keep_graphs: Whether the graphs of all micro-batches are kept between products.
+        keep_references: Whether the reference's graphs are kept as well, once they were needed.
     """
 
     budget: int
     max_samples: int = _UNLIMITED
     max_vectors: int = _UNLIMITED
     keep_graphs: bool = True
+    keep_references: bool = False
 
     def with_fewer_vectors(self, vectors: int) -> MemoryPlan:
         """Return the plan with at most this many vectors at once."""
@@ -47,7 +49,7 @@ class MemoryPlan:
 
     def without_kept_graphs(self) -> MemoryPlan:
         """Return the plan without graphs kept between products."""
-        return replace(self, keep_graphs=False)
+        return replace(self, keep_graphs=False, keep_references=False)
 
 
 def plan_memory(objective: Objective, budget: int, batch: Any, separable: bool) -> MemoryPlan:
@@ -79,12 +81,14 @@ def plan_memory(objective: Objective, budget: int, batch: Any, separable: bool) 
     per_batch = fixed + slope * min(samples, n)
     in_all = per_batch * objective.batches.count * max(1, -(-n // samples))
     vector = per_batch + 3 * objective.layout.numel * torch.finfo(objective.dtype).bits // 8
-    keep = in_all <= budget / 2
+    keep, keep_references = in_all <= budget / 2, in_all <= budget / 8
+    kept = in_all * (1 + keep_references) if keep else per_batch
     return MemoryPlan(
         budget=budget,
         max_samples=samples,
-        max_vectors=max(1, int((budget - (in_all if keep else per_batch)) / max(vector, 1))),
+        max_vectors=max(1, int((budget - kept) / max(vector, 1))),
         keep_graphs=keep,
+        keep_references=keep_references,
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from distributed.rank_programs import TASK, batches, net, share
-from distributed.worlds import die, refused
+from distributed.worlds import SHARDS_ON_CPUS, die, refused
 
 import hesscurv
 from hesscurv.eigensolvers.checkpoint import Checkpoint
@@ -75,6 +75,8 @@ def solve_all():
 def solve_wrapped():
     data = share(batches())
     out = {"ddp": told(solve(torch.nn.parallel.DistributedDataParallel(net()), data))}
+    if not SHARDS_ON_CPUS:
+        return out
     from torch.distributed.fsdp import fully_shard
 
     model = net()

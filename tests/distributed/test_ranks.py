@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from distributed import rank_programs as programs
-from distributed.worlds import WorldError, run_world
+from distributed.worlds import SHARDS_ON_CPUS, WorldError, run_world, told
 from torch import nn
 
 import hesscurv
@@ -13,7 +13,7 @@ from hesscurv.distributed import Communicator
 from hesscurv.distributed.checksums import checksum
 from hesscurv.operators.linear_operator import DenseOperator
 
-PROGRAMS = ("communicate", "disagree", "multiply", "wrap_ddp", "shard")
+PROGRAMS = ("communicate", "disagree", "multiply", "wrap_ddp", *(["shard"] * SHARDS_ON_CPUS))
 KINDS = programs.KINDS
 DIM = 122
 # Products in float64 that are summed in another order: some 1e-16 each, with room for the norm.
@@ -24,10 +24,6 @@ EXACT = 1e-13
 def world(request, tmp_path_factory):
     """What each rank of a world says, by program."""
     return run_world(programs.run_all, request.param, tmp_path_factory.mktemp("world"), *PROGRAMS)
-
-
-def told(world, program):
-    return [by_program[program] for by_program in world]
 
 
 def gap(got, expected):

@@ -29,7 +29,7 @@ def compile_first_layer(model, backend):
 
 HOW = [compile_root, compile_in_place, compile_first_layer]
 # Inductor's own import warns of torch's own deprecated code.
-QUIET = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+QUIET = pytest.mark.filterwarnings("ignore:.torch.jit")
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, QUIET])]
 
 

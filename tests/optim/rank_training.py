@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed.worlds import refused
+from distributed.worlds import SHARDS_ON_CPUS, refused
 from optim.training import TASK, data, net, precondition
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -252,7 +252,9 @@ def put(model, values):
             p.copy_(distribute_tensor(part.view(p.shape), p.device_mesh, p.placements))
 
 
-PROGRAMS = ("train_ddp", "decide", "drift", "differ", "train_fsdp", "checkpoint")
+PROGRAMS = ["train_ddp", "decide", "drift", "differ"]
+if SHARDS_ON_CPUS:
+    PROGRAMS += ["train_fsdp", "checkpoint"]
 
 
 def run_all():

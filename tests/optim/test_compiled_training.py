@@ -14,8 +14,8 @@ from hesscurv.hooks import CurvatureMonitor
 from hesscurv.operators.uncompiled import uncompiled
 from hesscurv.optim import NewtonCG
 
-# torch 2.13's compiler calls what torch 2.13 deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+# torch's compiler calls what torch deprecates, from 2.13 on.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit")
 
 # Compiled products sum in other orders; a few steps on a small net keep that near rounding.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
