@@ -14,10 +14,12 @@ import torch
 os.environ["HESSCURV_CACHE"] = "off"
 
 
-# What torch 2.6 says of its own compiler, checkpoint files and schedulers: errors otherwise.
+# What torch 2.6 says of its own compiler, checkpoint files and schedulers, and of the oldest
+# accelerate: errors otherwise.
 OWN_WARNINGS = (
     "ignore:Graph break due to unsupported builtin:UserWarning",
     "ignore:TypedStorage is deprecated:UserWarning",
+    "ignore:.torch.cpu.amp.autocast:FutureWarning",
     r"ignore:The epoch parameter in `scheduler.step\(\)`:UserWarning",
 )
 

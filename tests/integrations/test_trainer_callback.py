@@ -279,6 +279,7 @@ def test_a_trainer_with_a_loss_of_its_own_is_refused_without_a_task(kind, option
     assert callback.records
 
 
+@pytest.mark.skipif(transformers.__version__ < "5", reason="counts labels that have no logits, too")
 def test_batches_count_as_the_trainer_counts_items(tmp_path):
     class Counts(Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):

@@ -23,10 +23,11 @@ KINDS = tuple(operations.KINDS)
 _LOSSES = ("CTCLoss", "MultiLabelMarginLoss", "MultiMarginLoss")
 _LOSS_FUNCTIONS = ("ctc_loss", "multi_margin_loss", "multilabel_margin_loss")
 _MODEL = ("EmbeddingBag", "Hardsigmoid", "embedding_bag", "hardsigmoid", "pdist")
+_OLD = ("grid_sample",) if torch.__version__ < "2.7" else ()
 _NOWHERE = ("FractionalMaxPool2d", "FractionalMaxPool3d", "gumbel_softmax", "grouped_mm")
 _NO_DERIVATIVE = ("native_channel_shuffle",)
 REFUSED = {
-    "Hessian": {*_LOSSES, *_LOSS_FUNCTIONS, *_MODEL, *_NOWHERE, *_NO_DERIVATIVE},
+    "Hessian": {*_LOSSES, *_LOSS_FUNCTIONS, *_MODEL, *_OLD, *_NOWHERE, *_NO_DERIVATIVE},
     "GGN": {*_LOSSES, *_LOSS_FUNCTIONS, *_NOWHERE, *_NO_DERIVATIVE},
     "Fisher": {*_NOWHERE, *_NO_DERIVATIVE},
 }

@@ -31,6 +31,11 @@ def weights_after(make_closure, steps=3, **options):
     return flat(model.parameters()).detach()
 
 
+# In torch 2.6 the function itself cannot be intercepted: an error says to call loss.backward().
+INTERCEPTED = pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="torch.autograd.backward is not open to modes"
+)
+
 # -- ways to write one ------------------------------------------------------------------------
 
 
@@ -131,7 +136,7 @@ def clips_and_reads_gradients(optimizer, model, loss):
         returns_nothing,
         asks_whether_to_differentiate,
         calls_the_function,
-        calls_the_function_with_several,
+        pytest.param(calls_the_function_with_several, marks=INTERCEPTED),
         accumulates,
         weighs,
         clips_and_reads_gradients,
