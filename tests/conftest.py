@@ -15,11 +15,12 @@ os.environ["HESSCURV_CACHE"] = "off"
 
 
 # What torch 2.6 says of its own compiler, checkpoint files and schedulers, and of the oldest
-# accelerate: errors otherwise.
+# accelerate, and newer ones of an early Python 3.13: errors otherwise.
 OWN_WARNINGS = (
     "ignore:Graph break due to unsupported builtin:UserWarning",
     "ignore:TypedStorage is deprecated:UserWarning",
     "ignore:.torch.cpu.amp.autocast:FutureWarning",
+    "ignore:Guards may run slower on Python 3.13.0:RuntimeWarning",
     r"ignore:The epoch parameter in `scheduler.step\(\)`:UserWarning",
 )
 

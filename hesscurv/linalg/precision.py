@@ -1,23 +1,39 @@
-"""Full float32 precision for matrix products, whatever the process has switched on."""
+"""Full float32 precision of products, whatever the process has switched on."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 
 from hesscurv.linalg.process_settings import SharedSetting
 
+# torch's switches by backend and operation (from 2.9 on), those that others inherit from first.
+_SWITCHES = (
+    ("generic", "all"),
+    ("cuda", "all"),
+    ("mkldnn", "all"),
+    ("cuda", "matmul"),
+    ("cuda", "conv"),
+    ("cuda", "rnn"),
+    ("mkldnn", "matmul"),
+    ("mkldnn", "conv"),
+    ("mkldnn", "rnn"),
+)
+_INHERITED_FROM = 3  # the first so many
+
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Compute float32 matrix products in float32 inside this context.
+    """Compute float32 products in float32 inside this context: matrices, convolutions, RNNs.
 
-    TF32 or bfloat16 products (`torch.set_float32_matmul_precision`) and autocast serve training,
-    but their relative error of 1e-3 and more breaks orthonormality and Rayleigh quotients. They are
-    off inside and as before afterwards. The settings are the process's own, so products in
-    other threads run in full precision meanwhile.
+    TF32 and bfloat16 serve training, but their relative error of 1e-3 and more breaks
+    orthonormality, Rayleigh quotients and residuals. cuDNN's convolutions take TF32 by default,
+    whatever `torch.set_float32_matmul_precision` says. All of it is off inside, and autocast, and
+    as before afterwards. The settings are the process's own, so products in other threads run in
+    full precision meanwhile.
 
     Args:
         device: The device that computes.
@@ -28,31 +44,58 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _ieee_products() -> Iterator[None]:
-    try:
-        setting = torch.get_float32_matmul_precision()
-    except RuntimeError:
-        # Set by the newer per-backend switches (torch 2.9), after which the older one is refused.
-        backends = (
-            torch.backends.cuda.matmul,
-            torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
-        )
-        before = [backend.fp32_precision for backend in backends]
-        try:
-            for backend in backends:
-                backend.fp32_precision = "ieee"
-            yield
-        finally:
-            for backend, precision in zip(backends, before, strict=True):
-                backend.fp32_precision = precision
-        return
-    if setting == "highest":  # the default: nothing is written
+    with ExitStack() as stack:
+        newer = hasattr(torch._C, "_get_fp32_precision_getter")
+        if newer:
+            for backend, operation in _SWITCHES[:_INHERITED_FROM]:
+                _write_ieee(stack, backend, operation)
+            # The older switch of matrix products, put back, would switch the CPU's on as well.
+            stack.callback(_write, "mkldnn", "matmul", _read("mkldnn", "matmul"))
+        mixed = False
+        for read, write, ieee in _OLDER:
+            try:
+                before = read()
+            except RuntimeError:  # set by the newer switches, after which the older are refused
+                mixed = True
+                continue
+            if before != ieee:
+                stack.callback(write, before)
+                write(ieee)
+        # With the older switches where these work: code that reads them inside is refused nothing.
+        own = _SWITCHES[_INHERITED_FROM:] if mixed else _SWITCHES[-2:]
+        for backend, operation in own if newer else ():
+            _write_ieee(stack, backend, operation)
         yield
-        return
-    try:
-        torch.set_float32_matmul_precision("highest")
-        yield
-    finally:
-        torch.set_float32_matmul_precision(setting)
 
+
+def _write_ieee(stack: ExitStack, backend: str, operation: str) -> None:
+    """Switch one operation of a backend to full precision, until the stack closes.
+
+    What it inherits is full precision by now, so that another value is its own.
+    """
+    before = _read(backend, operation)
+    if before not in ("none", "ieee"):
+        stack.callback(_write, backend, operation, before)
+        _write(backend, operation, "ieee")
+
+
+def _read(backend: str, operation: str) -> str:
+    return str(torch._C._get_fp32_precision_getter(backend, operation))
+
+
+def _write(backend: str, operation: str, precision: str) -> None:
+    if _read(backend, operation) != precision:
+        torch._C._set_fp32_precision_setter(backend, operation, precision)
+
+
+def _set_cudnn(allowed: bool) -> None:
+    torch.backends.cudnn.allow_tf32 = allowed
+
+
+# Reading, writing, and the value of full precision.
+_OLDER: tuple[tuple[Callable[[], Any], Callable[[Any], None], Any], ...] = (
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
+    (lambda: torch.backends.cudnn.allow_tf32, _set_cudnn, False),
+)
 
 _IEEE_PRODUCTS = SharedSetting(_ieee_products)

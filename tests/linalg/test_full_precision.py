@@ -3,17 +3,44 @@ import contextlib
 import pytest
 import torch
 
+from hesscurv.linalg import precision
 from hesscurv.linalg.orthogonalization import orthonormalize_
 from hesscurv.linalg.precision import full_precision
 
 CPU = torch.device("cpu")
 
 
+NEWER = hasattr(torch._C, "_get_fp32_precision_getter")  # switches of torch 2.9
+
+
+def settings():
+    """All that torch says of precision; the older switches refuse once the newer differ."""
+
+    def read(switch):
+        try:
+            return switch()
+        except RuntimeError:
+            return "mixed"
+
+    older = [torch.get_float32_matmul_precision, lambda: torch.backends.cudnn.allow_tf32]
+    return [read(switch) for switch in older], newer_settings()
+
+
+def newer_settings():
+    if not NEWER:
+        return []
+    return [torch._C._get_fp32_precision_getter(*switch) for switch in precision._SWITCHES]
+
+
 @pytest.fixture(autouse=True)
 def as_before():
     yield
-    # The newer switches are written back through the older one, which resets both.
+    if NEWER:
+        for switch in precision._SWITCHES:
+            torch._C._set_fp32_precision_setter(*switch, "none")
+    # The older ones write the newer ones, too.
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
 
 
 @pytest.mark.parametrize("setting", ["highest", "high", "medium"])
@@ -27,9 +54,51 @@ def test_the_setting_is_highest_inside_and_as_before_outside(setting):
     assert torch.get_float32_matmul_precision() == setting
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="switches of torch 2.9"
-)
+def set_of(module, **values):
+    def write():
+        for name, value in values.items():
+            setattr(module, name, value)
+
+    return write
+
+
+WRITES = {
+    "nothing": lambda: None,
+    "matrix products high": lambda: torch.set_float32_matmul_precision("high"),
+    "matrix products medium": lambda: torch.set_float32_matmul_precision("medium"),
+    "cuBLAS": set_of(torch.backends.cuda.matmul, allow_tf32=True),
+    "not cuDNN": set_of(torch.backends.cudnn, allow_tf32=False),
+}
+if NEWER:
+    WRITES |= {
+        "all": set_of(torch.backends, fp32_precision="tf32"),
+        "all of CUDA": set_of(torch.backends.cudnn, fp32_precision="tf32"),
+        "all of the CPU": set_of(torch.backends.mkldnn, fp32_precision="bf16"),
+        "new cuBLAS": set_of(torch.backends.cuda.matmul, fp32_precision="tf32"),
+        "new cuDNN": set_of(torch.backends.cudnn.conv, fp32_precision="ieee"),
+        "products of the CPU": set_of(torch.backends.mkldnn.matmul, fp32_precision="bf16"),
+        "convolutions of the CPU": set_of(torch.backends.mkldnn.conv, fp32_precision="bf16"),
+    }
+
+
+@pytest.mark.parametrize("first", WRITES)
+def test_every_switch_is_off_inside_and_as_before_outside(first, as_before):
+    for second in WRITES.values():
+        WRITES[first]()
+        try:
+            second()
+        except RuntimeError:  # torch refuses the older switches after the newer ones
+            continue
+        before = settings()
+        with full_precision(CPU):
+            older, newer = settings()
+            assert set(newer) <= {"none", "ieee"}
+            # Where both kinds were mixed, only the newer ones count.
+            assert older == ["highest", False] or "mixed" in before[0]
+        assert settings() == before
+
+
+@pytest.mark.skipif(not NEWER, reason="switches of torch 2.9")
 def test_the_newer_switches_are_respected_too():
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     torch.backends.mkldnn.matmul.fp32_precision = "bf16"

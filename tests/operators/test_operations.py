@@ -22,8 +22,9 @@ KINDS = tuple(operations.KINDS)
 # no float64, or at random. All else works.
 _LOSSES = ("CTCLoss", "MultiLabelMarginLoss", "MultiMarginLoss")
 _LOSS_FUNCTIONS = ("ctc_loss", "multi_margin_loss", "multilabel_margin_loss")
-_MODEL = ("EmbeddingBag", "Hardsigmoid", "embedding_bag", "hardsigmoid", "pdist")
-_OLD = ("grid_sample",) if torch.__version__ < "2.7" else ()
+_MODEL = ("EmbeddingBag", "Hardsigmoid", "embedding_bag", "hardsigmoid")
+_OLD = ("pdist",) if torch.__version__ < "2.14" else ()
+_OLD += ("grid_sample",) if torch.__version__ < "2.7" else ()
 _NOWHERE = ("FractionalMaxPool2d", "FractionalMaxPool3d", "gumbel_softmax", "grouped_mm")
 _NO_DERIVATIVE = ("native_channel_shuffle",)
 REFUSED = {

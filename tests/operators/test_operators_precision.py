@@ -6,6 +6,7 @@ import cases
 import oracles
 import pytest
 import torch
+from tensor_cores import TensorCores
 from torch import nn
 
 import hesscurv
@@ -138,3 +139,26 @@ def test_products_ignore_reduced_matmul_precision(setting):
         assert torch.get_float32_matmul_precision() == setting
     finally:
         torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("switched_on", [False, True], ids=["default", "matrix products too"])
+def test_products_do_not_run_on_tensor_cores(kind, switched_on):
+    """Convolutions would by default: cuDNN's switch is not the one of matrix products."""
+    problem = cases.build("conv_bn", batches=1).cast(torch.float32)
+    exact = cases.build("conv_bn", batches=1).cast(torch.float32).cast(torch.float64)
+    expected = oracles.MATRICES[kind](exact)
+    torch.backends.cuda.matmul.allow_tf32 = switched_on
+    try:
+        with TensorCores() as cores:
+            problem.model.eval()(problem.batches[0][0])
+            assert cores.rounded > 0
+            rounded = cores.rounded
+            for way in ("auto", *KINDS[kind].ways):
+                H = problem.operator(KINDS[kind], way=way)
+                assert gap(H.to_dense(), expected) < 1e-5, way
+        assert cores.rounded == rounded
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32 == switched_on
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
