@@ -215,7 +215,7 @@ def _read(model: nn.Module, groups: list[Any]) -> list[_Reader]:
         if owners[id(layer.weight)] > 1:  # what it is to become would be the other's as well
             _logger.warning("%s is not fitted anew: it shares its weight", names[layer])
             continue
-        check_inside(torch.tensor(list(indices)), layer.weight.shape[1], names[layer])
+        check_inside(torch.tensor(list(indices), device="cpu"), layer.weight.shape[1], names[layer])
         gone = torch.zeros(layer.weight.shape[1], dtype=torch.bool, device=layer.weight.device)
         gone[list(indices)] = True
         if bool(gone.all()):

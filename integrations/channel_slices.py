@@ -75,7 +75,7 @@ class ChannelSlice:
         """Return the flat entries of the parameter, and each one's channel."""
         if self.entries is not None:
             return self.entries, self.channel
-        flat = torch.arange(prod(self.shape)).reshape(self.shape)
+        flat = torch.arange(prod(self.shape), device="cpu").reshape(self.shape)
         if self.blocks == 1:
             taken = flat.movedim(self.axis, 0)[self.index].flatten(1)
         else:
@@ -124,7 +124,7 @@ def read_group(group: Any, names: Mapping[int, str], readers_only: bool = False)
     for dep, kept in items:
         if not kept:
             continue
-        index, channel = (torch.tensor(column) for column in zip(*kept, strict=True))
+        index, channel = (torch.tensor(column, device="cpu") for column in zip(*kept, strict=True))
         slices = _slices_of(dep, index, channel, names)
         if slices:
             found.layers.append(slices)
@@ -312,7 +312,7 @@ def _probed(
     numbered = copy.deepcopy(layer)
     for p in numbered.parameters():
         p.grad = None
-        p.data = torch.arange(p.numel(), dtype=torch.float64).reshape(p.shape)
+        p.data = torch.arange(p.numel(), dtype=torch.float64, device="cpu").reshape(p.shape)
     entries: dict[str, list[Tensor]] = {attribute: [] for attribute in known}
     owners: dict[str, list[Tensor]] = {attribute: [] for attribute in known}
     for i, c in zip(index.tolist(), channel.tolist(), strict=True):
@@ -327,7 +327,7 @@ def _probed(
             ) from error
         survivors = dict(left.named_parameters())
         for attribute in known:
-            gone = torch.ones(prod(shapes[attribute]), dtype=torch.bool)
+            gone = torch.ones(prod(shapes[attribute]), dtype=torch.bool, device="cpu")
             gone[survivors[attribute].detach().long().flatten()] = False
             entries[attribute].append(gone.nonzero().squeeze(1))
             owners[attribute].append(torch.full_like(entries[attribute][-1], c))

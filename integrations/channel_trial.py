@@ -190,7 +190,7 @@ class _Copy:
     def set_to_zero(self, dep: Any, idxs: list[int]) -> bool:
         """Set channels of a layer to zero where they are read; return whether that is known."""
         node, module = dep.target, self._of[id(dep.target.module)]
-        index = torch.tensor(idxs)
+        index = torch.tensor(idxs, device="cpu")
         if node.type == _TYPES.PARAMETER:
             module.index_fill_(node.pruning_dim % module.ndim, index.to(module.device), 0)
         elif dep.handler in READERS:
@@ -265,7 +265,7 @@ def _normalized_without(index: Tensor) -> Any:
     def hook(module: Any, args: Any, out: Tensor) -> Tensor:
         x, is_layer = args[0], isinstance(module, nn.LayerNorm)
         along = x.ndim - 1 if is_layer else 1
-        kept = torch.ones(x.shape[along], dtype=torch.bool)
+        kept = torch.ones(x.shape[along], dtype=torch.bool, device="cpu")
         kept[index] = False
         left = kept.nonzero().squeeze(1).to(x.device)
         weight, bias = (

@@ -163,10 +163,10 @@ class CompensatedImportance(CurvatureImportance):
             slices = [part for layer in self._known(found) for part in layer]
             inputs = {n: _inputs_of(mine, found.count) for n, mine in by_name(slices).items()}
             fits |= {name: self._fit(name) for name in inputs if name not in fits}
-            costs = torch.ones(found.count).double()
+            costs = torch.ones(found.count, dtype=torch.float32, device="cpu").double()
             if self.costs is not None:
                 costs = self._costs_of(read_group(group, self._names())).double()
-            units = torch.arange(found.count).view(parts, -1).mT.tolist()
+            units = torch.arange(found.count, device="cpu").view(parts, -1).mT.tolist()
             together = {n: [torch.cat([i[c] for c in u]) for u in units] for n, i in inputs.items()}
             costs = costs.view(parts, -1).sum(0)
             groups.append(_Group(root_of(group), parts, together, costs))
@@ -253,18 +253,18 @@ def _inputs_of(parts: list[ChannelSlice], count: int) -> list[Tensor]:
     """
     found: list[list[Tensor]] = [[] for _ in range(count)]
     for part in parts:
-        kernel = torch.arange(torch.Size(part.shape[2:]).numel())
+        kernel = torch.arange(torch.Size(part.shape[2:]).numel(), device="cpu")
         entries = part.index[:, None] * len(kernel) + kernel
         for channel, mine in zip(part.channel.tolist(), entries, strict=True):
             found[channel].append(mine)
-    nothing = torch.empty(0, dtype=torch.long)
+    nothing = torch.empty(0, dtype=torch.long, device="cpu")
     return [torch.cat(mine).unique() if mine else nothing for mine in found]
 
 
 def _eliminate(groups: list[_Group], fits: dict[str, _Fit], exact: float) -> list[Tensor]:
     """Return each channel's place in the order, 0 for the first to go, by group."""
-    left = [torch.ones(len(g.costs), dtype=torch.bool) for g in groups]
-    places = [torch.zeros(len(g.costs)).double() for g in groups]
+    left = [torch.ones(len(g.costs), dtype=torch.bool, device="cpu") for g in groups]
+    places = [torch.zeros(len(g.costs), dtype=torch.float32, device="cpu").double() for g in groups]
     rows = [_rows_left(g, fits, keep) for g, keep in zip(groups, left, strict=True)]
     gone_R = rows[0].new_zeros(len(rows[0]))
     count = sum(len(g.costs) for g in groups)

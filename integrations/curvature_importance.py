@@ -272,10 +272,11 @@ class CurvatureImportance(tp.importance.Importance):
     def _costs_of(self, found: GroupChannels) -> Tensor:
         """Return what each channel of a group costs, shape (C,)."""
         assert self.costs is not None
-        total = torch.zeros(found.count)
+        total = torch.zeros(found.count, dtype=torch.float32, device="cpu")
         for name, mine in by_name([part for layer in found.layers for part in layer]).items():
             if self.costs.get(name, 0) > 0:
-                each = torch.full((1, *mine[0].shape), float(self.costs[name]))
+                cost = float(self.costs[name])
+                each = torch.full((1, *mine[0].shape), cost, dtype=torch.float32, device="cpu")
                 total += channel_sums(each, mine, found.count)[0]
         if not bool((total > 0).all()):
             raise ValueError(

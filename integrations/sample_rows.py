@@ -68,10 +68,10 @@ class SampleRows:
         self._axes = _axes_of_layers(self._objective.model, set(names))
         self._kind, self._draws = rows, draws if rows == "ggn" else 1
         self._chunk_size = chunk_size
-        self._seed = int(torch.randint(2**62, (), generator=generator))
+        self._seed = int(torch.randint(2**62, (), generator=generator, device="cpu"))
         self._gradients = SampleGradients(self._objective)
         self.sums: dict[tuple[str, int], Tensor] = {}
-        self.weights = torch.empty(0)
+        self.weights = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def measure(self) -> None:
         """Take all rows and sum them up along the axes of the model's layers."""

@@ -41,6 +41,27 @@ IMPORT_CALLS = {"__import__", "import_module", "importlib.import_module"}
 PICKLES = {"pickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 
 
+# What creates tensors on the default device, and which of these in the default dtype.
+CREATE_FLOATS = {"empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn", "zeros"}
+CREATE = CREATE_FLOATS | {"arange", "asarray", "as_tensor", "randint", "randperm", "tensor"}
+CREATE |= {"empty_strided", "scalar_tensor", "sparse_coo_tensor", "tril_indices", "triu_indices"}
+
+
+def find_undecided(source: str) -> list[str]:
+    """Calls that leave the device, or a floating dtype, to the defaults."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        name, said = node.func.attr, {keyword.arg for keyword in node.keywords}
+        if ast.unparse(node.func.value) != "torch" or name not in CREATE or None in said:
+            continue
+        needed = {"device", "dtype"} if name in CREATE_FLOATS else {"device"}
+        if not needed <= said | ({"dtype", "device"} if "out" in said else set()):
+            found.append(ast.unparse(node))
+    return found
+
+
 @dataclass(frozen=True)
 class Import:
     """One imported name: its full dotted path, where it stands, whether importing runs it."""
@@ -141,6 +162,12 @@ def test_imports_go_one_way(module):
 @pytest.mark.parametrize("module", MODULES)
 def test_nothing_is_unpickled(module):
     assert find_unsafe_loads(MODULES[module].read_text()) == []
+
+
+def test_every_created_tensor_says_its_device_and_dtype():
+    """Otherwise torch.set_default_device and set_default_dtype decide."""
+    found = {module: find_undecided(path.read_text()) for module, path in MODULES.items()}
+    assert {module: calls for module, calls in found.items() if calls} == {}
 
 
 def test_every_module_lies_in_a_known_part():

@@ -236,7 +236,9 @@ class Eigenpairs:
         """
         path = Path(path)
         if isinstance(map_location, (str, torch.device)):
-            torch.empty(0, device=map_location)  # what is wrong with the device, not the file
+            torch.empty(
+                0, dtype=torch.uint8, device=map_location
+            )  # what is wrong with the device, not the file
         try:
             data, lost = read_archive(path, _KIND, map_location)
         except ValueError as error:
@@ -286,9 +288,10 @@ def _parts(data: dict[str, Any]) -> dict[str, Any]:
 def _chosen(index: Any, k: int) -> Tensor:
     """Return the numbers of pairs that a mask or several numbers choose, (n,), int64."""
     try:
-        chosen = torch.as_tensor([] if isinstance(index, list) and not index else index)
+        listed = [] if isinstance(index, list) and not index else index
+        chosen = listed if isinstance(listed, Tensor) else torch.as_tensor(listed, device="cpu")
     except (TypeError, ValueError, RuntimeError):
-        chosen = torch.empty(0, 0)
+        chosen = torch.empty(0, 0, dtype=torch.float32, device="cpu")
     if chosen.numel() == 0 and chosen.ndim == 1:
         chosen = chosen.long()
     whole_numbers = not chosen.is_floating_point() and not chosen.is_complex()

@@ -157,7 +157,7 @@ def a_posteriori_error(
     V_Dk = whole(pairs.eigenvectors).to(H.device, H.dtype)
     eigenvalues_k1 = pairs.eigenvalues.to(H.device, H.dtype)[:, None]
     counted = CountedOperator(H, num_probes, "a_posteriori_error", progress=False)
-    sums = torch.zeros(3, dtype=torch.float64)
+    sums = torch.zeros(3, dtype=torch.float64, device="cpu")
     for start in range(0, num_probes, block_size):
         Z_Db = probes.columns(start, min(start + block_size, num_probes))
         exact_Db = counted @ Z_Db

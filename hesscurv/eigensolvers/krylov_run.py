@@ -328,7 +328,7 @@ class KrylovRun:
         # Where restarts have dropped what residuals are made of, none of them is known.
         unknown = space.lost > _MOST_LOST
         size = space.k if unknown else min(space.block, space.k, _MOST_MEASURED)
-        sample = torch.linspace(0, space.k - 1, size, device="cpu")
+        sample = torch.linspace(0, space.k - 1, size, dtype=torch.float64, device="cpu")
         sample = sample.round().long().unique()
         if self._affordable(len(sample)) == len(sample):
             measured = measured_residuals(

@@ -204,7 +204,9 @@ class MeasurementFolder:
             DamagedFileError: If it is cut off or was changed; out_cD may be overwritten in part.
             ValueError: If it belongs to other measurements.
         """
-        tested_nc = torch.empty(self.manifest.inner, stop - start, dtype=torch.float64)
+        tested_nc = torch.empty(
+            self.manifest.inner, stop - start, dtype=torch.float64, device="cpu"
+        )
         host_cD = out_cD
         if out_cD is not None and out_cD.device.type != "cpu":
             host_cD = torch.empty_like(out_cD, device="cpu")

@@ -216,7 +216,7 @@ def assemble(
 
     files.require_sizes()
     basis_mD = torch.empty(manifest.outer, manifest.dim, dtype=H.dtype, device=H.device)
-    M_nn = torch.empty(manifest.inner, manifest.inner, dtype=torch.float64)
+    M_nn = torch.empty(manifest.inner, manifest.inner, dtype=torch.float64, device="cpu")
     for first, last in manifest.ranges():
         out_cD = basis_mD[first:last] if last <= manifest.outer else None
         M_nn[:, first:last] = files.read(first, last, out_cD)

@@ -75,11 +75,11 @@ def ritz_result(
     complete_(basis_mD[:k], count, generator)
     if not bool(inside[:count].all()):  # zeros come before some Ritz values
         place = torch.where(inside, inside.cumsum(0) - 1, count + (~inside).cumsum(0) - 1)
-        rotate_(basis_mD[:k], torch.eye(k, dtype=torch.float64)[:, place])
+        rotate_(basis_mD[:k], torch.eye(k, dtype=torch.float64, device="cpu")[:, place])
     values = wanted[order].to(H.dtype)
     V_Dk = basis_mD[:k].mT
 
-    gaps = torch.full((k,), math.nan, dtype=torch.float64)
+    gaps = torch.full((k,), math.nan, dtype=torch.float64, device="cpu")
     if residuals:
         gaps = measured_residuals(H, values.to(H.device), V_Dk, block_size).cpu()
     largest = float(theta.abs().max()) if rank else 0.0

@@ -103,7 +103,7 @@ def single_pass(
     reserved = 3 * block_size * dim * H.dtype.itemsize
     with CountedOperator(H, total, "single_pass", progress) as counted:
         basis_mD = allocate_basis(storage, outer, dim, H.dtype, H.device, reserved)
-        M_nn = torch.empty(inner, inner, dtype=torch.float64)
+        M_nn = torch.empty(inner, inner, dtype=torch.float64, device="cpu")
         # SSRFT tests block by block. Where Psi is drawn anew for each use, all of the basis is
         # tested at once, and the other columns of Y, which count through Psi^T Y alone, are stored
         # in groups wider than a block.

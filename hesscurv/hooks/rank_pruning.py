@@ -57,7 +57,7 @@ def _take_from_first_rank(model: nn.Module, ranks: Communicator) -> None:
     masks = masks_of(model)
     # Pruning moves a parameter to its module's end, so that the order is no longer the same.
     parameters = dict(sorted((as_dense_name(n), p) for n, p in model.named_parameters()))
-    masked = torch.tensor([name in masks for name in parameters], dtype=torch.uint8)
+    masked = torch.tensor([name in masks for name in parameters], dtype=torch.uint8, device="cpu")
     ranks.broadcast_(masked)
     first: dict[str, Tensor] = {}
     for (name, parameter), is_masked in zip(parameters.items(), masked.tolist(), strict=True):

@@ -246,9 +246,18 @@ def complete_(basis_mD: Tensor, rank: int, generator: torch.Generator) -> None:
         raise ValueError(f"expected at most {dim} vectors of length {dim}, got {m}")
     while rank < m:
         for row in basis_mD[rank:]:
-            row.copy_(torch.randn(dim, generator=generator, device=generator.device))
+            row.copy_(_drawn(dim, generator))
         Q_rD, _, _ = orthonormalize_against_(basis_mD[rank:], [basis_mD[:rank]])
         rank += Q_rD.shape[0]
+
+
+def _drawn(dim: int, generator: torch.Generator) -> Tensor:
+    device = generator.device
+    return torch.randn(dim, generator=generator, dtype=torch.float32, device=device)
+
+
+def _identity_like(G_bb: Tensor) -> Tensor:
+    return torch.eye(len(G_bb), dtype=G_bb.dtype, device=G_bb.device)
 
 
 def _subtract_projection_(
@@ -317,7 +326,7 @@ def _factor_(
         keep = norms * R_bn.norm(dim=1) > threshold
         if not keep.any():
             return P_bD[:0], R_bn[:0]
-        if keep.all() and (G_bb - torch.eye(len(G_bb), device="cpu")).abs().max() <= 8 * eps:
+        if keep.all() and (G_bb - _identity_like(G_bb)).abs().max() <= 8 * eps:
             break
         norms = norms[keep]
         scaled = G_bb[keep][:, keep] / torch.outer(norms, norms)
@@ -329,7 +338,7 @@ def _factor_(
         T_rb[:, keep] = T_rr / norms
         P_bD = rotate_(P_bD, T_rb.mT)
         # Diagonally dominant means a condition below 3 (Gershgorin): this pass was the last.
-        if (scaled - torch.eye(len(scaled), device="cpu")).abs().sum(dim=1).max() < 0.5:
+        if (scaled - _identity_like(scaled)).abs().sum(dim=1).max() < 0.5:
             break
     else:
         raise ArithmeticError(

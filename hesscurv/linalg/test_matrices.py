@@ -94,7 +94,7 @@ class TestMatrix(ABC):
         """
         self._check(V_DB)
         dim, n = self.shape
-        out = torch.empty(n, V_DB.shape[1], dtype=torch.float64)
+        out = torch.empty(n, V_DB.shape[1], dtype=torch.float64, device="cpu")
         block = max(1, _BLOCK_NUMEL // dim)
         for start in range(0, n, block):
             stop = min(start + block, n)
@@ -117,7 +117,9 @@ class GaussianMatrix(TestMatrix):
     """Independent standard normal entries."""
 
     def _fill(self, out_D: Tensor, j: int) -> None:
-        out_D.copy_(torch.randn(len(out_D), generator=self._generator(j), dtype=self.dtype))
+        out_D.copy_(
+            torch.randn(len(out_D), generator=self._generator(j), dtype=self.dtype, device="cpu")
+        )
 
 
 class RademacherMatrix(TestMatrix):
@@ -173,11 +175,11 @@ class SSRFTMatrix(TestMatrix):
             )
         # Streams -1, -2, ...: those of the columns in the other kinds are 0, 1, ...
         self._permutations = [
-            torch.randperm(dim, generator=self._generator(stream)).to(self.device)
+            torch.randperm(dim, generator=self._generator(stream), device="cpu").to(self.device)
             for stream in (-1, -2)
         ]
         self._signs = [_signs(dim, self._generator(stream)).to(self.device) for stream in (-3, -4)]
-        rows = torch.randperm(dim, generator=self._generator(-5))[:num_columns]
+        rows = torch.randperm(dim, generator=self._generator(-5), device="cpu")[:num_columns]
         self._rows = rows.clone().to(self.device)  # without the rest of the order
         self._twiddle = dct_twiddle(dim, dtype, self.device)
 
@@ -185,7 +187,7 @@ class SSRFTMatrix(TestMatrix):
         """Return ``Omega^T V`` by fast transforms: 2 B FFTs of length D. See `TestMatrix`."""
         self._check(V_DB)
         dim, n = self.shape
-        out = torch.empty(n, V_DB.shape[1], dtype=torch.float64)
+        out = torch.empty(n, V_DB.shape[1], dtype=torch.float64, device="cpu")
         block = max(1, _BLOCK_NUMEL // (4 * dim))  # a transform holds about four copies
         for start in range(0, V_DB.shape[1], block):
             x_bD = V_DB[:, start : start + block].mT
@@ -328,14 +330,14 @@ def dct_twiddle(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         Shape (N // 2 + 1,), complex.
     """
     # Angles in float64: k / 2N of a large N has no exact float32.
-    angles = torch.arange(n // 2 + 1, dtype=torch.float64) * (-math.pi / (2 * n))
+    angles = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu") * (-math.pi / (2 * n))
     modulus = torch.full_like(angles, math.sqrt(2.0 / n))
     return torch.polar(modulus, angles).to(device, dtype.to_complex())
 
 
 def _signs(dim: int, generator: torch.Generator) -> Tensor:
     """Return random signs as int8."""
-    bits = torch.empty(dim, dtype=torch.int8).random_(0, 2, generator=generator)
+    bits = torch.empty(dim, dtype=torch.int8, device="cpu").random_(0, 2, generator=generator)
     return bits.mul_(2).sub_(1)
 
 

@@ -339,7 +339,10 @@ class SupportSystem:
         return torch.maximum(self._diagonal_D - self._spread(parts), least_D) / mu
 
     def _factor(self, mu: float) -> Tensor:
-        return torch.linalg.cholesky(self._G_nn + mu * torch.eye(len(self._G_nn)).to(self._G_nn))
+        return torch.linalg.cholesky(
+            self._G_nn
+            + mu * torch.eye(len(self._G_nn), dtype=self._G_nn.dtype, device=self._G_nn.device)
+        )
 
     def _solve_blocks(self, x_D: Tensor) -> Tensor:
         parts = zip(

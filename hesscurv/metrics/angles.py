@@ -56,7 +56,7 @@ def angles_of_spans(a: Span, b: Span) -> Tensor:
     """Return the `principal_angles` of two validated spans."""
     large, small = (a, b) if a.rank >= b.rank else (b, a)
     if isinstance(large, CoordinateSpan) and isinstance(small, CoordinateSpan):
-        angles = torch.full((small.rank,), math.pi / 2, dtype=torch.float64)
+        angles = torch.full((small.rank,), math.pi / 2, dtype=torch.float64, device="cpu")
         angles[: int((large.mask & small.mask).sum())] = 0.0
         return angles.to(large.mask.device)
     inner = cross(large, small)

@@ -290,10 +290,12 @@ def _check_orthonormal(basis: Tensor, name: str) -> None:
     # E ||(V^T V - I) w||^2 = ||V^T V - I||_F^2, at D k per vector (the Girard-Hutchinson
     # estimate). A few vectors give the norm to well within the tolerance's meaning.
     if rank <= _NUM_PROBES:
-        probes = torch.eye(rank)
+        probes = torch.eye(rank, dtype=torch.float32, device="cpu")
     else:
         seeded = torch.Generator().manual_seed(0)
-        probes = torch.randint(2, (rank, _NUM_PROBES), generator=seeded).float() * 2 - 1
+        probes = (
+            torch.randint(2, (rank, _NUM_PROBES), generator=seeded, device="cpu").float() * 2 - 1
+        )
     dtype = torch.promote_types(basis.dtype, torch.float32)
     probes = probes.to(basis.device, dtype)
     product = torch.zeros_like(probes, dtype=torch.float64)

@@ -174,7 +174,7 @@ class LinearOperator(ABC):
             tensor = torch.from_numpy(array.copy()).to(self.device, self.dtype)
             return (self @ tensor).cpu().numpy()
 
-        numpy_dtype = torch.empty(0, dtype=self.dtype).numpy().dtype
+        numpy_dtype = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
         return ScipyLinearOperator(
             shape=tuple(self.shape), matvec=apply, rmatvec=apply, matmat=apply, dtype=numpy_dtype
         )

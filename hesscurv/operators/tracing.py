@@ -88,7 +88,8 @@ def load_forward_rules() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`torch.jit")  # a FutureWarning from torch 2.14 on
         with torch.autograd.forward_ad.dual_level():
-            torch.autograd.forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
+            zero = torch.zeros(1, dtype=torch.float32, device="cpu")
+            torch.autograd.forward_ad.make_dual(zero, zero.clone())
 
 
 class PlainZeros(TorchDispatchMode):

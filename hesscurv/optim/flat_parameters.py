@@ -174,7 +174,7 @@ def _as_shard_of(parameter: Tensor, local: Tensor, trailing: int) -> Tensor:
 
     like: Any = parameter
     shape = torch.Size([*parameter.shape, *local.shape[len(local.shape) - trailing :]])
-    stride = torch.empty(shape, device="meta").stride()
+    stride = torch.empty(shape, dtype=torch.float32, device="meta").stride()
     return DTensor.from_local(
         local, like.device_mesh, like.placements, run_check=False, shape=shape, stride=stride
     )

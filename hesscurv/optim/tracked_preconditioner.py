@@ -53,7 +53,7 @@ class TrackedPreconditioner:
     def allocate(self, rank: int) -> None:
         """Take the memory of the eigenspace, with zeros, which precondition nothing."""
         if self.current is None:
-            zeros = torch.zeros(self._count(rank))
+            zeros = torch.zeros(self._count(rank), dtype=torch.float32, device="cpu")
             self._install(self.flat.new_basis(len(zeros)), zeros, zeros, rank, None)
 
     def forget(self, rank: int) -> None:
@@ -79,7 +79,7 @@ class TrackedPreconditioner:
         """Return ||H v - U Lambda U^T v|| / ||U Lambda U^T v|| for a random v of the eigenspace."""
         P = self._known()
         signs = torch.Generator().manual_seed(seed)
-        c = (2.0 * torch.randint(2, (P.rank,), generator=signs) - 1).to(P.basis_mD)
+        c = (2.0 * torch.randint(2, (P.rank,), generator=signs, device="cpu") - 1).to(P.basis_mD)
         values = _numbers(P.eigenvalues[: P.rank]).to(c)
         vectors_Dr = self.flat.whole_basis(P.basis_mD)[:, : P.rank]
         return self.tracker.drift(vectors_Dr @ c, vectors_Dr @ (values * c))
@@ -103,9 +103,9 @@ class TrackedPreconditioner:
         if self.current is None:
             return {}
         P = self.current
-        values, residuals = torch.tensor([P.eigenvalues, P.residuals], dtype=torch.float64).to(
-            self.flat.device
-        )
+        values, residuals = torch.tensor(
+            [P.eigenvalues, P.residuals], dtype=torch.float64, device="cpu"
+        ).to(self.flat.device)
         parts = zip(self.flat.parameters, self.flat.stored_parts(P.basis_mD), strict=True)
         return {p: {BASIS: part, VALUES: values, RESIDUALS: residuals} for p, part in parts}
 

@@ -38,7 +38,7 @@ def weigh(objective: Objective, batches: Iterable[Any]) -> Iterator[WeighedBatch
             continue
         parts = split(batch, 1)
         weights = [_weight(objective, part) for part in parts] if len(parts) > 1 else [whole]
-        weights_n = torch.tensor(weights, dtype=torch.float64)
+        weights_n = torch.tensor(weights, dtype=torch.float64, device="cpu")
         used = weights_n > 0
         if not used.any():
             raise ValueError(
@@ -62,7 +62,7 @@ def check_mean_over_samples(
     """
     batch, weights_n = weighed
     n = len(weights_n)
-    index = torch.arange(min(n, _MOST_CHECKED)) * n // min(n, _MOST_CHECKED)
+    index = torch.arange(min(n, _MOST_CHECKED), device="cpu") * n // min(n, _MOST_CHECKED)
     few, weights_n = select(batch, index), weights_n[index]
     task = objective.task_parts
     with objective.environment(), torch.no_grad():
@@ -78,7 +78,9 @@ def check_mean_over_samples(
             float(one_loss(task.sample_losses(out[i : i + 1], sample)))
             for i, sample in enumerate(split(few, 1))
         ]
-    mean = float(weights_n @ torch.tensor(own, dtype=torch.float64)) / float(weights_n.sum())
+    mean = float(weights_n @ torch.tensor(own, dtype=torch.float64, device="cpu")) / float(
+        weights_n.sum()
+    )
     # Losses that are small differences of large outputs are known up to the outputs' rounding.
     eps = torch.finfo(out.dtype).eps
     tolerance = 1e3 * eps * max(abs(loss), abs(mean)) + 8 * eps * float(out.abs().max())

@@ -93,7 +93,9 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> int:
             "entries": entries,
             # One tensor for each dtype: each tensor in a file takes some hundred bytes besides.
             "values": {dtype: torch.cat(parts) for dtype, parts in values.items()},
-            "places": torch.cat(places) if places else torch.empty(0, dtype=torch.uint8),
+            "places": torch.cat(places)
+            if places
+            else torch.empty(0, dtype=torch.uint8, device="cpu"),
         },
     )
 
@@ -217,14 +219,14 @@ def _rebuild(entries: list[_Entry], data: dict[str, Any], masks: bool) -> Ordere
         start = next_value[entry.dtype]
         next_value[entry.dtype] += entry.count
         stored = data["values"][entry.dtype][start : start + entry.count]
-        kept = torch.ones(entry.numel, dtype=torch.bool)
+        kept = torch.ones(entry.numel, dtype=torch.bool, device="cpu")
         if entry.where != "all":
             place = data["places"][next_place : next_place + entry.num_places]
             next_place += entry.num_places
             kept = _unpack(entry.where, place, entry.numel)
         if int(kept.sum()) != entry.count:
             raise ValueError(f"{name!r} has {entry.count} values for {int(kept.sum())} places")
-        flat = torch.zeros(entry.numel, dtype=stored.dtype)
+        flat = torch.zeros(entry.numel, dtype=stored.dtype, device="cpu")
         flat[kept] = stored
         if masks and entry.masked:
             state[f"{name}_orig"] = flat.view(entry.shape)
@@ -239,7 +241,7 @@ def _pack(kept: Tensor, count: int) -> tuple[str, Tensor]:
     index_dtype = _index_dtype(kept.numel())
     if count * index_dtype.itemsize < (kept.numel() + 7) // 8:
         return "indices", kept.nonzero().squeeze(1).to(index_dtype).view(torch.uint8)
-    bits = torch.zeros((kept.numel() + 7) // 8 * 8, dtype=torch.uint8)
+    bits = torch.zeros((kept.numel() + 7) // 8 * 8, dtype=torch.uint8, device="cpu")
     bits[: kept.numel()] = kept
     return "bits", (bits.view(-1, 8) << _SHIFTS).sum(1, dtype=torch.uint8)
 
@@ -247,13 +249,13 @@ def _pack(kept: Tensor, count: int) -> tuple[str, Tensor]:
 def _unpack(where: str, place: Tensor, numel: int) -> Tensor:
     if where == "bits":
         return ((place.unsqueeze(1) >> _SHIFTS) & 1).bool().flatten()[:numel]
-    kept = torch.zeros(numel, dtype=torch.bool)
+    kept = torch.zeros(numel, dtype=torch.bool, device="cpu")
     # A copy, since bytes in the middle of a tensor need not be aligned for integers.
     kept[place.clone().view(_index_dtype(numel)).long()] = True
     return kept
 
 
-_SHIFTS = torch.arange(8, dtype=torch.uint8)
+_SHIFTS = torch.arange(8, dtype=torch.uint8, device="cpu")
 
 
 def _num_bytes(where: str, numel: int, count: int) -> int:

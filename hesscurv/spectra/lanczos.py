@@ -104,7 +104,7 @@ def lanczos(
         norms = column_norms(W_bD).tolist()
         project_out_(W_bD, deflated, passes=1)
         if step > 0:
-            last = torch.tensor([betas[i][-1] for i in active], dtype=torch.float64)
+            last = torch.tensor([betas[i][-1] for i in active], dtype=torch.float64, device="cpu")
             W_bD.addcmul_(previous_bD, last.to(W_bD)[:, None], value=-1)
         first = _project_out_rows_(W_bD, current_bD)
         # A second time removes what rounding left, and with a basis all earlier vectors as well.
@@ -129,11 +129,14 @@ def lanczos(
         if len(going) < len(active):
             W_bD, current_bD = W_bD[going], current_bD[going]
             active = [active[row] for row in going]
-        lengths_b1 = torch.tensor([[betas[i][-1]] for i in active], dtype=torch.float64)
+        lengths_b1 = torch.tensor(
+            [[betas[i][-1]] for i in active], dtype=torch.float64, device="cpu"
+        )
         previous_bD, current_bD = current_bD, W_bD.div_(lengths_b1.to(W_bD))
     return [
         Tridiagonal(
-            torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64)
+            torch.tensor(alpha, dtype=torch.float64, device="cpu"),
+            torch.tensor(beta, dtype=torch.float64, device="cpu"),
         )
         for alpha, beta in zip(alphas, betas, strict=True)
     ]

@@ -122,6 +122,6 @@ def project(H: LinearOperator, Q_rD: Tensor, block_size: int, out_rD: Tensor | N
             out_rD[rows] = Z_bD
         columns.append(inner_products(Q_rD, Z_bD))
     if not columns:  # the zero operator
-        return torch.zeros(0, 0, dtype=torch.float64)
+        return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     G_rr = torch.cat(columns, dim=1)
     return (G_rr + G_rr.mT) / 2

@@ -162,7 +162,8 @@ class SpectralDensity:
         sigma = self.default_sigma if sigma is None else float(sigma)
         if not 0 < sigma < math.inf:
             raise ValueError(f"expected a positive finite sigma, got {sigma}")
-        t_G = (self.grid() if grid is None else torch.as_tensor(grid)).to("cpu", torch.float64)
+        grid = self.grid() if grid is None else grid
+        t_G = torch.as_tensor(grid, dtype=torch.float64, device="cpu")
 
         def smoothed(x: Tensor, weights: Tensor) -> Tensor:
             bumps = torch.exp(-0.5 * ((t_G[:, None] - x) / sigma) ** 2)
@@ -207,7 +208,9 @@ class SpectralDensity:
             raise ValueError(f"expected a finite margin >= 0, got {margin}")
         low, high = self.range
         extra = max(margin * self._width(), 4 * self.default_sigma)
-        return torch.linspace(low - extra, high + extra, num_points, dtype=torch.float64)
+        return torch.linspace(
+            low - extra, high + extra, num_points, dtype=torch.float64, device="cpu"
+        )
 
     def _width(self) -> float:
         low, high = self.range
@@ -325,7 +328,7 @@ def spectral_density(
 def _known_part(pairs: Eigenpairs | None, dim: int) -> tuple[Tensor, list[Tensor]]:
     """Return the known eigenvalues, float64 on the CPU, and their vectors in rows."""
     if pairs is None:
-        return torch.empty(0, dtype=torch.float64), []
+        return torch.empty(0, dtype=torch.float64, device="cpu"), []
     if not isinstance(pairs, Eigenpairs):
         raise TypeError(f"expected Eigenpairs, as eigsh returns them, got {type(pairs).__name__}")
     length, k = pairs.eigenvectors.shape
@@ -342,8 +345,8 @@ def _known_part(pairs: Eigenpairs | None, dim: int) -> tuple[Tensor, list[Tensor
 def _padded(results: list[Tridiagonal]) -> tuple[Tensor, Tensor]:
     """Return the quadratures (p, n), those that ended early filled with nodes of no weight."""
     n = max(len(T.diagonal) for T in results)
-    nodes = torch.empty(len(results), n, dtype=torch.float64)
-    weights = torch.zeros(len(results), n, dtype=torch.float64)
+    nodes = torch.empty(len(results), n, dtype=torch.float64, device="cpu")
+    weights = torch.zeros(len(results), n, dtype=torch.float64, device="cpu")
     for i, T in enumerate(results):
         x, w = T.quadrature()
         nodes[i, : len(x)], nodes[i, len(x) :] = x, x[-1]

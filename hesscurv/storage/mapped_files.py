@@ -36,9 +36,9 @@ def mapped_tensor(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> T
         DiskFullError: If the disk has no room for it.
     """
     numel = math.prod(shape)
-    size = numel * torch.empty(0, dtype=dtype).element_size()
+    size = numel * torch.empty(0, dtype=dtype, device="cpu").element_size()
     if size == 0:
-        return torch.empty(shape, dtype=dtype)
+        return torch.empty(shape, dtype=dtype, device="cpu")
     handle, name = tempfile.mkstemp(prefix=".hesscurv-", suffix=".block", dir=folder)
     try:
         os.unlink(name)

@@ -47,15 +47,16 @@ def load_archive(
         file: Open at its beginning; it can seek.
         size: The number of its bytes, which bounds every size that it names.
         compare_members: Whether to compare the checksum of each part, CRC-32, which torch does not.
-        map_location: As in ``torch.load``.
+        map_location: The device of the tensors; None for those that they were saved from.
 
     Raises:
         ValueError: If it is damaged, or no archive of a dict.
+        RuntimeError: If there is no such device, or one of those that it was saved from is missing.
     """
     try:
         _check_members(file, size, compare_members)
         file.seek(0)
-        data = torch.load(file, map_location=map_location, weights_only=True)
+        data = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # zipfile and torch raise what they stumble over, of any type
         first = str(error).strip().split("\n")[0][:200]
         raise ValueError(f"{type(error).__name__}: {first}") from error
@@ -67,6 +68,12 @@ def load_archive(
             raise ValueError(
                 f"it names a tensor of shape {tuple(tensor.shape)}, which {size} bytes cannot hold"
             )
+    # Not before: an error from here on is the device's, not the file's.
+    if map_location is None:
+        file.seek(0)
+        data = torch.load(file, weights_only=True)
+    elif torch.device(map_location).type != "cpu":
+        data = _moved(data, torch.device(map_location))
     return data
 
 
@@ -137,6 +144,16 @@ def _check_members(file: BinaryIO, size: int, compare: bool) -> None:
                 with archive.open(member) as part:  # the checksum is compared where it ends
                     while part.read(_READ_BYTES):
                         pass
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return type(value)((key, _moved(inner, device)) for key, inner in value.items())  # type: ignore[call-arg]
+    if type(value) in (list, tuple, set):
+        return type(value)(_moved(inner, device) for inner in value)
+    return value
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
