@@ -338,7 +338,8 @@ def normalize(scores: Tensor, normalizer: Normalizer) -> Tensor:
     if normalizer == "lamp":
         ordered, order = scores.sort()
         # Each over the sum of those that are not below it.
-        left = ordered.flip(0).cumsum(0).flip(0)
+        # On the host: a running sum on a GPU is refused by torch.use_deterministic_algorithms.
+        left = ordered.flip(0).cpu().cumsum(0).flip(0).to(ordered.device)
         return torch.empty_like(scores).index_copy_(0, order, ordered / left)
     place = int(float(normalizer.removeprefix("sentinel_")) * len(scores))
     return scores / scores.sort().values[place]

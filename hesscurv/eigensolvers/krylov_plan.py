@@ -101,8 +101,7 @@ def plan(
             least = wanted = min(max_basis, dim)
 
     # A block of vectors, its products, and what either is copied to on the way.
-    objective = getattr(H, "objective", None)
-    reserved = 4 * block * dim * H.dtype.itemsize + (objective.budget if objective else 0)
+    reserved = 4 * block * dim * H.dtype.itemsize + H.memory_needed(block)
 
     if state is not None and storage is None and state["storage"] != "disk":
         storage = state["storage"]  # another place has other roundings

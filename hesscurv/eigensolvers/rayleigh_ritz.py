@@ -101,7 +101,7 @@ def rayleigh_ritz(
     )
     total = passes * m + extra
     H.expect(total)
-    reserved = 3 * block_size * dim * H.dtype.itemsize
+    reserved = 3 * block_size * dim * H.dtype.itemsize + H.memory_needed(block_size)
     with CountedOperator(H, total, "rayleigh_ritz", progress) as counted:
         Q_rD = allocate_basis(storage, m, dim, H.dtype, H.device, reserved)
         basis_mD = Q_rD

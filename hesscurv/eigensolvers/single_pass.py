@@ -100,7 +100,7 @@ def single_pass(
     )
     total = inner + (k if residuals else 0)
     H.expect(total)
-    reserved = 3 * block_size * dim * H.dtype.itemsize
+    reserved = 3 * block_size * dim * H.dtype.itemsize + H.memory_needed(block_size)
     with CountedOperator(H, total, "single_pass", progress) as counted:
         basis_mD = allocate_basis(storage, outer, dim, H.dtype, H.device, reserved)
         M_nn = torch.empty(inner, inner, dtype=torch.float64, device="cpu")

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from hesscurv.hooks.probe import OPERATORS
+from hesscurv.linalg.precision import require_float64
 from hesscurv.operators.batches import check_source
 from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.optim.arguments import check_count
@@ -21,7 +22,8 @@ def check_model(model: Any, task: Any, curvature: Any, batches: Any) -> None:
     Raises:
         TypeError: If the model is no module, the task not callable or without the parts that the
             curvature needs, or the batches cannot be read.
-        ValueError: If the curvature is unknown, or the batches are a single one.
+        ValueError: If the curvature is unknown, the batches are a single one, or the model is on a
+            device without float64.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
@@ -39,6 +41,8 @@ def check_model(model: Any, task: Any, curvature: Any, batches: Any) -> None:
             "hesscurv.supervised(loss) has; curvature='hessian' takes any callable"
         )
     check_source(batches)
+    for device in {p.device for p in model.parameters()}:
+        require_float64(device)
 
 
 def check_numbers(**counts: Any) -> None:

@@ -1,9 +1,10 @@
-"""Full float32 precision of products, whatever the process has switched on."""
+"""Full precision of products, whatever the process has switched on, and float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +24,30 @@ _SWITCHES = (
     ("mkldnn", "rnn"),
 )
 _INHERITED_FROM = 3  # the first so many
+
+
+@cache
+def require_float64(device: torch.device) -> None:
+    """Require a device on which float64 works, which sums and small matrices are kept in.
+
+    Raises:
+        ValueError: If it does not, as on MPS and on some XPUs.
+    """
+    if device.type == "meta":  # it may be given values yet
+        return
+    try:
+        one = torch.ones(1, dtype=torch.float64, device=device)
+        works = float(one + one) == 2
+    except (TypeError, RuntimeError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        works = False
+    if not works:
+        raise ValueError(
+            f"expected a device that computes in float64, which sums, small matrices and residuals "
+            f"need, got {device}; move the model and the data to the CPU (model.cpu()) or to a "
+            "CUDA device for curvature"
+        )
 
 
 @contextmanager

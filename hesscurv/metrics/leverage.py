@@ -146,7 +146,8 @@ def overlap_by_k(scores: Tensor, pairs: Subspace, ks: Iterable[int] | None = Non
     # one row up to the diagonal and one column above it.
     growth = rows.tril().sum(1) + rows.triu(1).sum(0)
     index = torch.tensor(ranks, device=growth.device)
-    return growth.cumsum(0)[index - 1] / index
+    # On the host: a running sum on a GPU is refused by torch.use_deterministic_algorithms.
+    return growth.cpu().cumsum(0).to(growth.device)[index - 1] / index
 
 
 def leverage_by_parameter(

@@ -255,17 +255,6 @@ class CurvatureOperator(SummedOperator):
         self.keep(way, apply, index)
         return apply
 
-    def reference_on(self, index: int, batch: Any, vectors_BD: Tensor) -> Tensor:
-        """Return a micro-batch's curvature times vectors (B, D), by the reference way.
-
-        Its graph is kept for the next time, where that takes little memory.
-        """
-        way = self.ways[0]
-        with on_batch(way, batch):
-            keep = self.memory_plan.keep_references
-            apply = self.prepared(index, batch, way) if keep else self.prepare(batch, way)
-            return self.run(apply, vectors_BD, way)
-
     def keep(self, way: str, apply: Linearization, index: int = 0) -> None:
         """Keep what was set up for a micro-batch, as long as weights and memory allow."""
         if self.memory_plan.keep_graphs and self.objective.batches.kept is not None:
@@ -288,6 +277,10 @@ class CurvatureOperator(SummedOperator):
     def memory_plan(self) -> MemoryPlan:
         """How much goes through a product at once."""
         return self._micro_batches.plan
+
+    def memory_needed(self, width: int) -> int:
+        """Return the bytes that graphs and vectors passing through take; see `MemoryPlan`."""
+        return self.memory_plan.needed(width)
 
     def prepare(self, batch: Any, way: str) -> Linearization:
         """Set one batch's product up, in one way, without keeping it."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.distributed import Communicator
-from hesscurv.linalg.precision import full_precision
+from hesscurv.linalg.precision import full_precision, require_float64
 from hesscurv.operators.descriptions import Words, describe_object, inherit_arguments
 from hesscurv.operators.uncompiled import uncompiled
 
@@ -36,6 +36,7 @@ class LinearOperator(ABC):
         self.shape = torch.Size((size, size))
         self.dtype = dtype
         self.device = torch.device(device)
+        require_float64(self.device)
         self.num_matvecs = 0
         self.communicator = Communicator()
 
@@ -130,6 +131,13 @@ class LinearOperator(ABC):
 
     def confirm(self) -> None:  # noqa: B027, there may be nothing to compare with
         """Compare the products since `expect` with an independent one, and warn of a gap."""
+
+    def memory_needed(self, width: int) -> int:
+        """Return the bytes on its device that a product of `width` vectors takes, the block aside.
+
+        0 where it is not known.
+        """
+        return 0
 
     def settings(self) -> dict[str, Any]:
         """Return, in plain values, what decides the rounding of products beside H itself."""

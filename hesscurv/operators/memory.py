@@ -31,6 +31,8 @@ class MemoryPlan:
         max_vectors: Vectors at once on one micro-batch.
         keep_graphs: Whether the graphs of all micro-batches are kept between products.
         keep_references: Whether the reference's graphs are kept as well, once they were needed.
+        graph_bytes: What the graphs take that there are at once; None where it is not known.
+        vector_bytes: What each vector passing through takes.
     """
 
     budget: int
@@ -38,6 +40,15 @@ class MemoryPlan:
     max_vectors: int = _UNLIMITED
     keep_graphs: bool = True
     keep_references: bool = False
+    graph_bytes: int | None = None
+    vector_bytes: int = 0
+
+    def needed(self, vectors: int) -> int:
+        """Return the bytes that a product of a block of so many vectors takes."""
+        if self.graph_bytes is None:
+            return self.budget
+        passing = min(vectors, self.max_vectors) * self.vector_bytes
+        return min(self.budget, self.graph_bytes + passing)
 
     def with_fewer_vectors(self, vectors: int) -> MemoryPlan:
         """Return the plan with at most this many vectors at once."""
@@ -89,6 +100,8 @@ def plan_memory(objective: Objective, budget: int, batch: Any, separable: bool) 
         max_vectors=max(1, int((budget - kept) / max(vector, 1))),
         keep_graphs=keep,
         keep_references=keep_references,
+        graph_bytes=int(kept),
+        vector_bytes=int(vector),
     )
 
 

@@ -17,6 +17,7 @@ from hesscurv.distributed.sharded import (
     reshard,
     whole,
 )
+from hesscurv.linalg.precision import require_float64
 from hesscurv.operators.batches import Batches
 from hesscurv.operators.environment import (
     differentiable,
@@ -37,6 +38,9 @@ from hesscurv.operators.parameters import (
 )
 from hesscurv.operators.plain_embeddings import PlainEmbeddings, dense, makes_plain
 from hesscurv.operators.tasks import Task, as_loss
+
+# A loss of many terms, summed in another order, comes out within so many units of rounding.
+_ROUNDINGS = 32
 
 
 class Objective:
@@ -90,7 +94,7 @@ class Objective:
             self._selected = select_parameters(self.model, params)
         self._signatures = {name: _signature(p) for name, p in self._selected.items()}
         self.layout: ParameterLayout = layout_of(self._selected)
-        self.device = _common_device(self._selected)
+        self.device = _common_device(self.model, self._selected)
         self.dtype = _compute_dtype(self._selected, compute_dtype)
         own = {p.dtype for p in self._selected.values()}
         self._cast = None if own == {self.dtype} else self.dtype
@@ -182,13 +186,19 @@ class Objective:
         self.invalidate()
 
     def closure_differs(self) -> bool:
-        """Whether a closure's loss is another than before, without having changed the model."""
+        """Whether a closure's loss is another than before, by more than rounding."""
         if not self.is_closure:
             return False
         with self.environment():
             loss = float(self.loss(self._values, None).detach())
-        before, self._closure_loss = self._closure_loss, loss
-        return loss != before
+        before = self._closure_loss
+        if before is not None:
+            # On GPUs, sums by atomic additions come out in another order every time.
+            rounding = _ROUNDINGS * torch.finfo(self.dtype).eps * abs(before)
+            if abs(loss - before) <= rounding:
+                return False
+        self._closure_loss = loss
+        return True
 
     def is_sharded(self) -> bool:
         """Whether any of the model's parameters is sharded over ranks."""
@@ -416,16 +426,23 @@ def _signature(p: Tensor) -> tuple[Any, ...]:
     return tuple(p.shape), p.dtype, p.device
 
 
-def _common_device(params: dict[str, nn.Parameter]) -> torch.device:
+def _common_device(model: nn.Module, params: dict[str, nn.Parameter]) -> torch.device:
+    spread = getattr(model, "hf_device_map", None) or {}
+    places = sorted({str(device) for device in spread.values()})
+    how = f" (loaded with device_map, over {places})" if places else ""
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"expected a model with values, got parameters on the meta device{how}; load it whole, "
+            "without offloading any part"
+        )
     devices = {p.device for p in params.values()}
     if len(devices) > 1:
         raise ValueError(
-            f"expected the selected parameters on one device, got {sorted(map(str, devices))}; "
-            "move the model to one, or select parameters of one device"
+            f"expected the selected parameters on one device, got {sorted(map(str, devices))}"
+            f"{how}; move the model to one device, or select parameters of one with params="
         )
     device = devices.pop()
-    if device.type == "meta":
-        raise ValueError("expected a model with values, got parameters on the meta device")
+    require_float64(device)
     return device
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hesscurv.linalg.precision import require_float64
 from hesscurv.operators.batches import Batches
 from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.operators.tasks import as_loss
@@ -21,6 +22,7 @@ def check_model(model: Any, task: Any) -> None:
 
     Raises:
         TypeError: If one is of a wrong type.
+        ValueError: If the model is on a device without float64.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected model to be a torch.nn.Module, got {type(model).__name__}")
@@ -29,6 +31,8 @@ def check_model(model: Any, task: Any) -> None:
             f"expected task to be hesscurv.supervised(loss) or a callable (model, batch) -> loss, "
             f"got {type(task).__name__}"
         )
+    for device in {p.device for p in model.parameters()}:
+        require_float64(device)
 
 
 def check_measured(

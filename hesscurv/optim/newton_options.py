@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from hesscurv.distributed.sharded import is_sharded
+from hesscurv.linalg.precision import require_float64
 from hesscurv.optim.arguments import check_choice, check_count, check_positive
 
 _COUNTS = {"rank": 0, "refresh_every": 1, "max_cg": 1, "max_backtracks": 0, "seed": 0}
@@ -50,7 +51,7 @@ def check_parameters(params: Sequence[nn.Parameter]) -> None:
 
     Raises:
         TypeError: If one is complex, sparse or a DTensor.
-        ValueError: If they lie on several devices.
+        ValueError: If they lie on several devices, or on one without float64.
     """
     for p in params:
         if is_sharded(p):
@@ -67,3 +68,5 @@ def check_parameters(params: Sequence[nn.Parameter]) -> None:
         raise ValueError(
             f"expected all parameters on one device, got {devices}; move the model to one"
         )
+    for p in params[:1]:
+        require_float64(p.device)

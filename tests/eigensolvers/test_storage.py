@@ -3,6 +3,7 @@
 import logging
 import warnings
 
+import cases
 import pytest
 import torch
 from planted import by_magnitude, indefinite, planted
@@ -121,3 +122,14 @@ def test_a_result_half_precision_works_with_metrics_and_files(tmp_path):
     assert torch.equal(again.eigenvectors, pairs.eigenvectors)
     warm = solve(H, initial=pairs, tol=1e-4)
     torch.testing.assert_close(warm.eigenvalues, exact.eigenvalues, rtol=1e-5, atol=1e-5)
+
+
+def test_a_small_basis_stays_where_little_is_free(monkeypatch):
+    """What is set aside is what products take, not the budget that they would have to keep to."""
+    monkeypatch.setattr("hesscurv.operators.memory.device_memory", lambda device: 8 << 30)
+    problem = cases.build("mlp")
+    H = problem.operator(hesscurv.HessianOperator)
+    assert H.objective.budget == 1 << 30
+    assert 0 < H.memory_needed(4) < H.memory_needed(16) < 1 << 20
+    monkeypatch.setattr("hesscurv.storage.placement.free_memory", lambda device: 64 << 20)
+    assert hesscurv.eigsh(H, 3).info["storage"] == "device"
