@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from hesscurv.distributed.sharded import is_sharding_hook
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.process_settings import LOCK, SharedSetting
+from hesscurv.operators.unfused_cells import UnfusedCells, has_cells
 
 
 @contextmanager
@@ -68,6 +69,8 @@ def preserved(
             stack.enter_context(compilation_suspended())
         if device.type == "cuda" and any(isinstance(m, nn.RNNBase) for m in modules):
             stack.enter_context(_WITHOUT_CUDNN.held())
+        if device.type == "cuda" and any(map(has_cells, modules)):
+            stack.enter_context(UnfusedCells())
         if any(map(has_weight_norm, modules)):
             stack.enter_context(_PlainWeightNorm())
         try:
