@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.linalg.process_settings import LOCK
+from hesscurv.operators.changes import Written, marks_of_batches
 from hesscurv.operators.samples import (
     describe,
     is_cuttable,
@@ -69,7 +70,7 @@ class Batches:
         self._may_be_empty = may_be_empty
         self._random_state = _random_state(device)
         self._sums = (0.0, 0.0)
-        self._versions: tuple[Any, ...] = ()
+        self._marks: Written | None = None
         self.ordered = False
         self.count = 0
         self.reads = 0
@@ -81,7 +82,7 @@ class Batches:
         Raises:
             ValueError: If there is no batch.
         """
-        self._versions = self._read_versions()
+        self._marks = self._read_marks()
         self._sums, self.count = (0.0, 0.0), 0
         self.reads += 1
         kept: list[Any] | None = []
@@ -123,19 +124,20 @@ class Batches:
                 "samples in a batch depend on each other, or pass list(loader)"
             )
 
-    def reread_if_written(self) -> bool:
-        """Read a list again whose tensors were written to; return whether that was so."""
-        if self.reads == 0 or self._versions == self._read_versions():
+    def reread_if_written(self, otherwise: bool = False) -> bool:
+        """Read a list again whose tensors or numbers were written to; return whether that was so.
+
+        Args:
+            otherwise: Whether to read in any case.
+        """
+        if self.reads == 0 or not (otherwise or self._marks != self._read_marks()):
             return False
         for _ in self.first_pass():
             pass
         return True
 
-    def _read_versions(self) -> tuple[Any, ...]:
-        if not isinstance(self._source, (list, tuple)):
-            return ()
-        tensors = [t for batch in self._source for t in tensors_of(batch)]
-        return tuple((id(t), 0 if t.is_inference() else t._version) for t in tensors)
+    def _read_marks(self) -> Written | None:
+        return marks_of_batches(self._source) if self._listed else None
 
     def read(self) -> Iterator[Any]:
         """Yield the batches of another pass, which may differ from the last.

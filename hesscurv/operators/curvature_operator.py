@@ -361,6 +361,7 @@ class CurvatureOperator(SummedOperator):
         that has been used.
         """
         self._choice.expect(products)
+        self.objective.compare_loss()
         self._record = None
 
     def settings(self) -> dict[str, Any]:

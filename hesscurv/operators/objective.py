@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -19,6 +20,7 @@ from hesscurv.distributed.sharded import (
 )
 from hesscurv.linalg.precision import require_float64
 from hesscurv.operators.batches import Batches
+from hesscurv.operators.changes import marks_of_model, marks_of_task
 from hesscurv.operators.environment import (
     differentiable,
     exclusive,
@@ -114,6 +116,9 @@ class Objective:
         self._marks_seen: tuple[Any, ...] = ()
         self.is_closure = batches is None
         self._closure_loss: float | None = None
+        self._task_marks = marks_of_task(task)
+        self._comparing = False
+        self._first_loss: float | None = None
 
     @property
     def task_parts(self) -> Task:
@@ -153,11 +158,16 @@ class Objective:
         Sharded parameters are compared by this rank's own shards: nothing is sent.
         """
         with exclusive(self.model), torch.inference_mode(False), torch.no_grad():
-            data = self.batches.reread_if_written()
+            task = marks_of_task(self.task)
+            differs = task != self._task_marks or self._loss_differs()
+            self._task_marks = task
+            data = self.batches.reread_if_written(differs)
             reshard(self.model)
             self._look_up()
-            self._marks_seen = self._read_marks()
-            return self._marks_seen != self._marks or self._differs(), data
+            selected = {id(p) for p in self._selected.values()}
+            self._marks_seen = marks_of_model(self.model, selected, self.training)
+            weights = self._marks_seen != self._marks or self._differs()
+            return weights or differs, data
 
     def take_values(self) -> None:
         """Take the model's present values; sharded ones are gathered, on all ranks together."""
@@ -175,6 +185,7 @@ class Objective:
                 if name not in self._selected
             }
             self._marks = self._marks_seen
+            self._first_loss = None
 
     def invalidate(self) -> None:
         """Let the next `refresh` find that the model has changed."""
@@ -185,18 +196,35 @@ class Objective:
         self._values, self._copies, self.constants = (), (), {}
         self.invalidate()
 
+    def compare_loss(self) -> None:
+        """Let the next `refresh` evaluate the first batch's loss, and compare it with the last one.
+
+        It tells what leaves no mark: a model's own attributes, what a loss has captured.
+        """
+        self._comparing = not self.is_closure
+
+    def _loss_differs(self) -> bool:
+        if not (self._comparing and self._values and self.batches.kept):
+            return False
+        self._comparing = False
+        with self.environment():
+            loss = float(self.loss(self._values, self.batches.kept[0]).detach())
+        before, self._first_loss = self._first_loss, loss
+        # It is not finite where all targets of the batch are ignored.
+        return before is not None and math.isfinite(loss) and not self._is_same(loss, before)
+
+    def _is_same(self, loss: float, before: float) -> bool:
+        # On GPUs, sums by atomic additions come out in another order every time.
+        return abs(loss - before) <= _ROUNDINGS * torch.finfo(self.dtype).eps * abs(before)
+
     def closure_differs(self) -> bool:
         """Whether a closure's loss is another than before, by more than rounding."""
         if not self.is_closure:
             return False
         with self.environment():
             loss = float(self.loss(self._values, None).detach())
-        before = self._closure_loss
-        if before is not None:
-            # On GPUs, sums by atomic additions come out in another order every time.
-            rounding = _ROUNDINGS * torch.finfo(self.dtype).eps * abs(before)
-            if abs(loss - before) <= rounding:
-                return False
+        if self._closure_loss is not None and self._is_same(loss, self._closure_loss):
+            return False
         self._closure_loss = loss
         return True
 
@@ -374,22 +402,6 @@ class Objective:
         if self.device.type == "cpu" and self._cast is None:
             return not all(torch.equal(p, copy) for p, copy in pairs)  # without memory
         return bool(torch.stack([(p != copy).any() for p, copy in pairs]).any())
-
-    def _read_marks(self) -> tuple[Any, ...]:
-        selected = {id(p) for p in self._selected.values()}
-        found = [*self.model.parameters(), *self.model.buffers()]
-        tensors = list(map(own_shard, found))
-        marks: tuple[Any, ...] = tuple(
-            (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors
-        )
-        if self.training is None:
-            marks += tuple(m.training for m in self.model.modules())
-        others: dict[torch.device, list[Tensor]] = {}
-        for own, t in zip(found, tensors, strict=True):
-            if id(own) not in selected and t.is_floating_point() and t.numel() and t.itemsize > 1:
-                norm = torch.linalg.vector_norm(t, dtype=torch.float64)
-                others.setdefault(t.device, []).append(norm)
-        return marks, tuple(x for n in others.values() for x in torch.stack(n).tolist())
 
     def _substitute(self, tensor: Tensor) -> Tensor:
         # Outside its mode, an inference tensor cannot take part in a graph; a copy can.

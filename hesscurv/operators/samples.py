@@ -79,6 +79,13 @@ def tensors_of(value: Any) -> list[Tensor]:
     return found
 
 
+def plain_values_of(value: Any) -> list[Any]:
+    """Return the numbers and texts in a batch, in order."""
+    found: list[Any] = []
+    _collect_plain(value, found, frozenset())
+    return found
+
+
 def first_dimensions(batch: Any) -> tuple[int, ...]:
     """Return the first dimension of each tensor of a batch, 0-dimensional ones left out."""
     return tuple(t.shape[0] for t in tensors_of(batch) if t.ndim)
@@ -202,6 +209,17 @@ def _collect(value: Any, found: list[Tensor], outer: frozenset[int]) -> None:
     opened = None if id(value) in outer else _open(value)
     for child in () if opened is None else opened[0]:
         _collect(child, found, outer | {id(value)})
+
+
+def _collect_plain(value: Any, found: list[Any], outer: frozenset[int]) -> None:
+    if isinstance(value, Tensor) or value is None:
+        return
+    if isinstance(value, _PLAIN):
+        found.append(value)
+        return
+    opened = None if id(value) in outer else _open(value)
+    for child in () if opened is None else opened[0]:
+        _collect_plain(child, found, outer | {id(value)})
 
 
 def _open(value: Any) -> _Opened | None:

@@ -121,13 +121,12 @@ class SupervisedTask(Task):
                 "measured is the curvature of a mean over all samples"
             )
         self.loss_fn = loss_fn
-        self._torch_loss = torch_loss_of(loss_fn)
 
     @property
     def torch_loss(self) -> TorchLoss | None:
         """What is known of the loss if it is one of torch's, and used as it is; else None."""
         own = type(self).loss is not SupervisedTask.loss
-        return None if own else self._torch_loss
+        return None if own else torch_loss_of(self.loss_fn)
 
     def __repr__(self) -> str:
         """Name the call that made it."""

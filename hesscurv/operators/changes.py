@@ -1,0 +1,109 @@
+"""Marks of a model, its data and its task, by which a later change of them is noticed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscurv.distributed.sharded import own_shard
+from hesscurv.operators.samples import plain_values_of, tensors_of
+
+
+class Written:
+    """Tensors and plain values as they are now; equal to a later look where nothing was written.
+
+    The tensors are kept alive: the address of one that is gone is soon another one's.
+
+    Args:
+        tensors: The tensors, whose writes autograd's version counters tell.
+        values: Numbers, texts and the like.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor], values: Iterable[Any] = ()) -> None:
+        self._tensors = tuple(tensors)
+        self._versions = tuple(0 if t.is_inference() else t._version for t in self._tensors)
+        self._values = tuple(values)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both hold the same tensors, not written to in between, and equal values."""
+        return (
+            isinstance(other, Written)
+            and len(self._tensors) == len(other._tensors)
+            and all(a is b for a, b in zip(self._tensors, other._tensors, strict=True))
+            and self._versions == other._versions
+            and self._values == other._values
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def marks_of_batches(batches: Iterable[Any]) -> Written:
+    """Return the marks of a list of batches."""
+    tensors: list[Tensor] = []
+    values: list[Any] = []
+    for batch in batches:
+        tensors += tensors_of(batch)
+        values += plain_values_of(batch)
+    return Written(tensors, values)
+
+
+def marks_of_task(task: Any) -> Written:
+    """Return the marks of a `Task`: tensors and modules in it, and the options of torch's losses.
+
+    Of other callables none are taken: what they hold may change with every call.
+    """
+    tensors: list[Tensor] = []
+    values: list[Any] = []
+    waiting = list(vars(task).values()) if hasattr(task, "sample_losses") else []
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Tensor):
+            tensors.append(part)
+        elif isinstance(part, functools.partial):
+            waiting += [part.func, *part.args, *part.keywords.values()]
+            values += [(k, v) for k, v in part.keywords.items() if _is_plain(v)]
+        elif isinstance(part, nn.Module):
+            tensors += [*part.parameters(), *part.buffers()]
+            if type(part).__module__.startswith("torch.nn"):
+                values += [(k, v) for k, v in vars(part).items() if _is_plain(v)]
+    return Written(tensors, values)
+
+
+def marks_of_model(model: nn.Module, selected: set[int], training: bool | None) -> tuple[Any, ...]:
+    """Return the marks of a model: addresses and versions, and what tells other writes.
+
+    Writes through `.data` count no version. The selected parameters are compared with copies
+    elsewhere; of the others three numbers are taken, which a sign, a permutation or a scale change.
+
+    Args:
+        model: The model.
+        selected: The ids of the selected parameters.
+        training: None where each module's own mode counts.
+    """
+    found = [*model.parameters(), *model.buffers()]
+    tensors = list(map(own_shard, found))
+    marks: tuple[Any, ...] = tuple(
+        (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors
+    )
+    if training is None:
+        marks += tuple(m.training for m in model.modules())
+    others: dict[torch.device, list[Tensor]] = {}
+    for own, t in zip(found, tensors, strict=True):
+        if id(own) not in selected and t.is_floating_point() and t.numel() and t.itemsize > 1:
+            others.setdefault(t.device, []).append(_numbers(t))
+    return marks, tuple(x for n in others.values() for x in torch.stack(n).flatten().tolist())
+
+
+def _numbers(t: Tensor) -> Tensor:
+    norm = torch.linalg.vector_norm(t, dtype=torch.float64)
+    flat = t.detach().reshape(-1)
+    neighbours = torch.linalg.vector_norm(flat[1:] - flat[:-1], dtype=torch.float64)
+    return torch.stack([norm, t.detach().sum(dtype=torch.float64), neighbours])
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
