@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hesscurv.operators.linearizations import require_whole
 from hesscurv.operators.objective import Objective
@@ -40,13 +41,11 @@ class _Scale:
     wrong: float  # what a wrong one has to differ by, at least
     # And by how many times as much as differences over two steps differ from each other.
     times_unsteady: float
+    eps: float  # the coarsest rounding, anywhere in the function, that such steps are seen through
 
 
-_COARSE = _Scale((3e-3, 1e-3), right=5e-2, wrong=0.3, times_unsteady=5.0)
-_FINE = _Scale((1e-6, 1e-7, 1e-8), right=1e-5, wrong=1e-4, times_unsteady=30.0)
-# A model may compute parts of its own in float32, whatever its inputs are: then the fine ones tell
-# nothing.
-_SCALES = {torch.float64: (_FINE, _COARSE), torch.float32: (_COARSE,)}
+_FINE = _Scale((1e-6, 1e-7, 1e-8), right=1e-5, wrong=1e-4, times_unsteady=30.0, eps=1e-14)
+_COARSE = _Scale((3e-3, 1e-3), right=5e-2, wrong=0.3, times_unsteady=5.0, eps=1e-6)
 # The weights are moved by so much first: at zero biases, kinks lie right where they are.
 _MOVE = 1e-3
 _TINY = 1e-300
@@ -157,15 +156,16 @@ class _Point:
         self._fn = lambda params: slope.fn(params, batch, self._constants)
 
     def gradient(self, params: Params) -> tuple[Tensor, Params]:
-        value, slopes, _ = self.derivatives(params, None)
+        value, slopes, _, _ = self.derivatives(params, None)
         return value, slopes
 
     def derivatives(
         self, params: Params, direction: Params | None
-    ) -> tuple[Tensor, Params, Params]:
+    ) -> tuple[Tensor, Params, Params, float]:
         """Return the value, the gradient, and the Hessian's product with a direction, of one graph.
 
-        The product is empty where no direction is given.
+        The product is empty where no direction is given. The last is the epsilon of the narrowest
+        dtype that the function casts to on its way.
         """
         leaves = tuple(p.detach().requires_grad_() for p in params)
         twice = direction is not None
@@ -174,11 +174,13 @@ class _Point:
             options |= {"allow_unused": True, "materialize_grads": True}
             return torch.autograd.grad(outputs, leaves, weights, **options)
 
-        def differentiate() -> tuple[Tensor, Params, Params]:
-            value = self._fn(leaves)
+        def differentiate() -> tuple[Tensor, Params, Params, float]:
+            with _Narrowing() as narrowing:
+                value = self._fn(leaves)
+            eps = max(narrowing.eps, *(torch.finfo(t.dtype).eps for t in (value, *params)))
             zeros = tuple(map(torch.zeros_like, params))
             if not value.requires_grad:
-                return value.detach(), zeros, zeros if twice else ()
+                return value.detach(), zeros, zeros if twice else (), eps
             slopes = grad(value, None, create_graph=twice)
             if twice:
                 require_whole(slopes)
@@ -188,7 +190,7 @@ class _Point:
             products = zeros if twice else ()
             if curved:
                 products = grad(*map(list, zip(*curved, strict=True)))
-            return value.detach(), tuple(dense(s.detach()) for s in slopes), products
+            return value.detach(), tuple(dense(s.detach()) for s in slopes), products, eps
 
         return self._run(differentiate, leaves)
 
@@ -215,18 +217,35 @@ class _Point:
         return self._objective.run(fn, params=params, constants=self._constants)
 
 
+class _Narrowing(TorchDispatchMode):
+    """Remembers the epsilon of the narrowest dtype that floating tensors are cast to.
+
+    A model may compute parts of its own in float32 or less, whatever its inputs are.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.eps = 0.0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and out.is_floating_point():
+            self.eps = max(self.eps, torch.finfo(out.dtype).eps)
+        return out
+
+
 def _find_mismatch(point: _Point) -> _Mismatch | None:
-    dtype, params = point.dtype, point.params
-    if dtype not in _SCALES:
-        return None
+    params = point.params
     generator = torch.Generator().manual_seed(0)
     moved = _moved(params, tuple(_direction(p, generator) for p in params), _MOVE)
     direction = tuple(_direction(p, generator) for p in params)
-    value, slope, products = point.derivatives(moved, direction if point.twice else None)
+    value, slope, products, eps = point.derivatives(moved, direction if point.twice else None)
     if not bool(value.isfinite()):  # out of the function's domain: nothing is decided
         return None
     exact = _dot(slope, direction)
-    for scale in _SCALES[dtype]:
+    for scale in (s for s in (_FINE, _COARSE) if eps <= s.eps):
         before: tuple[float, Params] | None = None
         for step in scale.steps:
             up, up_slope = point.gradient(_moved(moved, direction, step))
@@ -236,7 +255,7 @@ def _find_mismatch(point: _Point) -> _Mismatch | None:
                 (u - d) / (2 * step) for u, d in zip(up_slope, down_slope, strict=True)
             )
             # A random direction is nearly at right angles to a gradient: its length is the scale.
-            noise = 100 * torch.finfo(dtype).eps * float(up.abs() + down.abs()) / step
+            noise = 100 * eps * float(up.abs() + down.abs()) / step
             size = max(abs(exact), 1e-2 * _norm(slope) * _norm(direction), noise, _TINY)
             gap = abs(difference - exact) / size
             product_gap = _relative(differences, products) if point.twice else 0.0

@@ -213,3 +213,54 @@ def test_models_of_every_kind_pass_in_float32(name):
     problem = cases.build(name).cast(torch.float32)
     for kind in cases.kinds(name):
         problem.operator(KINDS[kind])
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x * g
+
+
+class Narrow(nn.Module):
+    """Computes parts of its own in float32, as language models do."""
+
+    def __init__(self, where):
+        super().__init__()
+        self.a, self.b, self.where = nn.Linear(3, 5), nn.Linear(5, 4), where
+
+    def forward(self, x):
+        h = Square.apply(self.a(x))
+        if self.where == "inside":
+            h = h.float().tanh().to(h.dtype)
+        out = self.b(h)
+        return out.float() if self.where == "outputs" else out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("where", ["inside", "outputs"])
+def test_right_derivatives_are_not_refused_where_digits_are_lost_on_the_way(where, dtype):
+    for seed in range(12):  # short steps change nothing in float32, or by chance too much
+        torch.manual_seed(seed)
+        data = [(torch.randn(8, 3), torch.randint(4, (8,)))]
+        hesscurv.HessianOperator(
+            Narrow(where), hesscurv.supervised(nn.CrossEntropyLoss()), data, compute_dtype=dtype
+        )
+
+
+def test_a_wrong_derivative_is_still_refused_there(monkeypatch):
+    def constant(ctx, g):
+        (x,) = ctx.saved_tensors
+        return 2 * x.detach() * g
+
+    monkeypatch.setattr(Square, "backward", staticmethod(constant))
+    data = [(torch.randn(8, 3), torch.randint(4, (8,)))]
+    with pytest.raises(ValueError, match="Square"):
+        hesscurv.HessianOperator(
+            Narrow("outputs"), hesscurv.supervised(nn.CrossEntropyLoss()), data
+        )
