@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +20,14 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.operators.batches import select_rows
-from hesscurv.operators.memory import losses_of_parts
+from hesscurv.operators.memory import coarser, losses_of_parts, moved_parameters
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.samples import (
     TARGET_KEYS,
     describe,
     first_dimensions,
     is_cuttable,
+    is_list_of_samples,
     map_tensors,
     num_rows,
     tensors_of,
@@ -34,6 +35,7 @@ from hesscurv.operators.samples import (
 from hesscurv.operators.tasks import SupervisedTask, Task, split_batch
 
 _MOST_JOINED = 2  # of batches that go through the model together
+_MOST_MOVED = 4  # of batches that go through it at other weights
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,18 @@ class MeanCheck:
         n = len(out) if out.ndim else 1
         if n < 2 or not is_cuttable(batch) or not self._has_rows(batch, n):
             return None
+        found = self._on_rows(out, batch)
+        if found is not None and not found.holds:
+            return found
+        # Where all outputs are alike, as those of a last layer of zeros, any mean is the same one.
+        for other in _other_outputs(out):
+            also = self._on_rows(other, batch)
+            if also is not None:
+                return also
+        return found
+
+    def _on_rows(self, out: Tensor, batch: Any) -> _Finding | None:
+        n = len(out)
         generator = torch.Generator("cpu").manual_seed(0)
         order = torch.randperm(n, generator=generator, device="cpu").to(out.device)
         # Neighbours, and samples at random: in data in order, halves may be alike.
@@ -160,13 +174,22 @@ class MeanCheck:
         n = num_rows(batch)
         if n < 2 or not is_cuttable(batch):
             return None
+        objective, half, found = self._objective, -(-n // 2), None
         try:
-            found = losses_of_parts(self._objective, batch, -(-n // 2))
+            for moved in (False, True)[: 1 + (self._seen <= _MOST_MOVED)]:
+                params = moved_parameters(objective) if moved else objective.parameters()
+                if params is None:
+                    break
+                got = losses_of_parts(objective, batch, half, params)
+                if got is None:
+                    break
+                judged = _judge(got.loss, got.weights, got.losses, got.dtype)
+                found = judged or found
+                if judged is not None and not judged.holds:
+                    break
         except torch.OutOfMemoryError:
             return None
-        if found is None:
-            return None
-        return self._unless_of_batch(_judge(*found, self._objective.dtype))
+        return self._unless_of_batch(found)
 
     def _on_union(self, batch: Any, out: Tensor | None) -> _Finding | None:
         """Compare two batches with both in one; None where they cannot be joined."""
@@ -187,10 +210,12 @@ class MeanCheck:
                     objective.parameters(),
                     list(map(objective.weight, (before, batch))),
                 )
-                losses = [float(objective.loss(params, b).detach()) for b in (union, before, batch)]
+                losses = [objective.loss(params, b).detach() for b in (union, before, batch)]
         except Exception:  # samples of other sizes, or too many at once
             return None
-        return self._unless_of_batch(_judge(losses[0], weights, losses[1:], objective.dtype))
+        dtype = coarser(losses[0].dtype, objective.dtype)
+        whole, *parts = map(float, losses)
+        return self._unless_of_batch(_judge(whole, weights, parts, dtype))
 
     def _compare(self, pairs: list[tuple[Tensor, Any]]) -> _Finding | None:
         """Compare the first of some outputs and batches with the others, which make it up.
@@ -265,6 +290,8 @@ class MeanCheck:
 
     def _require_certain_number(self, index: int, batch: Any) -> None:
         """Refuse batches that could not be cut to test them, and may count otherwise as well."""
+        if is_list_of_samples(batch):
+            return
         dimensions = {n for n in first_dimensions(batch) if n != 1}
         as_many = len({len(layout) for layout in self._layouts}) == 1
         if len(self._layouts) == 1 or (as_many and len(dimensions) < 2):
@@ -300,11 +327,22 @@ def _judge(
     size = max(abs(loss), *(abs(x) for _, x in kept))
     if not math.isfinite(size):  # refused elsewhere, in its own words
         return None
-    # Far above the rounding of a sum over samples, far below what another weight makes.
-    tolerance = torch.finfo(dtype).eps ** 0.5 * size
+    if all(x == loss for _, x in kept):  # whatever it is a mean of, or nothing was cut
+        return None
+    # Far above the rounding of a sum over samples, far below what another weight makes. A part of
+    # a model may compute in float32, whatever it is given.
+    tolerance = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5 * size
     if abs(loss - mean) <= tolerance:
         return _Finding(True)
     return _Finding(False, abs(loss - added) <= tolerance, loss, mean)
+
+
+def _other_outputs(out: Tensor) -> Iterator[Tensor]:
+    """Yield outputs that differ from row to row; the second are in the range of those given."""
+    generator = torch.Generator("cpu").manual_seed(1)
+    draw = torch.randn(out.shape, generator=generator, dtype=torch.float32, device="cpu").to(out)
+    yield out + draw * out.square().mean().sqrt().clamp(min=1)
+    yield out * (0.5 + 0.5 * draw.sigmoid())
 
 
 def _double(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import warnings
 import weakref
 from dataclasses import dataclass, replace
@@ -130,40 +131,95 @@ def weighed_part(objective: Objective, batch: Any, size: int) -> Any:
 
 
 def is_mean_over_parts(objective: Objective, batch: Any, size: int) -> bool:
-    """Whether a batch's loss is the mean over its parts of at most `size` samples; two forwards."""
+    """Whether a batch's loss is the mean over its parts of at most `size` samples; four forwards.
+
+    At other weights too, if there is memory for a copy: where a model gives all samples the same
+    outputs, as one whose last layer is zero does, any weighted mean of their losses is the same.
+    """
     if num_rows(batch) <= size:
         return True
-    found = losses_of_parts(objective, batch, size)
-    if found is None:
+    if not _is_mean(losses_of_parts(objective, batch, size)):
         return False
-    loss, weights, losses = found
-    if not sum(weights) > 0:
+    moved = moved_parameters(objective)
+    found = None if moved is None else losses_of_parts(objective, batch, size, moved)
+    return found is None or not math.isfinite(found.loss) or _is_mean(found)
+
+
+def _is_mean(found: PartLosses | None) -> bool:
+    if found is None or not sum(found.weights) > 0:
         return False
-    mean = sum(w * x for w, x in zip(weights, losses, strict=True)) / sum(weights)
-    tolerance = 1e3 * torch.finfo(objective.dtype).eps
-    return abs(loss - mean) <= tolerance * max(abs(loss), abs(mean), tolerance)
+    pairs = zip(found.weights, found.losses, strict=True)
+    mean = sum(w * x for w, x in pairs) / sum(found.weights)
+    tolerance = 1e3 * torch.finfo(found.dtype).eps
+    return abs(found.loss - mean) <= tolerance * max(abs(found.loss), abs(mean), tolerance)
+
+
+def moved_parameters(objective: Objective) -> tuple[torch.Tensor, ...] | None:
+    """Return the parameters, moved by half of what they are drawn with at first.
+
+    None where a copy of them takes too much memory.
+    """
+    params = objective.parameters()
+    if objective.layout.numel * objective.dtype.itemsize > objective.budget // 8:
+        return None
+    generator = torch.Generator().manual_seed(3)
+
+    def moved(p: torch.Tensor) -> torch.Tensor:
+        draw = torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu").to(p)
+        usual = (p[0].numel() or 1) ** -0.5 if p.ndim > 1 and len(p) else 0.1
+        size = p.square().mean().sqrt().clamp(min=usual) if p.numel() else p.new_ones(())
+        return p + 0.5 * size * draw
+
+    return tuple(map(moved, params))
+
+
+@dataclass(frozen=True)
+class PartLosses:
+    """The loss of a batch, and those of its parts.
+
+    Args:
+        loss: Of the whole.
+        weights: What each part counts in the mean; those of no weight are left out.
+        losses: Of the parts.
+        dtype: The coarser one of the loss and of what is computed in.
+    """
+
+    loss: float
+    weights: list[float]
+    losses: list[float]
+    dtype: torch.dtype
 
 
 def losses_of_parts(
-    objective: Objective, batch: Any, size: int
-) -> tuple[float, list[float], list[float]] | None:
-    """Return a batch's loss, and the weights and losses of its parts of at most `size` samples.
+    objective: Objective,
+    batch: Any,
+    size: int,
+    params: tuple[torch.Tensor, ...] | None = None,
+) -> PartLosses | None:
+    """Return the losses of a batch and of its parts of at most `size` samples.
 
-    Parts of no weight are left out. None where the batch cannot be cut.
+    At given parameters, or the present ones. None where the batch cannot be cut.
     """
     with objective.environment(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what cannot be cut may warn of shapes
-        params = objective.parameters()
+        params = objective.parameters() if params is None else params
         try:
             parts = [(objective.weight(part), part) for part in split(batch, size)]
             parts = [(w, part) for w, part in parts if w != 0]
-            loss = float(objective.loss(params, batch).detach())
+            whole = objective.loss(params, batch).detach()
             losses = [float(objective.loss(params, part).detach()) for _, part in parts]
         except torch.OutOfMemoryError:
             raise
         except Exception:  # a model of fixed batch size, in whatever way it says so
             return None
-    return loss, [w for w, _ in parts], losses
+    return PartLosses(
+        float(whole), [w for w, _ in parts], losses, coarser(whole.dtype, objective.dtype)
+    )
+
+
+def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """Return the one of two floating dtypes that has fewer digits."""
+    return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _graph_bytes(objective: Objective, batch: Any) -> float:

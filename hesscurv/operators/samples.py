@@ -67,6 +67,11 @@ def is_cuttable(batch: Any) -> bool:
     return opened is None or all(map(is_cuttable, opened[0]))
 
 
+def is_list_of_samples(batch: Any) -> bool:
+    """Whether a batch is a list of single samples, which counts by its length."""
+    return isinstance(batch, (list, tuple)) and bool(_listed_samples(batch))
+
+
 def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     """Apply a function to every tensor in a batch; containers are copied, and keep their types."""
     return _map(value, fn, frozenset())
