@@ -24,6 +24,7 @@ from hesscurv.operators.memory import coarser, losses_of_parts, moved_parameters
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.samples import (
     TARGET_KEYS,
+    counts_graphs_by_chance,
     describe,
     first_dimensions,
     is_cuttable,
@@ -80,6 +81,8 @@ class MeanCheck:
         self._before: tuple[Any, Tensor | None] | None = None  # a batch, and its outputs
         self._uncut: tuple[int, Any] | None = None
         self._layouts: set[tuple[int, ...]] = set()
+        self._first: tuple[Tensor | None, Any] | None = None  # outputs and batch
+        self._along: tuple[int, Any, int] | None = None  # another dimension that it averages over
         self._seen = self._joined = 0
 
     def look_at(self, index: int, batch: Any) -> None:
@@ -103,6 +106,9 @@ class MeanCheck:
         if found is None or not found.holds:
             found = self._through_the_model(batch) or found
         self._note(index, batch, found)
+        if self._along is None and (found is None or found.holds):
+            size = self._averages_along_another(out, batch)
+            self._along = None if size is None else (index, batch, size)
         if found is None and num_rows(batch) > 1:
             self._uncut = self._uncut or (index, batch)
         if self._before is not None and (
@@ -132,6 +138,15 @@ class MeanCheck:
                 f"batch {index}, {describe(batch)}, together, and {found.mean:.6g} as the mean of "
                 f"their parts: {cause}, so that the matrix would depend on how data are batched; "
                 f"{remedy}"
+            )
+        if many and self._along is not None:
+            index, batch, size = self._along
+            raise ValueError(
+                f"expected batches whose number of samples is certain, got batch {index}, "
+                f"{describe(batch)}: its loss is a mean over the first dimension, {num_rows(batch)}"
+                f", and over another one as well, {size}, in which batches differ; say whether "
+                "rows, columns or entries count: define weight(batch) in a subclass of "
+                "hesscurv.Task"
             )
         if many and self._uncut is not None:
             self._require_certain_number(*self._uncut)
@@ -217,6 +232,60 @@ class MeanCheck:
         whole, *parts = map(float, losses)
         return self._unless_of_batch(_judge(whole, weights, parts, dtype))
 
+    def _averages_along_another(self, out: Tensor | None, batch: Any) -> int | None:
+        """Return the size of a dimension beside the first that the loss is a mean over, too.
+
+        Looked for among those in which this batch differs from the first one: sequences first,
+        images of other sizes. Only there does it matter which one is counted.
+        """
+        if not is_cuttable(batch):
+            return None
+        if self._first is None:
+            self._first = out, batch
+            return None
+        shapes, before = self._shapes(batch), self._shapes(self._first[1])
+        if list(map(len, shapes)) != list(map(len, before)):
+            return None
+        differing = {
+            sizes
+            for shape, old in zip(shapes, before, strict=True)
+            for sizes in zip(shape, old, strict=True)
+            if sizes[0] != sizes[1]
+        }
+        for now, then in sorted(differing):
+            if self._is_mean_along(now, out, batch) or self._is_mean_along(then, *self._first):
+                return now
+        return None
+
+    def _shapes(self, batch: Any) -> list[tuple[int, ...]]:
+        """Return what follows the first dimension, of targets or of everything in a batch."""
+        targets = split_batch(batch)[1] if isinstance(self._task, SupervisedTask) else batch
+        n = num_rows(batch)
+        return [tuple(t.shape[1:]) for t in tensors_of(targets) if t.ndim and len(t) == n]
+
+    def _is_mean_along(self, size: int, out: Tensor | None, batch: Any) -> bool:
+        n, middle = num_rows(batch), size // 2
+        if n < 2 or size < 2 or size == n:
+            return False
+        whole = out, batch
+        parts = [_cut_along(whole, size, 0, middle), _cut_along(whole, size, middle, size)]
+        objective = self._objective
+        try:
+            with objective.environment(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                losses = [self._loss_of(*part).detach() for part in (whole, *parts)]
+        except Exception:  # what the model or the loss does not take
+            return False
+        dtype = coarser(losses[0].dtype, objective.dtype)
+        loss, *others = map(float, losses)
+        judged = _judge(loss, [float(middle), float(size - middle)], others, dtype)
+        return judged is not None and judged.holds
+
+    def _loss_of(self, out: Tensor | None, batch: Any) -> Tensor:
+        if out is not None:
+            return self._task.loss(out, batch)
+        return self._objective.loss(self._objective.parameters(), batch)
+
     def _compare(self, pairs: list[tuple[Tensor, Any]]) -> _Finding | None:
         """Compare the first of some outputs and batches with the others, which make it up.
 
@@ -292,6 +361,13 @@ class MeanCheck:
         """Refuse batches that could not be cut to test them, and may count otherwise as well."""
         if is_list_of_samples(batch):
             return
+        if counts_graphs_by_chance(batch):
+            raise ValueError(
+                f"expected batches whose number of samples is known, got batch {index}, "
+                f"{describe(batch)}, of {num_rows(batch)} graphs or targets, with a mask, or with "
+                "no tensor of as many rows; say what each batch counts in the mean (nodes, graphs, "
+                "those in the mask): define weight(batch) in a subclass of hesscurv.Task"
+            )
         dimensions = {n for n in first_dimensions(batch) if n != 1}
         as_many = len({len(layout) for layout in self._layouts}) == 1
         if len(self._layouts) == 1 or (as_many and len(dimensions) < 2):
@@ -343,6 +419,17 @@ def _other_outputs(out: Tensor) -> Iterator[Tensor]:
     draw = torch.randn(out.shape, generator=generator, dtype=torch.float32, device="cpu").to(out)
     yield out + draw * out.square().mean().sqrt().clamp(min=1)
     yield out * (0.5 + 0.5 * draw.sigmoid())
+
+
+def _cut_along(value: Any, size: int, start: int, stop: int) -> Any:
+    """Cut each tensor along its first dimension of a size, beside the first of all."""
+
+    def cut(t: Tensor) -> Tensor:
+        if size not in t.shape[1:]:
+            return t
+        return t.narrow(1 + t.shape[1:].index(size), start, stop - start)
+
+    return map_tensors(value, cut)
 
 
 def _double(value: Any) -> Any:

@@ -72,6 +72,18 @@ def is_list_of_samples(batch: Any) -> bool:
     return isinstance(batch, (list, tuple)) and bool(_listed_samples(batch))
 
 
+def counts_graphs_by_chance(batch: Any) -> bool:
+    """Whether joined graphs may be counted otherwise: by a mask, or by rows of no tensor in them.
+
+    What is averaged over then cannot be seen in the batch.
+    """
+    if not _is_graphs(batch):
+        return False
+    tensors = tensors_of(batch)
+    rows = {t.shape[0] for t in tensors if t.ndim}
+    return num_rows(batch) not in rows or any(t.dtype == torch.bool for t in tensors)
+
+
 def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
     """Apply a function to every tensor in a batch; containers are copied, and keep their types."""
     return _map(value, fn, frozenset())
