@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.block_krylov import block_krylov
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.rayleigh_ritz import rayleigh_ritz
+from hesscurv.eigensolvers.residuals import ConvergenceWarning
 from hesscurv.eigensolvers.single_pass import single_pass
 from hesscurv.linalg.rayleigh_ritz import sides_of
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
@@ -132,7 +135,33 @@ def eigsh(
         **options,
     )
     operator.confirm()
-    return pairs
+    return _with_product_errors(operator, pairs, tol)
+
+
+def _with_product_errors(operator: LinearOperator, pairs: Eigenpairs, tol: float) -> Eigenpairs:
+    """Add the error of products to the residuals, where they are computed in fewer digits.
+
+    It is measured on a few of the pairs, and taken to be the same on the others: rounding inside a
+    model does not know how small an eigenvalue is.
+    """
+    few = torch.linspace(0, len(pairs) - 1, 4, dtype=torch.float64, device="cpu").long().unique()
+    errors = operator.product_errors(whole(pairs[few].eigenvectors)) if len(pairs) else None
+    if errors is None:
+        return pairs
+    error = float(errors.max())
+    residuals = pairs.residuals + error
+    converged = pairs.converged & (residuals <= tol * pairs.eigenvalues.abs())
+    lost = int(pairs.converged.sum() - converged.sum())
+    if lost:
+        warnings.warn(
+            f"{lost} of {len(pairs)} eigenpairs are not known to tol={tol:g}: products in reduced "
+            f"precision are off by {error:.2g}, which is part of their residuals; compute with "
+            "precision='highest', or raise tol",
+            ConvergenceWarning,
+            stacklevel=4,
+        )
+    info = {**pairs.info, "product_error": error}
+    return replace(pairs, residuals=residuals, converged=converged, info=info)
 
 
 def _check_numbers(operator: LinearOperator, k: int, tol: float, max_matvecs: int | None) -> None:

@@ -68,6 +68,40 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def reduced_precision(device: torch.device, precision: str) -> Iterator[None]:
+    """Compute a model's products in fewer digits inside this context, for speed.
+
+    Args:
+        device: The device that computes.
+        precision: "tf32": matrix products and convolutions on tensor cores, 11 bits; "bf16":
+            autocast to bfloat16, 8 bits.
+    """
+    if precision == "bf16":
+        # Without the cache, which keeps casts of weights that others stand in for.
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            yield
+        return
+    with torch.autocast(device.type, enabled=False), _TF32_PRODUCTS.held():
+        yield
+
+
+# The unit of rounding of what products may be computed in, beside the dtype's own.
+ROUNDING = {"highest": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8}
+
+
+@contextmanager
+def _tf32_products() -> Iterator[None]:
+    with _ieee_products():  # all switches, so that none is left as it was found
+        try:
+            torch.set_float32_matmul_precision("high")
+            torch.backends.cudnn.allow_tf32 = True
+            yield
+        finally:
+            torch.backends.cudnn.allow_tf32 = False
+            torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
 def _ieee_products() -> Iterator[None]:
     with ExitStack() as stack:
         newer = hasattr(torch._C, "_get_fp32_precision_getter")
@@ -124,3 +158,4 @@ _OLDER: tuple[tuple[Callable[[], Any], Callable[[Any], None], Any], ...] = (
 )
 
 _IEEE_PRODUCTS = SharedSetting(_ieee_products)
+_TF32_PRODUCTS = SharedSetting(_tf32_products)

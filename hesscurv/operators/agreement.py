@@ -12,6 +12,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from hesscurv.linalg.precision import ROUNDING
 from hesscurv.operators.parameters import ParameterLayout
 
 # From so many products on, comparing every micro-batch again after a change of the weights costs
@@ -129,15 +130,17 @@ class Combination:
         return signs_B
 
 
-def agree(expected: Tensor, got: Tensor, rounding: float = 1.0) -> bool:
+def agree(expected: Tensor, got: Tensor, rounding: float = 1.0, precision: str = "highest") -> bool:
     """Whether two blocks of products are the same to rounding.
 
     Args:
         expected: The reference's products.
         got: Another way's.
         rounding: How many times the square root of the machine's epsilon the gap may be.
+        precision: What both are computed in.
     """
-    return relative_gap(expected, got) <= rounding * torch.finfo(expected.dtype).eps ** 0.5
+    eps = max(torch.finfo(expected.dtype).eps, ROUNDING[precision])
+    return relative_gap(expected, got) <= rounding * eps**0.5
 
 
 def relative_gap(expected: Tensor, got: Tensor) -> float:

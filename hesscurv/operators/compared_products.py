@@ -57,7 +57,8 @@ def confirm(operator: CurvatureOperator, record: Combination) -> None:
     with torch.inference_mode(False):
         expected_D = with_reference(operator, lambda: operator.within_memory(multiply))
     # Products of many vectors add up here, and so does their rounding.
-    if agree(expected_D, record.y_D, rounding=4.0):
+    precision = operator.objective.precision
+    if agree(expected_D, record.y_D, rounding=4.0, precision=precision):
         return
     way = operator.choice(len(expected_D))[0]
     warnings.warn(
@@ -118,7 +119,7 @@ def _compare(
         extra_1D = seen.random_vector()
         seen.add(extra_1D, operator.run(apply, extra_1D, way))
     expected_1D = _by_reference(operator, index, batch, seen.x_D[None])
-    if not agree(expected_1D[0], seen.y_D):
+    if not agree(expected_1D[0], seen.y_D, precision=operator.objective.precision):
         raise ValueError(
             f"it gives other products than {operator.ways[0]!r}, by "
             f"{relative_gap(expected_1D[0], seen.y_D):.1e} of their norm"
@@ -171,6 +172,6 @@ def _find_cause(operator: CurvatureOperator, way: str, vector_D: Tensor) -> str:
     for index, batch, _ in operator.microbatches():
         used = operator.agreement.way_for(index, way)
         expected_D, got_D = (operator.product_on(batch, vector_D[None], w)[0] for w in (None, used))
-        if not agree(expected_D, got_D):
+        if not agree(expected_D, got_D, precision=operator.objective.precision):
             return f"{operator.describe_microbatch(index)} makes the difference"
     return "no micro-batch alone makes the difference at the present weights"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.distributed import Communicator
+from hesscurv.linalg.precision import ROUNDING
 from hesscurv.operators.agreement import CONFIRM_FROM, Agreement, Combination
 from hesscurv.operators.blocks import BlockCutter, put_block
 from hesscurv.operators.calibration import Calibration
@@ -66,6 +67,10 @@ class CurvatureOperator(SummedOperator):
             memory, or a quarter of the GPU's. Batches that need more are cut into micro-batches.
         check: Evaluate every batch once, test that a loss which is not one of torch's is a mean
             over samples, and probe determinism and symmetry at construction.
+        precision: What the model's products are computed in: "highest" (default), the compute
+            dtype's own whatever the process allows; "tf32", float32 on tensor cores; "bf16",
+            autocast to bfloat16. With the last two `eigsh` measures the error of the products, and
+            adds it to the residuals.
         process_group: The ranks that share the batches; default all where `torch.distributed` is
             initialised. A model that FSDP2 shards needs all ranks that hold its shards.
 
@@ -97,12 +102,15 @@ class CurvatureOperator(SummedOperator):
         memory_budget: int | None = None,
         check: bool = True,
         process_group: Any = None,
+        precision: str = "highest",
     ) -> None:
         communicator = Communicator.of(process_group, device_of(model))
         known = self.ways + self.extra_ways
         with communicator.together("reading the arguments"), torch.inference_mode(False):
             if way != "auto" and way not in known:
                 raise ValueError(f"expected way 'auto' or one of {known}, got {way!r}")
+            if precision not in ROUNDING:
+                raise ValueError(f"expected precision among {list(ROUNDING)}, got {precision!r}")
             objective = Objective(
                 model,
                 task,
@@ -130,6 +138,7 @@ class CurvatureOperator(SummedOperator):
         self._checking = check
         self.compares = check or way == "auto"  # ways with the reference, on every micro-batch
         self._count_together("the first pass over the batches")
+        objective.precision = precision  # what was checked until here needs all digits
 
     # -- what subclasses say --------------------------------------------------------------------
 
@@ -244,7 +253,7 @@ class CurvatureOperator(SummedOperator):
         if graph or way in _RUN_MODEL_CODE:
             self.objective.run(multiply, compiling=way == "compiled")
             return
-        with differentiable(self.device):
+        with differentiable(self.device, self.objective.precision):
             multiply()
 
     def prepared(self, index: int, batch: Any, way: str) -> Linearization:
@@ -277,6 +286,22 @@ class CurvatureOperator(SummedOperator):
     def memory_plan(self) -> MemoryPlan:
         """How much goes through a product at once."""
         return self._micro_batches.plan
+
+    def product_errors(self, vectors_DB: Tensor) -> Tensor | None:
+        """Return how far products in "tf32" or "bf16" are off; see `LinearOperator`.
+
+        Cost: two products a vector, one of them in full precision; they do not count.
+        """
+        if self.objective.precision == "highest":
+            return None
+        before = self.num_matvecs
+        reduced_DB = self @ vectors_DB
+        with self.objective.at_precision("highest"):
+            self._drop_graphs()
+            exact_DB = self @ vectors_DB
+        self._drop_graphs()
+        self.num_matvecs = before
+        return (exact_DB - reduced_DB).double().norm(dim=0).cpu()
 
     def memory_needed(self, width: int) -> int:
         """Return the bytes that graphs and vectors passing through take; see `MemoryPlan`."""
@@ -424,7 +449,8 @@ class CurvatureOperator(SummedOperator):
 
     def _count(self) -> None:
         if self.largest_batch is None:  # the first batches of this rank
-            self._look_at_data()
+            with self.objective.at_precision("highest"):
+                self._look_at_data()
         else:
             super()._count()
 

@@ -17,14 +17,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from hesscurv.distributed.sharded import is_sharding_hook
-from hesscurv.linalg.precision import full_precision
+from hesscurv.linalg.precision import full_precision, reduced_precision
 from hesscurv.linalg.process_settings import LOCK, SharedSetting
 from hesscurv.operators.unfused_cells import UnfusedCells, has_cells
 
 
 @contextmanager
-def differentiable(device: torch.device) -> Iterator[None]:
+def differentiable(device: torch.device, precision: str = "highest") -> Iterator[None]:
     """Allow derivatives of any order, in full precision: inference mode, autocast and TF32 off.
+
+    In "tf32" or "bf16" where that is asked for.
 
     Fused attention has no second derivative, so attention takes its plain form, and cuDNN's
     recurrent kernels, which have none either, are left aside.
@@ -32,7 +34,10 @@ def differentiable(device: torch.device) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(full_precision(device))
+        if precision == "highest":
+            stack.enter_context(full_precision(device))
+        else:
+            stack.enter_context(reduced_precision(device, precision))
         stack.enter_context(_PLAIN_ATTENTION.held())
         yield
 

@@ -132,6 +132,13 @@ class LinearOperator(ABC):
     def confirm(self) -> None:  # noqa: B027, there may be nothing to compare with
         """Compare the products since `expect` with an independent one, and warn of a gap."""
 
+    def product_errors(self, vectors_DB: Tensor) -> Tensor | None:
+        """Return how far products with these vectors are off, norms (B,), float64 on the CPU.
+
+        None where products are as exact as the dtype.
+        """
+        return None
+
     def memory_needed(self, width: int) -> int:
         """Return the bytes on its device that a product of `width` vectors takes, the block aside.
 

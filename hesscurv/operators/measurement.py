@@ -88,7 +88,7 @@ class Measurement:
         setup, apply = self._timed(lambda: operator.prepare(self._batch, way))
         pair, got = self._timed(lambda: operator.run(apply, self._few, way))
         self._reference = got if self._reference is None else self._reference
-        if not agree(self._reference, got):
+        if not agree(self._reference, got, precision=self._operator.objective.precision):
             logger.warning("way %r disagrees with double backward; left out", way)
             return
         self.setup[way] = setup

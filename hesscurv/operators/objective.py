@@ -67,6 +67,8 @@ class Objective:
         may_be_empty: Whether there may be no batch, where other ranks have some.
 
     Attributes:
+        precision: What products are computed in: "highest", the compute dtype's own (default),
+            "tf32" or "bf16".
         broadcasts_buffers: Whether all ranks compute with rank 0's buffers, as DDP does.
 
     Raises:
@@ -101,6 +103,7 @@ class Objective:
         own = {p.dtype for p in self._selected.values()}
         self._cast = None if own == {self.dtype} else self.dtype
         self.training = training
+        self.precision = "highest"
         self.task = task
         self._loss = as_loss(task, batches is not None)
         self.budget = memory_budget(self.device, budget)
@@ -279,10 +282,19 @@ class Objective:
         """Run the model's code inside: in the chosen mode, differentiable, leaving no trace."""
         with (
             preserved(self.model, self.device, self.training, compiling),
-            differentiable(self.device),
+            differentiable(self.device, self.precision),
             PlainEmbeddings() if self._plain else nullcontext(),
         ):
             yield
+
+    @contextmanager
+    def at_precision(self, precision: str) -> Iterator[None]:
+        """Compute in another precision inside."""
+        before, self.precision = self.precision, precision
+        try:
+            yield
+        finally:
+            self.precision = before
 
     def computes_as_found(self) -> bool:
         """Whether the model, run as it stands, would compute what products are made of.
