@@ -153,21 +153,26 @@ def library_modules() -> dict[str, Path]:
 MODULES = library_modules()
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_imports_go_one_way(module):
-    path = MODULES[module]
-    assert find_wrong_imports(path.read_text(), module, path.name == "__init__.py") == []
+def found_in_modules(find):
+    """What a function of module and path finds, by module, where it finds anything."""
+    found = {module: find(module, path) for module, path in MODULES.items()}
+    return {module: what for module, what in found.items() if what}
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_nothing_is_unpickled(module):
-    assert find_unsafe_loads(MODULES[module].read_text()) == []
+def test_imports_go_one_way():
+    def find(module, path):
+        return find_wrong_imports(path.read_text(), module, path.name == "__init__.py")
+
+    assert found_in_modules(find) == {}
+
+
+def test_nothing_is_unpickled():
+    assert found_in_modules(lambda _, path: find_unsafe_loads(path.read_text())) == {}
 
 
 def test_every_created_tensor_says_its_device_and_dtype():
     """Otherwise torch.set_default_device and set_default_dtype decide."""
-    found = {module: find_undecided(path.read_text()) for module, path in MODULES.items()}
-    assert {module: calls for module, calls in found.items() if calls} == {}
+    assert found_in_modules(lambda _, path: find_undecided(path.read_text())) == {}
 
 
 def test_every_module_lies_in_a_known_part():
@@ -182,23 +187,29 @@ def test_no_module_is_named_after_nothing(folder):
     assert found == [], "name it after what it does"
 
 
-@pytest.mark.parametrize(
-    "module", [name for name, path in MODULES.items() if path.name == "__init__.py"]
-)
-def test_an_init_only_re_exports(module):
-    for node in ast.parse(MODULES[module].read_text()).body:
-        is_dunder = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("__")
-        is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        assert is_dunder or is_docstring or isinstance(node, (ast.Import, ast.ImportFrom)), (
-            f"{module}, line {node.lineno}: {ast.unparse(node)}"
-        )
+def test_an_init_only_re_exports():
+    def find(_, path):
+        body = ast.parse(path.read_text()).body if path.name == "__init__.py" else []
+        return [ast.unparse(node) for node in body if not re_exports(node)]
+
+    assert found_in_modules(find) == {}
 
 
-@pytest.mark.parametrize("module", [name for name in MODULES if part_of(name) != "integrations"])
-def test_all_names_in_all_exist_once(module):
-    names = getattr(importlib.import_module(module), "__all__", [])
-    assert [name for name in names if not hasattr(sys.modules[module], name)] == []
-    assert len(names) == len(set(names))
+def re_exports(node):
+    is_dunder = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]).startswith("__")
+    is_docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return is_dunder or is_docstring or isinstance(node, (ast.Import, ast.ImportFrom))
+
+
+def test_all_names_in_all_exist_once():
+    def find(module, _):
+        if part_of(module) == "integrations":  # some need libraries that are optional
+            return []
+        names = getattr(importlib.import_module(module), "__all__", [])
+        lost = [name for name in names if not hasattr(sys.modules[module], name)]
+        return lost + [name for name in set(names) if names.count(name) > 1]
+
+    assert found_in_modules(find) == {}
 
 
 def test_the_package_says_what_it_exports():
