@@ -124,7 +124,7 @@ def test_preconditioned_training(pretended, base, mode, loaded):
     check(pretended, api.trained, base, mode, loaded, tolerance=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"curvature": "ggn"}])
+@pytest.mark.parametrize("options", [{}, {"curvature": "gauss_newton"}])
 def test_newton_cg(pretended, options):
     check(pretended, api.newton, options, tolerance=1e-6)
 

@@ -151,7 +151,8 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(v) for key, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_plain, value))
+        plain = list(map(_plain, value))
+        return plain if isinstance(value, list) else tuple(plain)
     return value
 
 
