@@ -245,21 +245,26 @@ class KrylovSpace:
 
     def multiply(self, block_bD: Tensor) -> Tensor:
         """Return H times vectors (b, D), of which this process has its entries, and count them."""
+        return self._multiply(block_bD)[0]
+
+    def _multiply(self, block_bD: Tensor) -> tuple[Tensor, float]:
+        """Do as `multiply`; return the largest norm of a product as well."""
         W_bD = self.H.product_rows(block_bD.mT).mT.contiguous()
         self.num_matvecs += len(block_bD)
-        if not bool(column_norms(W_bD, self.across).isfinite().all()):
+        norms = column_norms(W_bD, self.across)
+        if not bool(norms.isfinite().all()):
             raise ValueError(
                 f"products {self.num_matvecs - len(block_bD)} to {self.num_matvecs} with the "
                 "operator have NaN or inf entries; check the operator's products, or compute in "
                 "float64"
             )
-        return W_bD
+        return W_bD, float(norms.max())
 
     def expand(self, size: int) -> int:
         """Multiply the first `size` pending vectors; return how many new directions came of it."""
         m, rows = self.num_expanded, self.basis.size
-        W_BD = self.multiply(self.basis.block(m, m + size))
-        self._scale = max(self._scale, float(column_norms(W_BD, self.across).max()))
+        W_BD, largest = self._multiply(self.basis.block(m, m + size))
+        self._scale = max(self._scale, largest)
         if rows == self.dim:
             C, R = (
                 project_out_(W_BD, self.basis.slabs(), across=self.across),

@@ -35,6 +35,7 @@ def multiply_compared(operator: CurvatureOperator, vectors_BD: Tensor) -> tuple[
         failed = _pass_over(operator, out_BD, vectors_BD, way, chunk)
         if not failed:
             return out_BD, way
+        operator.require_finite(vectors_BD)  # NaN agrees with nothing, whatever the way
         _leave_out(operator, way, failed)  # and multiply again: `out` holds what is wrong
 
 

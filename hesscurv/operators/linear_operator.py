@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hesscurv.distributed import Communicator
 from hesscurv.linalg.precision import full_precision
+from hesscurv.linalg.transfers import all_finite
 from hesscurv.operators.descriptions import Words, describe_object, inherit_arguments
 from hesscurv.operators.uncompiled import uncompiled
 
@@ -214,8 +215,10 @@ class LinearOperator(ABC):
                 f"expected a vector on device {self.device}, got {other.device}; "
                 "move it with .to(H.device)"
             )
-        bounds = other.detach().aminmax() if other.numel() else ()  # without a tensor of flags
-        if not all(bool(bound.isfinite()) for bound in bounds):
+        self._check_finite(other)
+
+    def _check_finite(self, other: Tensor) -> None:
+        if not all_finite(other):
             raise ValueError("expected a finite vector, got NaN or inf entries")
 
 

@@ -18,6 +18,7 @@ from hesscurv.distributed.sharded import (
     whole,
 )
 from hesscurv.operators.batches import Batches
+from hesscurv.operators.changes import differ, read_values
 from hesscurv.operators.environment import (
     differentiable,
     exclusive,
@@ -152,8 +153,11 @@ class Objective:
             data = self.batches.reread_if_written()
             reshard(self.model)
             self._look_up()
-            self._marks_seen = self._read_marks()
-            return self._marks_seen != self._marks or self._differs(), data
+            marks = self._read_marks()
+            # Values are not compared where another mark tells already.
+            differs, norms = self._read_values(compare=self._marks[:1] == (marks,))
+            self._marks_seen = (marks, norms)
+            return self._marks_seen != self._marks or differs, data
 
     def take_values(self) -> None:
         """Take the model's present values; sharded ones are gathered, on all ranks together."""
@@ -358,28 +362,27 @@ class Objective:
                 )
             self._selected[name] = found[name]
 
-    def _differs(self) -> bool:
-        """Whether the selected parameters differ from their copies; one look at the device."""
-        pairs = list(zip(map(own_shard, self._selected.values()), self._copies, strict=True))
-        if self.device.type == "cpu" and self._cast is None:
-            return not all(torch.equal(p, copy) for p, copy in pairs)  # without memory
-        return bool(torch.stack([(p != copy).any() for p, copy in pairs]).any())
-
     def _read_marks(self) -> tuple[Any, ...]:
-        selected = {id(p) for p in self._selected.values()}
-        found = [*self.model.parameters(), *self.model.buffers()]
-        tensors = list(map(own_shard, found))
+        """Return what tells of a change without a look at any value."""
+        tensors = map(own_shard, [*self.model.parameters(), *self.model.buffers()])
         marks: tuple[Any, ...] = tuple(
             (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors
         )
         if self.training is None:
             marks += tuple(m.training for m in self.model.modules())
-        others: dict[torch.device, list[Tensor]] = {}
-        for own, t in zip(found, tensors, strict=True):
-            if id(own) not in selected and t.is_floating_point() and t.numel() and t.itemsize > 1:
-                norm = torch.linalg.vector_norm(t, dtype=torch.float64)
-                others.setdefault(t.device, []).append(norm)
-        return marks, tuple(x for n in others.values() for x in torch.stack(n).tolist())
+        return marks
+
+    def _read_values(self, *, compare: bool) -> tuple[bool, tuple[float, ...]]:
+        """Return whether what is selected differs from its copies, and the norms of the rest."""
+        own = map(own_shard, self._selected.values())
+        pairs = list(zip(own, self._copies, strict=True)) if compare else []
+        selected = {id(p) for p in self._selected.values()}
+        found = [*self.model.parameters(), *self.model.buffers()]
+        others = [own_shard(t) for t in found if id(t) not in selected]
+        others = [t for t in others if t.is_floating_point() and t.numel() and t.itemsize > 1]
+        if self.device.type == "cpu" and self._cast is None:
+            return differ(pairs), read_values([], others)[1]
+        return read_values(pairs, others)
 
     def _substitute(self, tensor: Tensor) -> Tensor:
         # Outside its mode, an inference tensor cannot take part in a graph; a copy can.

@@ -62,7 +62,9 @@ def build() -> Path:
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             said = (errors or [done.stderr[-300:]])[0]
-            raise CannotBuild(f"{compiler} fails on {SOURCE.name}, torch {torch.__version__}: {said}")
+            raise CannotBuild(
+                f"{compiler} fails on {SOURCE.name}, torch {torch.__version__}: {said}"
+            )
         os.replace(made, target)
     return target
 

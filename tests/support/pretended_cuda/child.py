@@ -116,7 +116,6 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what programs print is no answer
     import torch
-
     from support.pretended_cuda import torch_cuda
 
     torch_cuda.install()

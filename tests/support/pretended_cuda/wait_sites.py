@@ -35,9 +35,7 @@ class WaitSites(TorchDispatchMode):
         self._folder = folder
         self.sites: Counter[str] = Counter()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run an operation, and note its callers if the host has to wait for it."""
         out = func(*args, **(kwargs or {}))
         name = func.__name__.partition(".")[0]
