@@ -9,8 +9,9 @@ from torch import Tensor
 
 from hesscurv.eigensolvers.krylov_search import ESCAPES, LEAST_STEPS
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
+from hesscurv.linalg.block_norms import column_norms
 from hesscurv.linalg.eigenvalue_bounds import least_share
-from hesscurv.linalg.orthogonalization import column_norms, inner_products, project_out_
+from hesscurv.linalg.orthogonalization import inner_products, project_out_
 from hesscurv.linalg.transfers import to_device_of
 
 
@@ -48,7 +49,7 @@ def is_bounded_by_filter(
 
     def multiply(y_1D: Tensor) -> Tensor:
         """Return (B - center) y / half."""
-        out_1D = space.multiply(y_1D)
+        out_1D, _ = space.multiply(y_1D)
         project_out_(out_1D, space.basis.slabs(0, m), across=space.across)
         out_1D *= side
         if len(S):

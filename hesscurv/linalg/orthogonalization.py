@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hesscurv.linalg.block_norms import BlockSize, Reduction, block_size, column_norms
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.rayleigh_ritz import rotate_
 from hesscurv.linalg.transfers import to_device_of
@@ -21,19 +21,6 @@ from hesscurv.linalg.transfers import to_device_of
 _CHUNK_NUMEL = 2**23  # entries of one chunk of a basis: bounds what a cast to W's dtype takes
 _SUM_LENGTH = 4096  # products summed in W's dtype before the sum goes on in float64
 _MAX_PASSES = 12  # a block of condition 1/eps takes 4 or 5
-
-
-class Reduction(Protocol):
-    """Sums and maxima over the processes that each hold some rows of the (D, b) matrices."""
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its sum over all processes, the same bits on each."""
-
-    def max_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its entrywise maximum over all processes."""
-
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by the first process' own."""
 
 
 def orthonormalize_(W_bD: Tensor, *, floor: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -77,6 +64,7 @@ def orthonormalize_against_(
     *,
     floor: float = 0.0,
     known_nb: Tensor | None = None,
+    size: BlockSize | None = None,
     across: Reduction | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormalise a block against a basis and within itself, in place.
@@ -99,6 +87,7 @@ def orthonormalize_against_(
             on the CPU, shape (n, b), as symmetry gives it for W = H Q. The first projection takes
             these, which saves their measurement, and all of the work where they are zero; the
             second measures what they leave.
+        size: `block_size` of W, where it is known already.
         across: Where every process holds D_local of the D entries of all vectors: how they sum up.
             All processes get the same coefficients. None: this process holds them all.
 
@@ -121,7 +110,7 @@ def orthonormalize_against_(
     if W_bD.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"expected float32 or float64 vectors, got {W_bD.dtype}; cast them first")
     _check_slabs(W_bD, slabs)
-    scale, norms = _normalize_scale_(W_bD, across)
+    scale, norms = _normalize_scale_(W_bD, size or block_size(W_bD, across), across)
     eps = torch.finfo(W_bD.dtype).eps
     if known_nb is None:
         known_nb = torch.zeros(0, W_bD.shape[0], dtype=torch.float64, device="cpu")
@@ -179,7 +168,7 @@ def project_out_(
     Cost: 2 m b D multiply-adds and two readings of the basis for each pass.
     """
     _check_slabs(W_bD, slabs)
-    device = W_bD.device if across is None else "cpu"
+    device = W_bD.device if across is None and slabs else "cpu"
     C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64, device=device)
     with full_precision(W_bD.device):
         for _ in range(passes if slabs else 0):
@@ -222,23 +211,6 @@ def _products(A_mD: Tensor, B_bD: Tensor) -> Tensor:
             total_mb += (A_nms @ B_nbs.mT).sum(dim=0, dtype=torch.float64)
         total_mb += A_mD[:, whole:].to(B_bD) @ B_bD[:, whole:].mT
     return total_mb
-
-
-def column_norms(W_bD: Tensor, across: Reduction | None = None) -> Tensor:
-    """Return the norms of long vectors, shape (b,), float64 on the CPU.
-
-    Args:
-        W_bD: Shape (b, D).
-        across: As in `orthonormalize_against_`.
-    """
-    norms = _norms(W_bD).cpu()
-    return norms if across is None else across.sum_(norms.square_()).sqrt_()
-
-
-def _norms(W_bD: Tensor) -> Tensor:
-    # One at a time: in another dtype than the vectors', a norm takes a copy of what it is given.
-    rows = [torch.linalg.vector_norm(w_D, dtype=torch.float64) for w_D in W_bD]
-    return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.float64, device=W_bD.device)
 
 
 def complete_(basis_mD: Tensor, rank: int, generator: torch.Generator) -> None:
@@ -399,31 +371,22 @@ def _whitening(G: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (Z / roots).mT, (Z * roots).mT
 
 
-def _normalize_scale_(W_bD: Tensor, across: Reduction | None) -> tuple[float, list[float]]:
+def _normalize_scale_(
+    W_bD: Tensor, size: BlockSize, across: Reduction | None
+) -> tuple[float, list[float]]:
     """Divide W by a power of two, without rounding, where its squares could over- or underflow.
 
     Returns:
         The power, and the norms of W's vectors after the division.
     """
-    largest, norms_b = 0.0, torch.zeros(len(W_bD), dtype=torch.float64, device="cpu")
-    if W_bD.numel() > 0:
-        # Bounds and norms at one look: the norms count where nothing is divided.
-        bounds = torch.stack(W_bD.aminmax()).double()
-        low, high, *norms = torch.cat([bounds, _norms(W_bD)]).tolist()
-        norms_b = torch.tensor(norms, dtype=torch.float64, device="cpu")
-        finite = math.isfinite(low) and math.isfinite(high)
-        largest = max(-low, high) if finite else math.inf
-    if across is not None:
-        largest = across.max_(torch.tensor([largest], dtype=torch.float64, device="cpu")).item()
+    largest = size.largest
     if not math.isfinite(largest):
         raise ValueError(
             "expected finite vectors, got NaN or inf entries; check the operator's products"
         )
     exponent = math.frexp(largest)[1]
     if largest == 0 or abs(exponent) <= 16:
-        if across is not None:
-            norms_b = across.sum_(norms_b.square_()).sqrt_()
-        return 1.0, norms_b.tolist()
+        return 1.0, size.norms
     exponent = max(-100, min(100, exponent))
     W_bD.mul_(2.0**-exponent)
     return 2.0**exponent, column_norms(W_bD, across).tolist()

@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.distributed import Communicator
-from hesscurv.linalg.transfers import all_finite
 from hesscurv.operators.agreement import CONFIRM_FROM, Agreement, Combination
 from hesscurv.operators.blocks import BlockCutter, put_block
 from hesscurv.operators.calibration import Calibration
-from hesscurv.operators.compared_products import confirm, multiply_compared
+from hesscurv.operators.compared_products import (
+    confirm,
+    multiply_compared,
+    require_finite_product,
+)
 from hesscurv.operators.derivative_check import Slope, check_derivatives
 from hesscurv.operators.environment import differentiable
 from hesscurv.operators.linearizations import Linearization
@@ -122,6 +125,8 @@ class CurvatureOperator(SummedOperator):
         self.way = way
         if self.device.type == "cuda":
             self.ways = known
+            # A GPU is waited for once, for the vectors and their products together.
+            self.checks_late = communicator.size == 1
         self._micro_batches = MicroBatches(objective)
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._choice = WayChoice(self)
@@ -161,30 +166,6 @@ class CurvatureOperator(SummedOperator):
 
         return with_reference(self, multiply)
 
-    def _check_finite(self, other: Tensor) -> None:
-        if not self._checks_late:
-            super()._check_finite(other)
-
-    @property
-    def _checks_late(self) -> bool:
-        """Whether vectors are looked at together with their products, to wait for a GPU once."""
-        return self.device.type == "cuda" and self.communicator.size == 1
-
-    def require_finite(self, vectors_BD: Tensor, out_BD: Tensor | None = None) -> None:
-        """Refuse vectors, or their products, that have NaN or inf entries.
-
-        Raises:
-            ValueError: If there are any; it says in which.
-        """
-        products = () if out_BD is None else (out_BD,)
-        if all_finite(*products, *((vectors_BD,) if self._checks_late else ())):
-            return
-        super()._check_finite(vectors_BD)
-        raise ValueError(
-            "the product has NaN or inf entries, so the loss has no finite second derivative "
-            "here; look for overflow, sqrt or norm at zero, or try compute_dtype=torch.float64"
-        )
-
     def within_memory(self, fn: Callable[[], Any]) -> Any:
         """Run, with less at once each time that memory runs out."""
         while True:
@@ -196,7 +177,7 @@ class CurvatureOperator(SummedOperator):
 
     def _accumulate(self, vectors_BD: Tensor) -> Tensor:
         out_BD, way = multiply_compared(self, vectors_BD)
-        self.require_finite(vectors_BD, out_BD)  # before any of it is added to the record
+        require_finite_product(self, vectors_BD, out_BD)  # before any of it is added to the record
         if way != self.ways[0]:
             if self._record is None:
                 self._record = Combination(self.layout, vectors_BD)

@@ -31,7 +31,10 @@ class LinearOperator(ABC):
         num_matvecs: The number of products so far.
         communicator: The ranks that multiply together, each with the same operator or a part of
             it; a single process unless set.
+        checks_late: Whether NaN among the vectors is looked for in `_matmat`, not before it.
     """
+
+    checks_late = False
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = torch.Size((size, size))
@@ -215,11 +218,8 @@ class LinearOperator(ABC):
                 f"expected a vector on device {self.device}, got {other.device}; "
                 "move it with .to(H.device)"
             )
-        self._check_finite(other)
-
-    def _check_finite(self, other: Tensor) -> None:
-        if not all_finite(other):
-            raise ValueError("expected a finite vector, got NaN or inf entries")
+        if not self.checks_late:
+            require_finite(other)
 
 
 class DenseOperator(LinearOperator):
@@ -311,6 +311,16 @@ def as_linear_operator(operator: Any) -> LinearOperator:
     if isinstance(operator, Tensor):
         return DenseOperator(operator)
     return ForeignOperator(operator)
+
+
+def require_finite(vectors: Tensor) -> None:
+    """Refuse vectors with NaN or inf entries.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if not all_finite(vectors):
+        raise ValueError("expected a finite vector, got NaN or inf entries")
 
 
 def _kind(value: Any) -> str:

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscurv.linalg.orthogonalization import column_norms, project_out_
+from hesscurv.linalg.block_norms import column_norms
+from hesscurv.linalg.orthogonalization import project_out_
+from hesscurv.linalg.transfers import to_device_of
 from hesscurv.operators.descriptions import Described
 from hesscurv.operators.linear_operator import LinearOperator
 
@@ -90,7 +92,7 @@ def lanczos(
             "expected starting vectors outside of the span of the deflated ones, got one inside; "
             "deflate fewer, or start from Gaussian vectors"
         )
-    current_bD /= lengths.to(current_bD)[:, None]
+    current_bD /= to_device_of(lengths, current_bD)[:, None]
     previous_bD = torch.zeros_like(current_bD)
     active = list(range(len(current_bD)))
     alphas: list[list[float]] = [[] for _ in active]
@@ -105,7 +107,7 @@ def lanczos(
         project_out_(W_bD, deflated, passes=1)
         if step > 0:
             last = torch.tensor([betas[i][-1] for i in active], dtype=torch.float64)
-            W_bD.addcmul_(previous_bD, last.to(W_bD)[:, None], value=-1)
+            W_bD.addcmul_(previous_bD, to_device_of(last, W_bD)[:, None], value=-1)
         first = _project_out_rows_(W_bD, current_bD)
         # A second time removes what rounding left, and with a basis all earlier vectors as well.
         if basis_bnD is None:
@@ -130,7 +132,7 @@ def lanczos(
             W_bD, current_bD = W_bD[going], current_bD[going]
             active = [active[row] for row in going]
         lengths_b1 = torch.tensor([[betas[i][-1]] for i in active], dtype=torch.float64)
-        previous_bD, current_bD = current_bD, W_bD.div_(lengths_b1.to(W_bD))
+        previous_bD, current_bD = current_bD, W_bD.div_(to_device_of(lengths_b1, W_bD))
     return [
         Tridiagonal(
             torch.tensor(alpha, dtype=torch.float64), torch.tensor(beta, dtype=torch.float64)

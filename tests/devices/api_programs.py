@@ -197,7 +197,7 @@ def flat(model):
 
 
 def trained(device, base, mode, loaded):
-    """Weights after some steps with a refresh among them; `loaded`: the state goes through a file."""
+    """Weights after some steps, a refresh among them; `loaded`: the state goes through a file."""
     found = problem("mlp", device)
     model, batch = found.model, tuple(t.to(device) for t in found.batches[0])
 
