@@ -100,7 +100,9 @@ def lanczos(
     scales = [0.0] * len(active)  # of each process' products: what a beta is compared with
     for step in range(num_steps):
         if basis_bnD is not None:
-            basis_bnD[active, step] = current_bD
+            # A list of indices would be sent to the device, which waits.
+            rows_active = slice(None) if len(active) == len(basis_bnD) else active
+            basis_bnD[rows_active, step] = current_bD
         # A copy, as it is changed: an operator may return its own storage.
         W_bD = (H @ current_bD.mT).mT.clone(memory_format=torch.contiguous_format)
         norms = column_norms(W_bD).tolist()

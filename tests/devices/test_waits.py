@@ -32,7 +32,7 @@ def test_eigsh_waits_a_few_times_a_block(pretended, k, dim):
 
 def test_a_density_waits_a_few_times_a_step(pretended):
     found = pretended.run(programs.density)
-    assert_waits(found, 13 * found["blocks"] + 10)
+    assert_waits(found, 10 * found["blocks"])
 
 
 @pytest.mark.parametrize("mode", ["update", "gradient"])

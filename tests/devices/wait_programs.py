@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from devices.api_programs import KINDS, TASK, block, operator, problem, seeded
+from devices.api_programs import TASK, block, operator, problem, seeded
 from support.pretended_cuda import torch_cuda
 from support.pretended_cuda.wait_sites import WaitSites
 
@@ -65,12 +65,14 @@ def as_double(batch):
 
 
 def density():
-    H = operator("cuda")
+    H = operator("cuda", way="batched")
+
+    def use():
+        hesscurv.spectral_density(H, num_steps=8, num_probes=4, generator=seeded())
+
+    use()
     widths = count_blocks(H)
-    found = counted(
-        lambda: hesscurv.spectral_density(H, num_steps=8, num_probes=4, generator=seeded())
-    )
-    return found | {"blocks": len(widths) // 2}
+    return counted(use) | {"blocks": len(widths) // 2}
 
 
 def wrapped(base, mode):
@@ -123,7 +125,3 @@ def sites_of_a_product():
         x.sum().item()
         x.cpu()
     return sorted(where.sites.values()), [site.split(":")[0] for site in where.sites]
-
-
-def kinds():
-    return list(KINDS)
