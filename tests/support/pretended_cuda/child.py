@@ -7,6 +7,7 @@ tests/devices/conftest.py) hands out.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -58,17 +59,21 @@ class PretendedDevice:
                 printed, if it ended or was late. The next program gets a new process then.
         """
         process = self._process or self._start()
-        late = threading.Timer(timeout, process.kill)
+        was_late = threading.Event()
+
+        def end() -> None:
+            was_late.set()
+            process.kill()
+
+        late = threading.Timer(timeout, end)
         late.start()
         try:
             pickle.dump((program.__module__, program.__qualname__, args), process.stdin)
             process.stdin.flush()
             fine, value = pickle.load(process.stdout)
         except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
-            self._process = None
-            code = process.wait()
-            was_late = not late.is_alive()
-            how = f"after {timeout} s" if was_late else f"with exit code {code}"
+            code = self._end()
+            how = f"after {timeout} s" if was_late.is_set() else f"with exit code {code}"
             raise PretendedError(f"{program.__qualname__} ended {how}:\n{self._tail()}") from error
         finally:
             late.cancel()
@@ -78,12 +83,19 @@ class PretendedDevice:
 
     def close(self) -> None:
         """End the process."""
-        if self._process is not None:
-            self._process.stdin.close()
-            self._process.wait()
-            self._process.stdout.close()
-            self._process = None
+        self._end()
         self._said.close()
+
+    def _end(self) -> int:
+        """Let the process end, which it does when nothing more is asked; return its exit code."""
+        process, self._process = self._process, None
+        if process is None:
+            return 0
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        code = process.wait()
+        process.stdout.close()
+        return code
 
     def _start(self) -> subprocess.Popen[bytes]:
         paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]

@@ -326,8 +326,6 @@ class Call {
         TORCH_CHECK(!on_device_ || tensor.dim() == 0 || argument.name() == "scalars", mixed(tensor));
       return tensor;
     }
-    if (is_index && (tensor.scalar_type() == at::kBool || tensor.scalar_type() == at::kByte))
-      wait_for("waiting_operations", name_ + " by a mask");  // calls nonzero
     const auto* alias = argument.alias_info();
     if (alias && alias->isWrite() && tensor.numel() == 0) {
       // An out= to be resized: borrowed memory cannot grow.
