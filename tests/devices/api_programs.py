@@ -189,6 +189,21 @@ def metrics(device):
     return out
 
 
+def by_default(device):
+    """The same with the device as torch's default one."""
+    H = operator(device)
+    torch.set_default_device(device)
+    try:
+        pairs = hesscurv.eigsh(H, K, tol=1e-8)
+        hesscurv.eigsh(H, K, method="rayleigh_ritz", initial=pairs)
+        hesscurv.trace(H, 12)
+        hesscurv.diagonal(H, 12)
+        hesscurv.spectral_density(H, num_steps=5, num_probes=2)
+        return spread(pairs) | {"overlap": hesscurv.overlap(pairs, pairs)}
+    finally:
+        torch.set_default_device(None)
+
+
 # -- optimizers and the monitor -------------------------------------------------------------------
 
 

@@ -138,6 +138,11 @@ def test_spectra(pretended):
     check(pretended, api.spectra, tolerance=1e-6)
 
 
+@pytest.mark.xfail(strict=False, reason="some tensors are made on the default device")
+def test_the_device_may_be_the_default_one(pretended):
+    check(pretended, api.by_default, tolerance=1e-6)
+
+
 def test_metrics(pretended):
     check(pretended, api.metrics, tolerance=1e-6)
 

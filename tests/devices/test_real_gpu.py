@@ -65,6 +65,7 @@ def test_products_are_those_of_float64(kind, tf32):
     assert torch.backends.cudnn.allow_tf32 is tf32
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit")  # torch's own compiler says so
 @pytest.mark.parametrize("way", [*hesscurv.HessianOperator.ways, "compiled"])
 def test_every_way_gives_the_same_products(way):
     net, batch = network(), data()
