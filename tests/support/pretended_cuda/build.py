@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -9,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,8 +28,7 @@ def build() -> Path:
 
     A library lies in the system's temporary folder under a name that holds torch's version, the
     interpreter's platform, the compiler and a hash of the source, so a changed source is compiled
-    anew. Several test processes may come at the same time: each compiles under a name of its own
-    and the finished file replaces the other's, which holds the same code.
+    anew. Of several test processes that come at the same time one compiles, the others wait for it.
 
     Returns:
         The path of the shared library.
@@ -45,8 +46,24 @@ def build() -> Path:
     if not (torch_folder / "include/ATen/ATen.h").exists():
         raise CannotBuild(f"the headers of torch are missing in {torch_folder / 'include'}")
     target = cache_folder() / f"{build_key(compiler)}.so"
-    if target.exists():
-        return target
+    if not target.exists():
+        with _alone(target.parent):
+            if not target.exists():
+                _compile(compiler, torch_folder, target)
+    return target
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Let one process at a time compile: the others find its result."""
+    import fcntl  # not on Windows
+
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: str, torch_folder: Path, target: Path) -> None:
     with tempfile.TemporaryDirectory(dir=target.parent) as own:
         made = Path(own) / target.name
         try:
@@ -62,11 +79,9 @@ def build() -> Path:
         if done.returncode:
             errors = [line for line in done.stderr.splitlines() if "error" in line]
             said = (errors or [done.stderr[-300:]])[0]
-            raise CannotBuild(
-                f"{compiler} fails on {SOURCE.name}, torch {torch.__version__}: {said}"
-            )
-        os.replace(made, target)
-    return target
+            what = f"{SOURCE.name}, torch {torch.__version__}"
+            raise CannotBuild(f"{compiler} fails on {what}: {said}")
+        os.replace(made, target)  # whole, or not there
 
 
 def find_compiler() -> str:
@@ -90,7 +105,9 @@ def cache_folder() -> Path:
 def build_key(compiler: str) -> str:
     """Return a name that differs where the compiled device may."""
     parts = [torch.__version__, str(Path(torch.__file__)), platform.machine(), compiler]
-    digest = hashlib.sha256("\n".join(parts).encode() + SOURCE.read_bytes()).hexdigest()
+    sources = sorted(p for p in SOURCE.parent.iterdir() if p.suffix in (".cpp", ".h"))
+    contents = b"".join(source.read_bytes() for source in sources)
+    digest = hashlib.sha256("\n".join(parts).encode() + contents).hexdigest()
     return f"device-{torch.__version__.replace('+', '-')}-{digest[:16]}"
 
 
