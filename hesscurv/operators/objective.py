@@ -18,7 +18,6 @@ from hesscurv.distributed.sharded import (
     whole,
 )
 from hesscurv.operators.batches import Batches
-from hesscurv.operators.changes import differ, read_values
 from hesscurv.operators.environment import (
     differentiable,
     exclusive,
@@ -38,6 +37,7 @@ from hesscurv.operators.parameters import (
 )
 from hesscurv.operators.plain_embeddings import PlainEmbeddings, dense, makes_plain
 from hesscurv.operators.tasks import Task, as_loss
+from hesscurv.operators.value_changes import differ, read_values
 
 
 class Objective:
