@@ -421,6 +421,7 @@ class CurvatureOperator(SummedOperator):
 
     def _forget(self) -> None:
         self._drop_graphs()
+        self._micro_batches.forget_weights()
         self._record = None
         if self.objective.batches.reads == self._counted:
             self.agreement.weights_changed(self._choice.expected)

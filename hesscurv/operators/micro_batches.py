@@ -76,6 +76,10 @@ class MicroBatches:
                     yield index, part, share * w / sum(weights)
                     index += 1
 
+    def forget_weights(self) -> None:
+        """Weigh all batches again at the next pass: they, or the task that weighs them, changed."""
+        self._weights.clear()
+
     def describe(self, index: int, total_weight: float) -> str:
         """Say which micro-batch a number is, for messages."""
         batch = next(part for i, part, _ in self.shares(total_weight) if i == index)
