@@ -11,12 +11,13 @@ IN_VENV := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-oldest test-newest lint bench benchmarks clean
+.PHONY: help demo test test-slow test-gpu test-oldest test-newest lint bench benchmarks clean
 
 help:
 	@echo 'make demo       overlap of magnitude masks and Hessian eigenspace, on real digits'
 	@echo 'make test       the tests that take seconds'
 	@echo 'make test-slow  the tests marked slow'
+	@echo 'make test-gpu   the tests marked gpu, which a CUDA device has to be there for'
 	@echo 'make test-oldest, make test-newest   the same with the oldest versions allowed, and the newest'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      products, eigensolves, spectra beside other libraries; memory, storage, scaling, pruning, optimizers, PINNs'
@@ -37,6 +38,10 @@ test: $(VENV)/.has-test
 
 test-slow: $(VENV)/.has-test
 	@$(IN_VENV) -m pytest -q -m slow $(PARALLEL) $(ARGS)
+
+# In one process: the tests share the device.
+test-gpu: $(VENV)/.has-test
+	@$(IN_VENV) -m pytest -q -m gpu $(ARGS)
 
 # In environments of their own, with PYTHON=... for another interpreter. torch's own builds for Linux,
 # which both take, bring several GB of CUDA packages.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.linalg.precision import full_precision
+from hesscurv.linalg.transfers import to_device_of
 from hesscurv.storage.placement import Placement
 
 # Entries of the temporaries in `rotate_`: 16 MiB in float32. Where vectors come from a file or over
@@ -99,7 +100,8 @@ class Basis:
         if n != stop - start or k > n:
             raise ValueError(f"expected coefficients ({stop - start}, k), got {(n, k)}")
         views, targets = self.slabs(start, stop), self.slabs(start, start + k)
-        Y_kn = Y_nk.mT.to(self._device, self._dtype).contiguous()
+        like = torch.empty(0, device=self._device, dtype=self._dtype)
+        Y_kn = to_device_of(Y_nk.mT, like).contiguous()
         parts = Y_kn.split([len(v) for v in views], dim=1)
         far = self.placement.kind == "disk" or self._slabs[0].device != self._device
         numel = _FAR_TEMPORARY_NUMEL if far else _TEMPORARY_NUMEL

@@ -9,8 +9,10 @@ from torch import Tensor
 
 from hesscurv.eigensolvers.krylov_search import ESCAPES, LEAST_STEPS
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
+from hesscurv.linalg.block_norms import column_norms
 from hesscurv.linalg.eigenvalue_bounds import least_share
-from hesscurv.linalg.orthogonalization import column_norms, inner_products, project_out_
+from hesscurv.linalg.orthogonalization import inner_products, project_out_
+from hesscurv.linalg.transfers import to_device_of
 
 
 def is_bounded_by_filter(
@@ -47,14 +49,14 @@ def is_bounded_by_filter(
 
     def multiply(y_1D: Tensor) -> Tensor:
         """Return (B - center) y / half."""
-        out_1D = space.multiply(y_1D)
+        out_1D, _ = space.multiply(y_1D)
         project_out_(out_1D, space.basis.slabs(0, m), across=space.across)
         out_1D *= side
         if len(S):
             pending = space.basis.slabs(m)
             C_q1 = torch.cat([inner_products(slab, y_1D, space.across) for slab in pending])
             for slab, part_r1 in zip(pending, (S @ C_q1).split([*map(len, pending)]), strict=True):
-                out_1D += part_r1.mT.to(out_1D) @ slab.to(out_1D)
+                out_1D += to_device_of(part_r1.mT, out_1D) @ slab.to(out_1D)
         return (out_1D - center * y_1D) / half
 
     before_1D = space.outside(1)

@@ -25,7 +25,7 @@ from hesscurv.eigensolvers.krylov_search import (
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
 from hesscurv.eigensolvers.progress import Progress
 from hesscurv.eigensolvers.residuals import ConvergenceWarning, measured_residuals
-from hesscurv.linalg.orthogonalization import column_norms
+from hesscurv.linalg.block_norms import column_norms
 
 # Vectors that a search starts from, at most.
 _MOST_WIDTH = 16

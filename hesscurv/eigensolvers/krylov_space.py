@@ -21,12 +21,9 @@ from torch import Tensor
 
 from hesscurv.eigensolvers.basis import Basis
 from hesscurv.eigensolvers.residuals import convergence_threshold
+from hesscurv.linalg.block_norms import BlockSize, block_size
 from hesscurv.linalg.eigenvalue_bounds import schur_complement
-from hesscurv.linalg.orthogonalization import (
-    column_norms,
-    orthonormalize_against_,
-    project_out_,
-)
+from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_out_
 from hesscurv.linalg.rayleigh_ritz import sides_of, wanted_first
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.storage.placement import Placement
@@ -243,23 +240,24 @@ class KrylovSpace:
 
     # -- steps ----------------------------------------------------------------------------------
 
-    def multiply(self, block_bD: Tensor) -> Tensor:
-        """Return H times vectors (b, D), of which this process has its entries, and count them."""
+    def multiply(self, block_bD: Tensor) -> tuple[Tensor, BlockSize]:
+        """Return H times vectors (b, D), of which this process has its entries; count them."""
         W_bD = self.H.product_rows(block_bD.mT).mT.contiguous()
         self.num_matvecs += len(block_bD)
-        if not bool(column_norms(W_bD, self.across).isfinite().all()):
+        size = block_size(W_bD, self.across)
+        if not all(map(math.isfinite, [size.largest, *size.norms])):
             raise ValueError(
                 f"products {self.num_matvecs - len(block_bD)} to {self.num_matvecs} with the "
                 "operator have NaN or inf entries; check the operator's products, or compute in "
                 "float64"
             )
-        return W_bD
+        return W_bD, size
 
     def expand(self, size: int) -> int:
         """Multiply the first `size` pending vectors; return how many new directions came of it."""
         m, rows = self.num_expanded, self.basis.size
-        W_BD = self.multiply(self.basis.block(m, m + size))
-        self._scale = max(self._scale, float(column_norms(W_BD, self.across).max()))
+        W_BD, found = self.multiply(self.basis.block(m, m + size))
+        self._scale = max(self._scale, *found.norms)
         if rows == self.dim:
             C, R = (
                 project_out_(W_BD, self.basis.slabs(), across=self.across),
@@ -270,7 +268,12 @@ class KrylovSpace:
             # E^T H S is (S^T H E)^T, and S^T H E is a part of A.
             known = self.A[m : m + size].mT
             Q_rD, C, R = orthonormalize_against_(
-                W_BD, self.basis.slabs(), floor=floor, known_nb=known, across=self.across
+                W_BD,
+                self.basis.slabs(),
+                floor=floor,
+                known_nb=known,
+                size=found,
+                across=self.across,
             )
             # Where the whole space is nearly spanned, rounding may look like further directions.
             Q_rD, R = Q_rD[: self.dim - rows], R[: self.dim - rows]

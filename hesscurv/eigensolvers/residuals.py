@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hesscurv.linalg.orthogonalization import column_norms
+from hesscurv.linalg.block_norms import column_norms
 from hesscurv.operators.linear_operator import LinearOperator
 
 

@@ -9,30 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from hesscurv.linalg.block_norms import BlockSize, Reduction, block_size, column_norms
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.rayleigh_ritz import rotate_
+from hesscurv.linalg.transfers import to_device_of
 
 _CHUNK_NUMEL = 2**23  # entries of one chunk of a basis: bounds what a cast to W's dtype takes
 _SUM_LENGTH = 4096  # products summed in W's dtype before the sum goes on in float64
 _MAX_PASSES = 12  # a block of condition 1/eps takes 4 or 5
-
-
-class Reduction(Protocol):
-    """Sums and maxima over the processes that each hold some rows of the (D, b) matrices."""
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its sum over all processes, the same bits on each."""
-
-    def max_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its entrywise maximum over all processes."""
-
-    def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by the first process' own."""
 
 
 def orthonormalize_(W_bD: Tensor, *, floor: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -76,6 +64,7 @@ def orthonormalize_against_(
     *,
     floor: float = 0.0,
     known_nb: Tensor | None = None,
+    size: BlockSize | None = None,
     across: Reduction | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormalise a block against a basis and within itself, in place.
@@ -98,6 +87,7 @@ def orthonormalize_against_(
             on the CPU, shape (n, b), as symmetry gives it for W = H Q. The first projection takes
             these, which saves their measurement, and all of the work where they are zero; the
             second measures what they leave.
+        size: `block_size` of W, where it is known already.
         across: Where every process holds D_local of the D entries of all vectors: how they sum up.
             All processes get the same coefficients. None: this process holds them all.
 
@@ -120,25 +110,28 @@ def orthonormalize_against_(
     if W_bD.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"expected float32 or float64 vectors, got {W_bD.dtype}; cast them first")
     _check_slabs(W_bD, slabs)
-    scale = _normalize_scale_(W_bD, across)
+    scale, norms = _normalize_scale_(W_bD, size or block_size(W_bD, across), across)
     eps = torch.finfo(W_bD.dtype).eps
-    norms = column_norms(W_bD, across).tolist()
     if known_nb is None:
-        C_mb = project_out_(W_bD, slabs, passes=1, across=across)
-    else:
-        negligible = eps * max(norms, default=0.0)
-        C_mb = _subtract_known_(W_bD, slabs, known_nb / scale, negligible, across)
+        known_nb = torch.zeros(0, W_bD.shape[0], dtype=torch.float64, device="cpu")
+    negligible = eps * max(norms, default=0.0)
+    taken_nb, measured_pb = _subtract_known_(W_bD, slabs, known_nb / scale, negligible, across)
+    # What was found is read with the Gram matrix of what is left: a GPU is waited for once.
+    measured_pb, G_bb = _read(measured_pb, _products(W_bD, W_bD), across)
+    C_mb = torch.cat([taken_nb, measured_pb])
     # The rounding error of sums of m terms that cancel was measured as 0.2 sqrt(m) eps ||w||.
     noise = (4 + math.sqrt(C_mb.shape[0]) / 2) * eps * max(norms, default=0.0)
     threshold = max(floor / scale, noise)
     start_bb = torch.eye(W_bD.shape[0], dtype=torch.float64, device="cpu")
-    Q_rD, R_rb = _factor_(W_bD, start_bb, threshold, across)
+    Q_rD, R_rb = _factor_(W_bD, G_bb, start_bb, threshold, across)
     for _ in range(_MAX_PASSES):
         if C_mb.shape[0] == 0 or Q_rD.shape[0] == 0:
             break
-        correction_mr = project_out_(Q_rD, slabs, passes=1, across=across)
+        with full_precision(Q_rD.device):
+            correction_mr = _subtract_projection_(Q_rD, slabs, across)
+        correction_mr, G_rr = _read(correction_mr, _products(Q_rD, Q_rD), across)
         C_mb += correction_mr @ R_rb
-        Q_rD, R_rb = _factor_(Q_rD, R_rb, threshold, across)
+        Q_rD, R_rb = _factor_(Q_rD, G_rr, R_rb, threshold, across)
         # What remains in the basis' span is eps times what was just found there.
         if correction_mr.norm(dim=0).max() < 0.1:
             break
@@ -175,11 +168,12 @@ def project_out_(
     Cost: 2 m b D multiply-adds and two readings of the basis for each pass.
     """
     _check_slabs(W_bD, slabs)
-    C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64, device="cpu")
+    device = W_bD.device if across is None and slabs else "cpu"
+    C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64, device=device)
     with full_precision(W_bD.device):
         for _ in range(passes if slabs else 0):
             C_mb += _subtract_projection_(W_bD, slabs, across)
-    return C_mb
+    return C_mb.cpu()
 
 
 def inner_products(A_mD: Tensor, B_bD: Tensor, across: Reduction | None = None) -> Tensor:
@@ -199,6 +193,12 @@ def inner_products(A_mD: Tensor, B_bD: Tensor, across: Reduction | None = None) 
 
     Cost: m b D multiply-adds.
     """
+    total_mb = _products(A_mD, B_bD).cpu()
+    return total_mb if across is None else across.sum_(total_mb)
+
+
+def _products(A_mD: Tensor, B_bD: Tensor) -> Tensor:
+    """Do as `inner_products`; the result stays on B's device."""
     (m, dim), b = A_mD.shape, B_bD.shape[0]
     total_mb = torch.zeros(m, b, dtype=torch.float64, device=B_bD.device)
     per_chunk = max(1, _CHUNK_NUMEL // (_SUM_LENGTH * max(m, b, 1)))
@@ -210,21 +210,7 @@ def inner_products(A_mD: Tensor, B_bD: Tensor, across: Reduction | None = None) 
             B_nbs = B_bD[:, start:stop].unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
             total_mb += (A_nms @ B_nbs.mT).sum(dim=0, dtype=torch.float64)
         total_mb += A_mD[:, whole:].to(B_bD) @ B_bD[:, whole:].mT
-    total_mb = total_mb.cpu()
-    return total_mb if across is None else across.sum_(total_mb)
-
-
-def column_norms(W_bD: Tensor, across: Reduction | None = None) -> Tensor:
-    """Return the norms of long vectors, shape (b,), float64 on the CPU.
-
-    Args:
-        W_bD: Shape (b, D).
-        across: As in `orthonormalize_against_`.
-    """
-    # One at a time: in another dtype than the vectors', a norm takes a copy of what it is given.
-    rows = [torch.linalg.vector_norm(w_D, dtype=torch.float64) for w_D in W_bD]
-    norms = torch.stack(rows).cpu() if rows else torch.zeros(0, dtype=torch.float64, device="cpu")
-    return norms if across is None else across.sum_(norms.square_()).sqrt_()
+    return total_mb
 
 
 def complete_(basis_mD: Tensor, rank: int, generator: torch.Generator) -> None:
@@ -263,17 +249,20 @@ def _identity_like(G_bb: Tensor) -> Tensor:
 def _subtract_projection_(
     W_bD: Tensor, slabs: Sequence[Tensor], across: Reduction | None
 ) -> Tensor:
-    """Subtract ``B B^T W`` and return ``B^T W``, (m, b), float64 on the CPU."""
-    C_mb = torch.cat([inner_products(slab, W_bD) for slab in slabs])
+    """Subtract ``B B^T W`` and return ``B^T W``, (m, b), float64, where it was last computed.
+
+    That is W's device, or, summed over processes, the CPU.
+    """
+    C_mb = torch.cat([_products(slab, W_bD) for slab in slabs])
     if across is not None:
-        C_mb = across.sum_(C_mb)
+        C_mb = across.sum_(C_mb.cpu())
     for slab_mD, C_part in zip(slabs, C_mb.split(list(map(len, slabs))), strict=True):
         _subtract_(W_bD, slab_mD, C_part)
     return C_mb
 
 
 def _subtract_(W_bD: Tensor, slab_mD: Tensor, C_mb: Tensor) -> None:
-    C_bm = C_mb.mT.to(W_bD)
+    C_bm = to_device_of(C_mb.mT, W_bD)
     chunk = max(_SUM_LENGTH, _CHUNK_NUMEL // max(slab_mD.shape[0], 1))
     for start in range(0, W_bD.shape[1], chunk):
         columns = slice(start, start + chunk)
@@ -286,22 +275,35 @@ def _subtract_known_(
     known_nb: Tensor,
     negligible: float,
     across: Reduction | None,
-) -> Tensor:
-    """Subtract the basis times coefficients, given for its first n vectors and else measured."""
-    C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64, device="cpu")
-    start, rest = 0, []
+) -> tuple[Tensor, Tensor]:
+    """Subtract the basis times coefficients, given for its first n vectors and else measured.
+
+    Returns:
+        What was subtracted: of the first n, (n, b), float64 on the CPU, and of the others, see
+        `_subtract_projection_`.
+    """
+    taken_nb, start, rest = torch.zeros_like(known_nb), 0, []
     with full_precision(W_bD.device):
         for slab_mD in slabs:
             known = known_nb[start : start + len(slab_mD)]
-            for low, high in _runs(known.abs().amax(dim=1) > negligible):
+            for low, high in _runs((known.abs() > negligible).any(dim=1)):
                 _subtract_(W_bD, slab_mD[low:high], known[low:high])
-                C_mb[start + low : start + high] = known[low:high]
+                taken_nb[start + low : start + high] = known[low:high]
             if len(known) < len(slab_mD):
                 rest.append(slab_mD[len(known) :])
             start += len(slab_mD)
         if rest:
-            C_mb[len(known_nb) :] = _subtract_projection_(W_bD, rest, across)
-    return C_mb
+            return taken_nb, _subtract_projection_(W_bD, rest, across)
+    return taken_nb, known_nb.new_zeros(0, W_bD.shape[0])
+
+
+def _read(C_mb: Tensor, G_bb: Tensor, across: Reduction | None) -> tuple[Tensor, Tensor]:
+    """Return two small matrices on the CPU, at one look; the second summed over processes."""
+    if C_mb.device == G_bb.device and C_mb.device.type != "cpu":
+        both = torch.cat([C_mb.flatten(), G_bb.flatten()]).cpu()
+        C_mb, G_bb = both[: C_mb.numel()].view_as(C_mb), both[C_mb.numel() :].view_as(G_bb)
+    G_bb = G_bb.cpu()
+    return C_mb.cpu(), G_bb if across is None else across.sum_(G_bb)
 
 
 def _runs(marked: Tensor) -> list[tuple[int, int]]:
@@ -316,12 +318,16 @@ def _runs(marked: Tensor) -> list[tuple[int, int]]:
 
 
 def _factor_(
-    P_bD: Tensor, R_bn: Tensor, threshold: float, across: Reduction | None
+    P_bD: Tensor, G_bb: Tensor, R_bn: Tensor, threshold: float, across: Reduction | None
 ) -> tuple[Tensor, Tensor]:
-    """Orthonormalise P in place, keeping ``W_Dn = P_Db R_bn``; drop what adds <= threshold to W."""
+    """Orthonormalise P in place, keeping ``W_Dn = P_Db R_bn``; drop what adds <= threshold to W.
+
+    G is the Gram matrix of P.
+    """
     eps = torch.finfo(P_bD.dtype).eps
-    for _ in range(_MAX_PASSES):
-        G_bb = inner_products(P_bD, P_bD, across)
+    for turn in range(_MAX_PASSES):
+        if turn > 0:
+            G_bb = inner_products(P_bD, P_bD, across)
         norms = G_bb.diagonal().clamp(min=0).sqrt()
         keep = norms * R_bn.norm(dim=1) > threshold
         if not keep.any():
@@ -374,25 +380,25 @@ def _whitening(G: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return (Z / roots).mT, (Z * roots).mT
 
 
-def _normalize_scale_(W_bD: Tensor, across: Reduction | None) -> float:
-    """Divide W by a power of two, without rounding, where its squares could over- or underflow."""
-    largest = 0.0
-    if W_bD.numel() > 0:
-        low, high = (bound.item() for bound in W_bD.aminmax())
-        finite = math.isfinite(low) and math.isfinite(high)
-        largest = max(-low, high) if finite else math.inf
-    if across is not None:
-        largest = across.max_(torch.tensor([largest], dtype=torch.float64, device="cpu")).item()
+def _normalize_scale_(
+    W_bD: Tensor, size: BlockSize, across: Reduction | None
+) -> tuple[float, list[float]]:
+    """Divide W by a power of two, without rounding, where its squares could over- or underflow.
+
+    Returns:
+        The power, and the norms of W's vectors after the division.
+    """
+    largest = size.largest
     if not math.isfinite(largest):
         raise ValueError(
             "expected finite vectors, got NaN or inf entries; check the operator's products"
         )
     exponent = math.frexp(largest)[1]
     if largest == 0 or abs(exponent) <= 16:
-        return 1.0
+        return 1.0, size.norms
     exponent = max(-100, min(100, exponent))
     W_bD.mul_(2.0**-exponent)
-    return 2.0**exponent
+    return 2.0**exponent, column_norms(W_bD, across).tolist()
 
 
 def _check_slabs(W_bD: Tensor, slabs: Sequence[Tensor]) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.linalg.precision import full_precision
+from hesscurv.linalg.transfers import to_device_of
 
 _TEMPORARY_NUMEL = 2**22  # of one chunk in `rotate_`: 16 MiB in float32
 
@@ -99,7 +100,7 @@ def rotate_(basis_mD: Tensor, Y_mk: Tensor) -> Tensor:
             f"expected coefficients of shape ({m}, k), k <= {m}, got {tuple(Y_mk.shape)}"
         )
     k = Y_mk.shape[1]
-    Y_km = Y_mk.mT.to(basis_mD).contiguous()
+    Y_km = to_device_of(Y_mk.mT, basis_mD).contiguous()
     chunk = max(1024, _TEMPORARY_NUMEL // max(k, 1))
     with full_precision(basis_mD.device):
         for start in range(0, dim, chunk):

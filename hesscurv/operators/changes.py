@@ -73,36 +73,20 @@ def marks_of_task(task: Any) -> Written:
     return Written(tensors, values)
 
 
-def marks_of_model(model: nn.Module, selected: set[int], training: bool | None) -> tuple[Any, ...]:
-    """Return the marks of a model: addresses and versions, and what tells other writes.
-
-    Writes through `.data` count no version. The selected parameters are compared with copies
-    elsewhere; of the others three numbers are taken, which a sign, a permutation or a scale change.
+def marks_of_model(model: nn.Module, training: bool | None) -> tuple[Any, ...]:
+    """Return the marks of a model that are seen without a look at any value.
 
     Args:
         model: The model.
-        selected: The ids of the selected parameters.
         training: None where each module's own mode counts.
     """
-    found = [*model.parameters(), *model.buffers()]
-    tensors = list(map(own_shard, found))
+    tensors = map(own_shard, [*model.parameters(), *model.buffers()])
     marks: tuple[Any, ...] = tuple(
         (t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors
     )
     if training is None:
         marks += tuple(m.training for m in model.modules())
-    others: dict[torch.device, list[Tensor]] = {}
-    for own, t in zip(found, tensors, strict=True):
-        if id(own) not in selected and t.is_floating_point() and t.numel() and t.itemsize > 1:
-            others.setdefault(t.device, []).append(_numbers(t))
-    return marks, tuple(x for n in others.values() for x in torch.stack(n).flatten().tolist())
-
-
-def _numbers(t: Tensor) -> Tensor:
-    norm = torch.linalg.vector_norm(t, dtype=torch.float64)
-    flat = t.detach().reshape(-1)
-    neighbours = torch.linalg.vector_norm(flat[1:] - flat[:-1], dtype=torch.float64)
-    return torch.stack([norm, t.detach().sum(dtype=torch.float64), neighbours])
+    return marks
 
 
 def _is_plain(value: Any) -> bool:

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hesscurv.linalg.transfers import all_finite
 from hesscurv.operators.agreement import Combination, agree, relative_gap
+from hesscurv.operators.linear_operator import require_finite
 from hesscurv.operators.linearizations import Linearization
 from hesscurv.operators.references import on_batch, with_reference
 
@@ -35,7 +37,24 @@ def multiply_compared(operator: CurvatureOperator, vectors_BD: Tensor) -> tuple[
         failed = _pass_over(operator, out_BD, vectors_BD, way, chunk)
         if not failed:
             return out_BD, way
+        if operator.checks_late:
+            require_finite(vectors_BD)  # NaN agrees with nothing, whatever the way
         _leave_out(operator, way, failed)  # and multiply again: `out` holds what is wrong
+
+
+def require_finite_product(operator: CurvatureOperator, vectors_BD: Tensor, out_BD: Tensor) -> None:
+    """Refuse products that have NaN or inf entries, and vectors that were not looked at before.
+
+    Raises:
+        ValueError: If there are any; it says in which.
+    """
+    if all_finite(out_BD, *((vectors_BD,) if operator.checks_late else ())):
+        return
+    require_finite(vectors_BD)
+    raise ValueError(
+        "the product has NaN or inf entries, so the loss has no finite second derivative "
+        "here; look for overflow, sqrt or norm at zero, or try compute_dtype=torch.float64"
+    )
 
 
 def confirm(operator: CurvatureOperator, record: Combination) -> None:

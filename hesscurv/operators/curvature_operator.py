@@ -16,7 +16,11 @@ from hesscurv.linalg.precision import ROUNDING
 from hesscurv.operators.agreement import CONFIRM_FROM, Agreement, Combination
 from hesscurv.operators.blocks import BlockCutter, put_block
 from hesscurv.operators.calibration import Calibration
-from hesscurv.operators.compared_products import confirm, multiply_compared
+from hesscurv.operators.compared_products import (
+    confirm,
+    multiply_compared,
+    require_finite_product,
+)
 from hesscurv.operators.derivative_check import Slope, check_derivatives
 from hesscurv.operators.environment import differentiable
 from hesscurv.operators.linearizations import Linearization
@@ -129,6 +133,8 @@ class CurvatureOperator(SummedOperator):
         self.way = way
         if self.device.type == "cuda":
             self.ways = known
+            # A GPU is waited for once, for the vectors and their products together.
+            self.checks_late = communicator.size == 1
         self._micro_batches = MicroBatches(objective)
         self._compiled: dict[Any, Callable[..., Any]] = {}
         self._choice = WayChoice(self)
@@ -167,13 +173,7 @@ class CurvatureOperator(SummedOperator):
             self._choice.prepare(len(vectors_BD))
             return self.within_memory(lambda: self._accumulate(vectors_BD))
 
-        out_BD = with_reference(self, multiply)
-        if not bool(torch.stack(out_BD.aminmax()).isfinite().all()):  # NaN propagates
-            raise ValueError(
-                "the product has NaN or inf entries, so the loss has no finite second derivative "
-                "here; look for overflow, sqrt or norm at zero, or try compute_dtype=torch.float64"
-            )
-        return out_BD
+        return with_reference(self, multiply)
 
     def within_memory(self, fn: Callable[[], Any]) -> Any:
         """Run, with less at once each time that memory runs out."""
@@ -186,6 +186,7 @@ class CurvatureOperator(SummedOperator):
 
     def _accumulate(self, vectors_BD: Tensor) -> Tensor:
         out_BD, way = multiply_compared(self, vectors_BD)
+        require_finite_product(self, vectors_BD, out_BD)  # before any of it is added to the record
         if way != self.ways[0]:
             if self._record is None:
                 self._record = Combination(self.layout, vectors_BD)
@@ -439,6 +440,7 @@ class CurvatureOperator(SummedOperator):
 
     def _forget(self) -> None:
         self._drop_graphs()
+        self._micro_batches.forget_weights()
         self._record = None
         if self.objective.batches.reads == self._counted:
             self.agreement.weights_changed(self._choice.expected)

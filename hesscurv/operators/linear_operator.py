@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hesscurv.distributed import Communicator
 from hesscurv.linalg.precision import full_precision, require_float64
+from hesscurv.linalg.transfers import all_finite
 from hesscurv.operators.descriptions import Words, describe_object, inherit_arguments
 from hesscurv.operators.uncompiled import uncompiled
 
@@ -30,7 +31,10 @@ class LinearOperator(ABC):
         num_matvecs: The number of products so far.
         communicator: The ranks that multiply together, each with the same operator or a part of
             it; a single process unless set.
+        checks_late: Whether NaN among the vectors is looked for in `_matmat`, not before it.
     """
+
+    checks_late = False
 
     def __init__(self, size: int, dtype: torch.dtype, device: torch.device) -> None:
         self.shape = torch.Size((size, size))
@@ -229,9 +233,8 @@ class LinearOperator(ABC):
                 f"expected a vector on device {self.device}, got {other.device}; "
                 "move it with .to(H.device)"
             )
-        bounds = other.detach().aminmax() if other.numel() else ()  # without a tensor of flags
-        if not all(bool(bound.isfinite()) for bound in bounds):
-            raise ValueError("expected a finite vector, got NaN or inf entries")
+        if not self.checks_late:
+            require_finite(other)
 
 
 class DenseOperator(LinearOperator):
@@ -323,6 +326,16 @@ def as_linear_operator(operator: Any) -> LinearOperator:
     if isinstance(operator, Tensor):
         return DenseOperator(operator)
     return ForeignOperator(operator)
+
+
+def require_finite(vectors: Tensor) -> None:
+    """Refuse vectors with NaN or inf entries.
+
+    Raises:
+        ValueError: If there are any.
+    """
+    if not all_finite(vectors):
+        raise ValueError("expected a finite vector, got NaN or inf entries")
 
 
 def _kind(value: Any) -> str:

@@ -39,6 +39,8 @@ class MicroBatches:
         self.plan = MemoryPlan(objective.budget)
         self.largest: Any = None
         self.separable = False
+        self._weights: dict[int, list[float]] = {}  # of kept batches, by number
+        self._weighed: tuple[Any, ...] = ()  # what these weights are of
 
     def note(self, batch: Any) -> None:
         """Remember the largest of the batches that count."""
@@ -64,17 +66,19 @@ class MicroBatches:
     def shares(self, total_weight: float) -> Iterator[tuple[int, Any, float]]:
         """Yield number, samples and share in the mean of all that goes through at once."""
         index = 0
-        for batch in self._objective.batches:
-            share = self._objective.weight(batch) / total_weight
+        for number, batch in enumerate(self._objective.batches):
+            own, *weights = self._weigh(number, batch)
+            share = own / total_weight
             if share == 0:  # nothing in it to average over
                 continue
-            parts = split(batch, self.plan.max_samples) if self.separable else [batch]
-            # Each part has its own mean: weigh the parts of one batch by their weights.
-            weights = [self._objective.weight(p) for p in parts] if len(parts) > 1 else [1.0]
-            for part, w in zip(parts, weights, strict=True):
+            for part, w in zip(self._cut(batch), weights, strict=True):
                 if w != 0:
                     yield index, part, share * w / sum(weights)
                     index += 1
+
+    def forget_weights(self) -> None:
+        """Weigh all batches again at the next pass: they, or the task that weighs them, changed."""
+        self._weights.clear()
 
     def describe(self, index: int, total_weight: float) -> str:
         """Say which micro-batch a number is, for messages."""
@@ -101,6 +105,29 @@ class MicroBatches:
         logger.warning("out of memory: going on with micro-batches of %d samples", samples)
         self.plan = self.plan.with_fewer_samples(samples)
         return True
+
+    def _cut(self, batch: Any) -> list[Any]:
+        return split(batch, self.plan.max_samples) if self.separable else [batch]
+
+    def _weigh(self, number: int, batch: Any) -> list[float]:
+        """Return the weight of a batch, and of its parts among themselves; none of an empty one.
+
+        Of batches that are kept they are remembered: a weight may be a number on a GPU.
+        """
+        batches = self._objective.batches
+        present = (batches.reads, self.separable, self.plan.max_samples)
+        if self._weighed != present:
+            self._weights, self._weighed = {}, present
+        if number in self._weights:
+            return self._weights[number]
+        weights = [self._objective.weight(batch)]
+        if weights[0] != 0:
+            parts = self._cut(batch)
+            # Each part has its own mean: weigh the parts of one batch by their weights.
+            weights += [self._objective.weight(p) for p in parts] if len(parts) > 1 else [1.0]
+        if batches.kept is not None:
+            self._weights[number] = weights
+        return weights
 
     def _set_separable(self, separable: bool) -> None:
         self.separable = separable

@@ -40,6 +40,7 @@ from hesscurv.operators.parameters import (
 )
 from hesscurv.operators.plain_embeddings import PlainEmbeddings, dense, makes_plain
 from hesscurv.operators.tasks import Task, as_loss
+from hesscurv.operators.value_changes import differ, read_values
 
 # A loss of many terms, summed in another order, comes out within so many units of rounding.
 _ROUNDINGS = 32
@@ -167,10 +168,11 @@ class Objective:
             data = self.batches.reread_if_written(differs)
             reshard(self.model)
             self._look_up()
-            selected = {id(p) for p in self._selected.values()}
-            self._marks_seen = marks_of_model(self.model, selected, self.training)
-            weights = self._marks_seen != self._marks or self._differs()
-            return weights or differs, data
+            marks = marks_of_model(self.model, self.training)
+            # Values are not compared where another mark tells already.
+            written, numbers = self._read_values(compare=self._marks[:1] == (marks,))
+            self._marks_seen = (marks, numbers)
+            return self._marks_seen != self._marks or written or differs, data
 
     def take_values(self) -> None:
         """Take the model's present values; sharded ones are gathered, on all ranks together."""
@@ -408,12 +410,17 @@ class Objective:
                 )
             self._selected[name] = found[name]
 
-    def _differs(self) -> bool:
-        """Whether the selected parameters differ from their copies; one look at the device."""
-        pairs = list(zip(map(own_shard, self._selected.values()), self._copies, strict=True))
+    def _read_values(self, *, compare: bool) -> tuple[bool, tuple[float, ...]]:
+        """Return whether what is selected differs from its copies, and numbers of the rest."""
+        own = map(own_shard, self._selected.values())
+        pairs = list(zip(own, self._copies, strict=True)) if compare else []
+        selected = {id(p) for p in self._selected.values()}
+        found = [*self.model.parameters(), *self.model.buffers()]
+        others = [own_shard(t) for t in found if id(t) not in selected]
+        others = [t for t in others if t.is_floating_point() and t.numel() and t.itemsize > 1]
         if self.device.type == "cpu" and self._cast is None:
-            return not all(torch.equal(p, copy) for p, copy in pairs)  # without memory
-        return bool(torch.stack([(p != copy).any() for p, copy in pairs]).any())
+            return differ(pairs), read_values([], others)[1]
+        return read_values(pairs, others)
 
     def _substitute(self, tensor: Tensor) -> Tensor:
         # Outside its mode, an inference tensor cannot take part in a graph; a copy can.

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscurv.linalg.orthogonalization import column_norms, project_out_
+from hesscurv.linalg.block_norms import column_norms
+from hesscurv.linalg.orthogonalization import project_out_
+from hesscurv.linalg.transfers import to_device_of
 from hesscurv.operators.descriptions import Described
 from hesscurv.operators.linear_operator import LinearOperator
 
@@ -90,7 +92,7 @@ def lanczos(
             "expected starting vectors outside of the span of the deflated ones, got one inside; "
             "deflate fewer, or start from Gaussian vectors"
         )
-    current_bD /= lengths.to(current_bD)[:, None]
+    current_bD /= to_device_of(lengths, current_bD)[:, None]
     previous_bD = torch.zeros_like(current_bD)
     active = list(range(len(current_bD)))
     alphas: list[list[float]] = [[] for _ in active]
@@ -98,14 +100,16 @@ def lanczos(
     scales = [0.0] * len(active)  # of each process' products: what a beta is compared with
     for step in range(num_steps):
         if basis_bnD is not None:
-            basis_bnD[active, step] = current_bD
+            # A list of indices would be sent to the device, which waits.
+            rows_active = slice(None) if len(active) == len(basis_bnD) else active
+            basis_bnD[rows_active, step] = current_bD
         # A copy, as it is changed: an operator may return its own storage.
         W_bD = (H @ current_bD.mT).mT.clone(memory_format=torch.contiguous_format)
         norms = column_norms(W_bD).tolist()
         project_out_(W_bD, deflated, passes=1)
         if step > 0:
             last = torch.tensor([betas[i][-1] for i in active], dtype=torch.float64, device="cpu")
-            W_bD.addcmul_(previous_bD, last.to(W_bD)[:, None], value=-1)
+            W_bD.addcmul_(previous_bD, to_device_of(last, W_bD)[:, None], value=-1)
         first = _project_out_rows_(W_bD, current_bD)
         # A second time removes what rounding left, and with a basis all earlier vectors as well.
         if basis_bnD is None:
@@ -132,7 +136,7 @@ def lanczos(
         lengths_b1 = torch.tensor(
             [[betas[i][-1]] for i in active], dtype=torch.float64, device="cpu"
         )
-        previous_bD, current_bD = current_bD, W_bD.div_(lengths_b1.to(W_bD))
+        previous_bD, current_bD = current_bD, W_bD.div_(to_device_of(lengths_b1, W_bD))
     return [
         Tridiagonal(
             torch.tensor(alpha, dtype=torch.float64, device="cpu"),

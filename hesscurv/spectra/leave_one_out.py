@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscurv.linalg.orthogonalization import column_norms, inner_products, orthonormalize_
+from hesscurv.linalg.block_norms import column_norms
+from hesscurv.linalg.orthogonalization import inner_products, orthonormalize_
 from hesscurv.linalg.test_matrices import TestMatrix
 from hesscurv.operators.descriptions import Described
 from hesscurv.operators.linear_operator import LinearOperator

@@ -299,3 +299,19 @@ def test_batches_that_are_dataclasses_are_weighted_cast_and_cut():
     problem.model.float()
     torch.testing.assert_close(H.to_dense(), expected, rtol=1e-10, atol=1e-13)
     assert [part.x.shape[0] for part in split(batches[0], 3)] == [3, 1]
+
+
+def test_remembered_weights_follow_the_batches():
+    """Targets that are written to, so that others count, change each batch's share."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(3, 4).double()
+    batches = [(torch.randn(4, 3, dtype=torch.float64), torch.randint(4, (4,))) for _ in range(2)]
+    task = hesscurv.supervised(torch.nn.CrossEntropyLoss(ignore_index=-1))
+    H = hesscurv.HessianOperator(model, task, batches)
+    V = torch.randn(H.shape[0], 2, dtype=torch.float64)
+    before = H @ V
+    batches[0][1][:3] = -1
+    after = H @ V
+    fresh = hesscurv.HessianOperator(model, task, batches) @ V
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, fresh, rtol=1e-12, atol=1e-14)

@@ -1,0 +1,48 @@
+"""Whether a model's values have changed, by one look at each device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+def differ(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
+    """Whether any tensor of the CPU differs from its copy in its own dtype; without memory."""
+    return not all(torch.equal(t, copy) for t, copy in pairs)
+
+
+def read_values(
+    pairs: Iterable[tuple[Tensor, Tensor]], others: Iterable[Tensor]
+) -> tuple[bool, tuple[float, ...]]:
+    """Compare some tensors with copies, and take three numbers of each of the others.
+
+    Writes through `.data` count no version, and tell themselves by these: a scale, a sign or a
+    permutation changes one of them.
+
+    Args:
+        pairs: Tensors of one device and their copies there.
+        others: Tensors of any devices.
+
+    Returns:
+        Whether any of the pairs differs, NaN from itself too; and the numbers, by device.
+
+    Cost: one reading of all values; a GPU is waited for once.
+    """
+    looks: dict[torch.device, list[Tensor]] = {}
+    flags = [(t != copy).any() for t, copy in pairs]
+    if flags:
+        looks[flags[0].device] = [torch.stack(flags).any().double()]
+    for t in others:
+        looks.setdefault(t.device, []).extend(_numbers(t))
+    numbers = [x for look in looks.values() for x in torch.stack(look).tolist()]
+    differs = bool(numbers.pop(0)) if flags else False
+    return differs, tuple(numbers)
+
+
+def _numbers(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    flat = t.detach().reshape(-1)
+    norm = torch.linalg.vector_norm(flat, dtype=torch.float64)
+    neighbours = torch.linalg.vector_norm(flat[1:] - flat[:-1], dtype=torch.float64)
+    return norm, flat.sum(dtype=torch.float64), neighbours

@@ -1,0 +1,57 @@
+"""The host waits for a CUDA device no more often than these bounds say, in any use.
+
+A wait empties the device's queue; between two waits the host can be ahead of it. The bounds are
+what the algorithms need at present, exact where they are a constant.
+"""
+
+import pytest
+from devices import wait_programs as programs
+
+
+def assert_waits(found, most):
+    assert found["waits"] <= most, "\n".join([f"{found['waits']} waits", *found["sites"]])
+
+
+@pytest.mark.parametrize("case", ["mlp", "conv_bn"])
+@pytest.mark.parametrize("way", ["retained", "batched"])
+@pytest.mark.parametrize("kind", ["hessian", "ggn", "fisher"])
+def test_a_block_of_products_waits_twice(pretended, kind, way, case):
+    # Has a weight changed; is all that went in and came out finite. Whatever the number of
+    # batches (both cases have two) and vectors, and with buffers (conv_bn) as without.
+    assert_waits(pretended.run(programs.product, kind, case, way), 2)
+
+
+@pytest.mark.parametrize(("k", "dim"), [(4, 6), (20, 12)])
+def test_eigsh_waits_a_few_times_a_block(pretended, k, dim):
+    # Two of the product; the size of the products, two Gram matrices with the projections and
+    # one more where a block is ill conditioned. Before and after the blocks, some for the pairs.
+    found = pretended.run(programs.solve, k, dim)
+    assert found["blocks"] >= 10
+    assert_waits(found, 6 * found["blocks"] + 10)
+
+
+def test_a_density_waits_a_few_times_a_step(pretended):
+    found = pretended.run(programs.density)
+    assert_waits(found, 10 * found["blocks"])
+
+
+@pytest.mark.parametrize("mode", ["update", "gradient"])
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_a_step_between_refreshes_never_waits(pretended, base, mode):
+    found = pretended.run(programs.optimizer_step, base, mode)
+    assert found["waits"] == found["copies"] == 0
+
+
+def test_a_monitor_that_is_not_due_never_waits(pretended):
+    found = pretended.run(programs.monitor_step, False)
+    assert found["waits"] == found["launches"] == 0
+
+
+def test_a_measurement_of_the_monitor_waits_a_bounded_number_of_times(pretended):
+    assert_waits(pretended.run(programs.monitor_step, True), 44)
+
+
+def test_the_collector_of_sites_sees_reads_alone(pretended):
+    counts, names = pretended.run(programs.sites_of_a_product)
+    assert counts == [1, 1]
+    assert sorted(names) == ["_local_scalar_dense", "_to_copy"]
