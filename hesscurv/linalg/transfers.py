@@ -24,8 +24,12 @@ def to_device_of(small: Tensor, like: Tensor) -> Tensor:
     """
     if like.device.type != "cuda" or small.device.type != "cpu":
         return small.to(like)
-    # PyTorch keeps the pinned memory until the copy is done.
-    return small.to(like.dtype).contiguous().pin_memory().to(like.device, non_blocking=True)
+    small = small.to(like.dtype).contiguous()
+    try:
+        # PyTorch keeps the pinned memory until the copy is done.
+        return small.pin_memory().to(like.device, non_blocking=True)
+    except RuntimeError:  # no more memory can be pinned: then the copy waits
+        return small.to(like.device)
 
 
 def all_finite(*tensors: Tensor) -> bool:
