@@ -25,6 +25,7 @@ from hesscurv.linalg.block_norms import BlockSize, block_size
 from hesscurv.linalg.eigenvalue_bounds import schur_complement
 from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_out_
 from hesscurv.linalg.rayleigh_ritz import sides_of, wanted_first
+from hesscurv.linalg.small_eigenproblems import eigh
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.storage.placement import Placement
 
@@ -159,9 +160,7 @@ class KrylovSpace:
         """
         m = self.num_expanded if expanded is None else expanded
         if dtype not in self._ritz or len(self._ritz[dtype][0]) != m:
-            values, vectors = self._from_first(
-                torch.linalg.eigh(self.A[:m, :m].to(dtype), UPLO="U")
-            )
+            values, vectors = self._from_first(eigh(self.A[:m, :m].to(dtype), self.H.device))
             order = wanted_first(values, self.which)
             leading = vectors[:, order[: self.k]].double()
             self._ritz[dtype] = values[order].double(), leading, vectors, order
