@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from hesscurv.linalg.device_memory import chunk_entries
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.transfers import to_device_of
 from hesscurv.storage.placement import Placement
@@ -105,7 +106,7 @@ class Basis:
         parts = Y_kn.split([len(v) for v in views], dim=1)
         far = self.placement.kind == "disk" or self._slabs[0].device != self._device
         numel = _FAR_TEMPORARY_NUMEL if far else _TEMPORARY_NUMEL
-        chunk = max(1024, numel // max(k, 1))
+        chunk = max(1024, chunk_entries(self._device, numel) // max(k, 1))
         with full_precision(self._device):
             for low in range(0, self.dim, chunk):
                 columns = slice(low, low + chunk)

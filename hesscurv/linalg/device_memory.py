@@ -26,6 +26,21 @@ def device_memory(device: torch.device) -> int:
     return min(total, limit or total)
 
 
+def chunk_entries(device: torch.device, on_host: int) -> int:
+    """Return how many entries of long vectors are best worked on at once.
+
+    A CPU's caches want few. A GPU wants enough work for each launch: half a GB in float32, a
+    sixty-fourth of the memory of smaller ones.
+
+    Args:
+        device: Where they are.
+        on_host: The number for CPUs.
+    """
+    if device.type != "cuda":
+        return on_host
+    return max(on_host, min(2**27, device_memory(device) // 256))
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes that can be taken on a device now, with those that caches would give up.
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.linalg.block_norms import BlockSize, Reduction, block_size, column_norms
+from hesscurv.linalg.device_memory import chunk_entries
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.rayleigh_ritz import rotate_
 from hesscurv.linalg.transfers import to_device_of
@@ -201,7 +202,8 @@ def _products(A_mD: Tensor, B_bD: Tensor) -> Tensor:
     """Do as `inner_products`; the result stays on B's device."""
     (m, dim), b = A_mD.shape, B_bD.shape[0]
     total_mb = torch.zeros(m, b, dtype=torch.float64, device=B_bD.device)
-    per_chunk = max(1, _CHUNK_NUMEL // (_SUM_LENGTH * max(m, b, 1)))
+    entries = chunk_entries(B_bD.device, _CHUNK_NUMEL)
+    per_chunk = max(1, entries // (_SUM_LENGTH * max(m, b, 1)))
     whole = dim - dim % _SUM_LENGTH
     with full_precision(B_bD.device):
         for start in range(0, whole, per_chunk * _SUM_LENGTH):
@@ -263,7 +265,8 @@ def _subtract_projection_(
 
 def _subtract_(W_bD: Tensor, slab_mD: Tensor, C_mb: Tensor) -> None:
     C_bm = to_device_of(C_mb.mT, W_bD)
-    chunk = max(_SUM_LENGTH, _CHUNK_NUMEL // max(slab_mD.shape[0], 1))
+    entries = chunk_entries(W_bD.device, _CHUNK_NUMEL)
+    chunk = max(_SUM_LENGTH, entries // max(slab_mD.shape[0], 1))
     for start in range(0, W_bD.shape[1], chunk):
         columns = slice(start, start + chunk)
         W_bD[:, columns].addmm_(C_bm, slab_mD[:, columns].to(W_bD), alpha=-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hesscurv.linalg.device_memory import chunk_entries
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.transfers import to_device_of
 
@@ -101,7 +102,7 @@ def rotate_(basis_mD: Tensor, Y_mk: Tensor) -> Tensor:
         )
     k = Y_mk.shape[1]
     Y_km = to_device_of(Y_mk.mT, basis_mD).contiguous()
-    chunk = max(1024, _TEMPORARY_NUMEL // max(k, 1))
+    chunk = max(1024, chunk_entries(basis_mD.device, _TEMPORARY_NUMEL) // max(k, 1))
     with full_precision(basis_mD.device):
         for start in range(0, dim, chunk):
             part_mC = basis_mD[:, start : start + chunk]
