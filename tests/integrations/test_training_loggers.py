@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -155,6 +156,11 @@ def test_weights_and_biases_has_what_was_logged(tmp_path, monkeypatch):
         run.finish()
     assert summary["curvature/sharpness"] == 4.0
     rows, metrics = wandb_history(tmp_path)
+    for _ in range(50):  # a process of its own writes them, in its own time
+        if rows:
+            break
+        time.sleep(0.2)
+        rows, metrics = wandb_history(tmp_path)
     found = [
         (row["curvature/step"], row["curvature/sharpness"])
         for row in rows
