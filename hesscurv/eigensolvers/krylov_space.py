@@ -137,6 +137,11 @@ class KrylovSpace:
         """The number p of vectors that wait for their product."""
         return self.basis.size - self.num_expanded
 
+    @property
+    def is_full(self) -> bool:
+        """Whether expanded and pending vectors together span the whole space."""
+        return self.basis.size == self.dim
+
     def fits(self, count: int) -> bool:
         """Whether so many more vectors can be stored, or the whole space can."""
         return self.basis.size + count <= self.capacity or self.capacity >= self.dim
@@ -256,11 +261,17 @@ class KrylovSpace:
         return W_bD
 
     def expand(self, size: int) -> int:
-        """Multiply the first `size` pending vectors; return how many new directions came of it."""
+        """Multiply the first `size` pending vectors; return how many new directions came of it.
+
+        Raises:
+            ValueError: If there are fewer, or size is below 1.
+        """
         m, rows = self.num_expanded, self.basis.size
+        if not 1 <= size <= rows - m:
+            raise ValueError(f"expected 1 <= size <= {rows - m} pending vectors, got {size}")
         W_BD = self.multiply(self.basis.block(m, m + size))
         self._scale = max(self._scale, float(column_norms(W_BD, self.across).max()))
-        if rows == self.dim:
+        if self.is_full:
             C, R = (
                 project_out_(W_BD, self.basis.slabs(), across=self.across),
                 torch.zeros(0, size, dtype=torch.float64, device="cpu"),
