@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.scaled_operator import require_range
 
 
 class CountedOperator(LinearOperator):
@@ -26,7 +28,7 @@ class CountedOperator(LinearOperator):
     def __init__(self, H: LinearOperator, total: int, description: str, progress: bool) -> None:
         super().__init__(H.shape[0], H.dtype, H.device)
         self.layout = getattr(H, "layout", None)
-        self._operator = H
+        self._operator, self._in_range = H, False
         self._bar = tqdm(total=total, desc=description, unit=" products", disable=not progress)
 
     def __enter__(self) -> CountedOperator:
@@ -47,11 +49,15 @@ class CountedOperator(LinearOperator):
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
         out = self._operator @ vectors_DB
         # One reading of the block finds NaN as well as inf, without a mask of its size.
-        if not torch.stack(out.aminmax()).isfinite().all():
+        largest = float(torch.stack(out.aminmax()).abs().max())  # NaN propagates
+        if not math.isfinite(largest):
             raise ValueError(
                 f"products {self.num_matvecs} to {self.num_matvecs + out.shape[1]} with the "
                 "operator have NaN or inf entries; check the model's loss and parameters, or "
                 "compute in float64"
             )
+        if not self._in_range:  # before anything of a usual size was seen
+            require_range(largest)
+            self._in_range = largest > 0
         self._bar.update(out.shape[1])
         return out

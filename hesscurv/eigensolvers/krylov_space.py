@@ -29,6 +29,7 @@ from hesscurv.linalg.orthogonalization import (
 )
 from hesscurv.linalg.rayleigh_ritz import sides_of, wanted_first
 from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.scaled_operator import SAFE_RANGE, require_range
 from hesscurv.storage.placement import Placement
 
 
@@ -250,14 +251,36 @@ class KrylovSpace:
 
     def multiply(self, block_bD: Tensor) -> Tensor:
         """Return H times vectors (b, D), of which this process has its entries, and count them."""
-        W_bD = self.H.product_rows(block_bD.mT).mT.contiguous()
+        W_bD = self.product(block_bD, self._scale)
         self.num_matvecs += len(block_bD)
-        if not bool(column_norms(W_bD, self.across).isfinite().all()):
-            raise ValueError(
-                f"products {self.num_matvecs - len(block_bD)} to {self.num_matvecs} with the "
-                "operator have NaN or inf entries; check the operator's products, or compute in "
-                "float64"
-            )
+        return W_bD
+
+    def product(self, block_bD: Tensor, scale: float = 0.0) -> Tensor:
+        """Return H times vectors (b, D), of which this process has its entries, uncounted.
+
+        Args:
+            block_bD: The vectors.
+            scale: The largest norm of a product before: where that is of a usual size, these may be
+                of any.
+
+        Raises:
+            ValueError: If it has NaN or inf entries.
+            RangeError: If squares of the first products leave the range of the dtype.
+        """
+        W_bD = self.H.product_rows(block_bD.mT).mT.contiguous()
+        largest = float(column_norms(W_bD, self.across).max())
+        if not SAFE_RANGE[0] < max(scale, largest) < SAFE_RANGE[1]:
+            low, high = W_bD.aminmax()
+            largest = float(torch.maximum(-low, high))
+            if self.across is not None:
+                largest = float(self.across.max_(torch.tensor([largest], device="cpu")))
+            if not math.isfinite(largest):
+                first = self.num_matvecs
+                raise ValueError(
+                    f"products {first} to {first + len(block_bD)} with the operator have NaN or "
+                    "inf entries; check the operator's products, or compute in float64"
+                )
+            require_range(largest)
         return W_bD
 
     def expand(self, size: int) -> int:
