@@ -20,6 +20,7 @@ from hesscurv.eigensolvers.krylov_plan import (
 from hesscurv.eigensolvers.krylov_run import KrylovRun
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
 from hesscurv.eigensolvers.progress import Progress
+from hesscurv.eigensolvers.resumed_operator import require_same_operator
 from hesscurv.linalg.rayleigh_ritz import sides_of
 from hesscurv.operators.linear_operator import LinearOperator
 
@@ -109,7 +110,9 @@ def block_krylov(
     A checkpoint takes D numbers of the basis' dtype for each product, up to three times the basis,
     and little time. It may be resumed with another tol, max_matvecs or storage, and with the same
     everything else: weights, batches, k, generator, initial, block_size, max_basis, verify, number
-    of processes. A finished one gives the result again for a few products.
+    of processes. A finished one gives the result again for a few products. What a fingerprint does
+    not know, the loss function and the model's code, is compared by one product, which does not
+    count, with the projected matrix: see `hesscurv.eigensolvers.resumed_operator`.
 
     Cost: usually 2 k to 4 k products and 2 k D floats; 2 m^2 D multiply-adds to orthogonalise m
     vectors twice.
@@ -179,6 +182,8 @@ def block_krylov(
             if state is None:
                 space.start(initial)
             else:
+                assert checkpoint is not None
+                require_same_operator(space, checkpoint)
                 bar.go_on_from(space.num_matvecs)
                 bar.say(f"going on from {checkpoint} after {space.num_matvecs} products")
             run.solve()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hesscurv.linalg.transfers import all_finite
 from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.scaled_operator import require_range
 
 
 class CountedOperator(LinearOperator):
@@ -27,7 +29,7 @@ class CountedOperator(LinearOperator):
     def __init__(self, H: LinearOperator, total: int, description: str, progress: bool) -> None:
         super().__init__(H.shape[0], H.dtype, H.device)
         self.layout = getattr(H, "layout", None)
-        self._operator = H
+        self._operator, self._in_range = H, False
         self._bar = tqdm(total=total, desc=description, unit=" products", disable=not progress)
 
     def __enter__(self) -> CountedOperator:
@@ -50,12 +52,20 @@ class CountedOperator(LinearOperator):
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
         out = self._operator @ vectors_DB
-        # Of those that look at their vectors within a product, the product was looked at as well.
-        if not self._operator.checks_late and not all_finite(out):
+        # An operator that looks at its vectors within a product has looked at the product as well.
+        if self._operator.checks_late and self._in_range:
+            self._bar.update(out.shape[1])
+            return out
+        # One reading of the block finds NaN as well as inf, without a mask of its size.
+        largest = float(torch.stack(out.aminmax()).abs().max())  # NaN propagates
+        if not math.isfinite(largest):
             raise ValueError(
                 f"products {self.num_matvecs} to {self.num_matvecs + out.shape[1]} with the "
                 "operator have NaN or inf entries; check the model's loss and parameters, or "
                 "compute in float64"
             )
+        if not self._in_range:  # before anything of a usual size was seen
+            require_range(largest)
+            self._in_range = largest > 0
         self._bar.update(out.shape[1])
         return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import os
 import warnings
@@ -21,7 +22,10 @@ from hesscurv.eigensolvers.residuals import ConvergenceWarning
 from hesscurv.eigensolvers.single_pass import single_pass
 from hesscurv.linalg.rayleigh_ritz import sides_of
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
+from hesscurv.operators.scaled_operator import RangeError, ScaledOperator
 from hesscurv.operators.uncompiled import uncompiled
+
+logger = logging.getLogger(__name__)
 
 METHODS: dict[str, Callable[..., Eigenpairs]] = {
     "auto": block_krylov,
@@ -124,18 +128,29 @@ def eigsh(
         if unknown:
             known = [n for n in accepted if n not in inspect.signature(eigsh).parameters]
             raise TypeError(f"method {method!r} has no option {unknown}; its options are {known}")
-    pairs = solver(
-        operator,
-        k,
-        which=which,
-        tol=tol,
-        max_matvecs=max_matvecs,
-        generator=generator,
-        progress=progress,
-        **options,
-    )
+    options |= {"which": which, "tol": tol, "generator": generator, "progress": progress}
+    before, state = operator.num_matvecs, None if generator is None else generator.get_state()
+    try:
+        pairs = solver(operator, k, max_matvecs=max_matvecs, **options)
+    except RangeError as error:
+        factor = error.factor
+    else:
+        operator.confirm()
+        return _with_product_errors(operator, pairs, tol)
+    logger.info("squares of the products leave the range of float64: H is scaled by %.3g", factor)
+    if generator is not None and state is not None:
+        generator.set_state(state)
+    lost = operator.num_matvecs - before
+    left = None if max_matvecs is None else max(k, max_matvecs - lost)
+    pairs = solver(ScaledOperator(operator, factor), k, max_matvecs=left, **options)
     operator.confirm()
-    return _with_product_errors(operator, pairs, tol)
+    return replace(
+        pairs,
+        eigenvalues=pairs.eigenvalues / factor,
+        residuals=pairs.residuals / factor,
+        num_matvecs=pairs.num_matvecs + lost,
+        info={n: v / factor if n == "noise" else v for n, v in pairs.info.items()},
+    )
 
 
 def _with_product_errors(operator: LinearOperator, pairs: Eigenpairs, tol: float) -> Eigenpairs:

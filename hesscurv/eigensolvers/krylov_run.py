@@ -233,11 +233,10 @@ class KrylovRun:
             if space.bound(last) == 0:  # only the zero operator has no scale
                 self.levels = dict.fromkeys(self.levels, 0.0)
                 return False
-            if space.basis.size == space.dim:  # all that is outside is pending
-                space.expand(self._affordable(min(space.block, space.num_pending)))
-                return True
         while True:
             if self.search is None:
+                if space.is_full:  # by what a search before has left, it may be
+                    return self._expand_rest()
                 if not self._make_room(MOST_STEPS // 2):
                     return True
                 sides = sides_to_search(space, last, self.levels, apart=apart)
@@ -247,7 +246,7 @@ class KrylovRun:
             search = self._run_search()
             if search.outcome == "found":
                 self.stalls = 0
-                if search.count > 1 or not self._affordable(1):
+                if search.count > 1 or space.is_full or not self._affordable(1):
                     return True
                 self.width = min(2 * self.width, _MOST_WIDTH)
                 if not self._make_room(self.width * (search.step + 2)):
@@ -267,6 +266,13 @@ class KrylovRun:
                     return False
                 apart = True  # one by one, the ends can be told of
             space.step_back(search.first)
+
+    def _expand_rest(self) -> bool:
+        """Expand pending vectors where all that is outside is pending; return whether any were."""
+        size = self._affordable(min(self.space.block, self.space.num_pending))
+        if size > 0:
+            self.space.expand(size)
+        return size > 0
 
     def _filter_tells(self, search: Search) -> bool:
         """Whether a filter can tell that nothing was missed, where a search has too little room."""
@@ -295,7 +301,9 @@ class KrylovRun:
         # Where there is little room, some of it holds more Ritz vectors: the search is the longer
         # the less there are.
         count = min(count, (2 * (space.capacity - space.k - space.num_pending)) // 3)
-        if not space.fits(count):
+        if count < 1:  # pending vectors take all of it: drop those that do not matter
+            self._restart()
+        elif not space.fits(count):
             self._restart(count)
         return space.num_expanded >= space.k
 

@@ -27,6 +27,7 @@ from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_o
 from hesscurv.linalg.rayleigh_ritz import sides_of, wanted_first
 from hesscurv.linalg.small_eigenproblems import eigh
 from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.scaled_operator import SAFE_RANGE, require_range
 from hesscurv.storage.placement import Placement
 
 
@@ -135,6 +136,11 @@ class KrylovSpace:
         """The number p of vectors that wait for their product."""
         return self.basis.size - self.num_expanded
 
+    @property
+    def is_full(self) -> bool:
+        """Whether expanded and pending vectors together span the whole space."""
+        return self.basis.size == self.dim
+
     def fits(self, count: int) -> bool:
         """Whether so many more vectors can be stored, or the whole space can."""
         return self.basis.size + count <= self.capacity or self.capacity >= self.dim
@@ -241,23 +247,46 @@ class KrylovSpace:
 
     def multiply(self, block_bD: Tensor) -> tuple[Tensor, BlockSize]:
         """Return H times vectors (b, D), of which this process has its entries; count them."""
-        W_bD = self.H.product_rows(block_bD.mT).mT.contiguous()
+        W_bD, size = self.product(block_bD, self._scale)
         self.num_matvecs += len(block_bD)
+        return W_bD, size
+
+    def product(self, block_bD: Tensor, scale: float = 0.0) -> tuple[Tensor, BlockSize]:
+        """Return H times vectors (b, D), of which this process has its entries, uncounted.
+
+        Args:
+            block_bD: The vectors.
+            scale: The largest norm of a product before: where that is of a usual size, these may be
+                of any.
+
+        Raises:
+            ValueError: If it has NaN or inf entries.
+            RangeError: If squares of the first products leave the range of the dtype.
+        """
+        W_bD = self.H.product_rows(block_bD.mT).mT.contiguous()
         size = block_size(W_bD, self.across)
-        if not all(map(math.isfinite, [size.largest, *size.norms])):
+        if not math.isfinite(size.largest):
+            first = self.num_matvecs
             raise ValueError(
-                f"products {self.num_matvecs - len(block_bD)} to {self.num_matvecs} with the "
-                "operator have NaN or inf entries; check the operator's products, or compute in "
-                "float64"
+                f"products {first} to {first + len(block_bD)} with the operator have NaN or inf "
+                "entries; check the operator's products, or compute in float64"
             )
+        if not SAFE_RANGE[0] < max(scale, *size.norms) < SAFE_RANGE[1]:
+            require_range(size.largest)
         return W_bD, size
 
     def expand(self, size: int) -> int:
-        """Multiply the first `size` pending vectors; return how many new directions came of it."""
+        """Multiply the first `size` pending vectors; return how many new directions came of it.
+
+        Raises:
+            ValueError: If there are fewer, or size is below 1.
+        """
         m, rows = self.num_expanded, self.basis.size
+        if not 1 <= size <= rows - m:
+            raise ValueError(f"expected 1 <= size <= {rows - m} pending vectors, got {size}")
         W_BD, found = self.multiply(self.basis.block(m, m + size))
         self._scale = max(self._scale, *found.norms)
-        if rows == self.dim:
+        if self.is_full:
             C, R = (
                 project_out_(W_BD, self.basis.slabs(), across=self.across),
                 torch.zeros(0, size, dtype=torch.float64, device="cpu"),

@@ -84,16 +84,25 @@ def ritz_result(
         gaps = measured_residuals(H, values.to(H.device), V_Dk, block_size).cpu()
     largest = float(theta.abs().max()) if rank else 0.0
     done = converged(gaps, values, tol, torch.finfo(H.dtype).eps, largest)
-    if len(sides_of(which)) == 1 and rank < dim:
+    within = int(done.sum())
+    # Where the range is smaller than the basis, or this the whole space, nothing else is outside.
+    partial = zeros == 0 and rank < dim
+    if len(sides_of(which)) == 1 and partial:
         # A sketch holds the largest magnitudes. What is wanted and is not outside exceeds them.
-        outside = 0.0 if zeros else float(theta.abs().min())
         rounding = 10 * torch.finfo(H.dtype).eps * largest
-        done &= sides_of(which)[0] * values >= outside - rounding
+        done &= sides_of(which)[0] * values >= float(theta.abs().min()) - rounding
     if residuals and not bool(done.all()):
+        beyond = within - int(done.sum())
+        outside = f", {beyond} of them of values that others outside may come before" * (beyond > 0)
+        remedy = (
+            "take more measurements, or method='block_krylov' if all pairs must converge"
+            if partial
+            else "the basis has the whole range, so more measurements cannot help: raise tol, or "
+            "compute in float64"
+        )
         warnings.warn(
-            f"{int(done.sum())} of {k} eigenpairs have residuals within tol={tol:g}, the largest "
-            f"is {gaps.max():.2g} beside |lambda_1| = {largest:.3g}; take more "
-            "measurements, or method='block_krylov' if all pairs must converge. See `converged` "
+            f"{within} of {k} eigenpairs have residuals within tol={tol:g}{outside}, the largest "
+            f"is {gaps.max():.2g} beside |lambda_1| = {largest:.3g}; {remedy}. See `converged` "
             "and `residuals`",
             ConvergenceWarning,
             stacklevel=3,

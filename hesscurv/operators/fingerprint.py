@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.operators.linear_operator import DenseOperator, LinearOperator
+from hesscurv.operators.scaled_operator import ScaledOperator
 from hesscurv.operators.tasks import tensors_of
 
 _CHUNK_NUMEL = 2**22  # entries copied to the host at once
@@ -32,6 +33,8 @@ def fingerprint(H: LinearOperator) -> dict[str, Any]:
 
     Cost: one reading of the weights and of the batches.
     """
+    if isinstance(H, ScaledOperator):
+        H = H.operator
     out: dict[str, Any] = {
         "operator": type(H).__name__,
         "size": H.shape[0],

@@ -1,5 +1,6 @@
 """Checkpoints: what was computed is not lost, and what does not belong together is refused."""
 
+import copy
 import json
 import os
 import resource
@@ -209,6 +210,72 @@ def test_other_weights_are_refused(tmp_path):
     H = hesscurv.HessianOperator(model, task, batches)
     with pytest.raises(ValueError, match="another problem; what differs: values"):
         hesscurv.eigsh(H, 3, checkpoint=tmp_path)
+
+
+# Activations and losses; the weights, buffers and batches are the same.
+OTHER_CODE = {
+    "label smoothing": (torch.nn.Tanh(), torch.nn.CrossEntropyLoss(label_smoothing=0.5)),
+    "activation": (torch.nn.Softplus(), torch.nn.CrossEntropyLoss()),
+    "class weights": (
+        torch.nn.Tanh(),
+        torch.nn.CrossEntropyLoss(weight=torch.tensor([0.2, 3.0, 1.0])),
+    ),
+    "scale": (torch.nn.Tanh(), lambda z, y: 1.02 * torch.nn.functional.cross_entropy(z, y)),
+}
+
+
+def curvature(activation, loss, dtype, head=1.0):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 8), activation, torch.nn.Linear(8, 3)).to(dtype)
+    with torch.no_grad():
+        model[2].weight.mul_(head)
+        model[2].bias.mul_(head)
+    batch = torch.randn(30, 6, dtype=dtype), torch.arange(30) % 3
+    loss = copy.deepcopy(loss).to(dtype) if isinstance(loss, torch.nn.Module) else loss
+    return hesscurv.HessianOperator(model, hesscurv.supervised(loss), [batch])
+
+
+@pytest.mark.parametrize("head", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", OTHER_CODE)
+def test_another_loss_or_model_code_is_refused_and_loses_nothing(name, dtype, head, tmp_path):
+    first = torch.nn.Tanh(), torch.nn.CrossEntropyLoss()
+    options = {"k": 5, "tol": 1e-4, "max_matvecs": 200, "block_size": 2}
+    expected = hesscurv.eigsh(curvature(*first, dtype, head=head), **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hesscurv.ConvergenceWarning)
+        few = {**options, "max_matvecs": 12}
+        hesscurv.eigsh(curvature(*first, dtype, head=head), checkpoint=tmp_path, **few)
+    with pytest.raises(ValueError, match=r"another problem.*loss function.*another folder"):
+        hesscurv.eigsh(
+            curvature(*OTHER_CODE[name], dtype, head=head), checkpoint=tmp_path, **options
+        )
+    pairs = hesscurv.eigsh(curvature(*first, dtype, head=head), checkpoint=tmp_path, **options)
+    torch.testing.assert_close(pairs.eigenvalues, expected.eigenvalues, rtol=1e-3, atol=1e-6)
+
+
+class Foreign:
+    """Another library's operator, of which a fingerprint knows the size alone."""
+
+    def __init__(self, matrix):
+        self.matrix, self.shape = matrix, matrix.shape
+
+    def __matmul__(self, other):
+        return self.matrix @ other
+
+
+@pytest.mark.parametrize("stored", [torch.float16, torch.bfloat16, torch.float32])
+def test_a_change_of_a_tenth_is_seen_beyond_the_rounding_of_the_basis(stored, tmp_path):
+    A = matrix(dtype=torch.float32)
+    A /= torch.linalg.matrix_norm(A, 2)
+    options = {"storage_dtype": stored, "tol": 1e-2, "block_size": 4, "max_basis": K + 24}
+    foreign = [Foreign(A), Foreign(1.1 * A)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", hesscurv.ConvergenceWarning)
+        hesscurv.eigsh(foreign[0], K, checkpoint=tmp_path, max_matvecs=90, **options)
+        with pytest.raises(ValueError, match="another problem: a product"):
+            hesscurv.eigsh(foreign[1], K, checkpoint=tmp_path, **options)
+        hesscurv.eigsh(foreign[0], K, checkpoint=tmp_path, **options)
 
 
 @pytest.mark.parametrize(
