@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,13 +13,15 @@ from torch import Tensor
 
 from hesscurv.operators.batches import split
 from hesscurv.operators.failing_operation import FailingOperation, find_failing_operation
+from hesscurv.operators.samples import map_tensors, tensors_of
 
 if TYPE_CHECKING:
     from hesscurv.operators.objective import Objective
 
 # What kernels say of a dtype that they do not take.
 _DTYPE = re.compile(
-    r"\b(double|half|bfloat16|float64|float32|float16|dtype|scalar ?type|data type)\b", re.I
+    r"\b(double|half|bfloat16|float64|float32|float16|dtype|scalar ?type|data type|result type|output type)\b",
+    re.I,
 )
 _MOST_NAMES = 6
 _MOST_TRIES = 32
@@ -49,6 +52,11 @@ class Differentiation:
 def of_hessian(objective: Objective, batch: Any) -> Iterator[Differentiation]:
     """Yield what the Hessian needs: the loss twice differentiable in the parameters."""
     yield Differentiation(lambda p: objective.loss(p, batch), objective.leaves(), 2)
+
+
+def of_loss(objective: Objective, batch: Any) -> Iterator[Differentiation]:
+    """Yield the loss, differentiable once."""
+    yield Differentiation(lambda p: objective.loss(p, batch), objective.leaves(), 1)
 
 
 def of_ggn(objective: Objective, batch: Any) -> Iterator[Differentiation]:
@@ -98,13 +106,14 @@ def _explain(
     kind: str,
 ) -> Exception | None:
     for few in _parts(batch):
-        for need in needs(few):
+        # What a kind differentiates may pass where the loss itself, evaluated first, fails.
+        for need in chain(needs(few), of_loss(objective, few)):
             found = find_failing_operation(objective.model, need.fn, need.leaves, need.order)
             if found is None:
                 continue
             if found.order or isinstance(found.error, NotImplementedError):
                 return _missing(objective, few, need, found, kind)
-            wrong = _wrong_dtype(objective, found)
+            wrong = _wrong_dtype(objective, few, found)
             if wrong is not None:
                 return wrong
             break  # of another size than the model takes, say
@@ -208,15 +217,59 @@ def _other_operators(objective: Objective, batch: Any, kind: str) -> list[str]:
     return ["take EmpiricalFisherOperator, which needs no second derivative"]
 
 
-def _wrong_dtype(objective: Objective, found: FailingOperation) -> ValueError | None:
+def _wrong_dtype(objective: Objective, batch: Any, found: FailingOperation) -> ValueError | None:
     text = str(found.error)
     if not _DTYPE.search(text):
         return None
-    other = torch.float32 if objective.dtype == torch.float64 else torch.float64
+    remedy = _cast_that_works(objective, batch) or _dtype_that_works(objective, batch)
+    if remedy is None:
+        dtypes = sorted({str(t.dtype) for t in tensors_of(batch)})
+        remedy = f"give the model and the loss tensors of the dtypes they take; got {dtypes}"
     return ValueError(
-        f"{found.describe()} does not run in {objective.dtype}: {_first_sentence(found.error)!r}; "
-        f"pass compute_dtype={other}"
+        f"{found.describe()} does not run on what it is given, in {objective.dtype}: "
+        f"{_first_sentence(found.error)!r}; {remedy}"
     )
+
+
+def _cast_that_works(objective: Objective, batch: Any) -> str | None:
+    """Say which one tensor of a batch to cast: class targets to int64, numbers to floats."""
+    for i, tensor in enumerate(tensors_of(batch)):
+        for dtype, call in ((torch.int64, ".long()"), (objective.dtype, ".float()")):
+            if tensor.dtype == dtype or tensor.is_complex():
+                continue
+            numbers = iter(range(len(tensors_of(batch))))
+
+            def cast(t: Tensor, i: int = i, dtype: Any = dtype, numbers: Any = numbers) -> Tensor:
+                return t.to(dtype) if next(numbers) == i else t
+
+            if _runs(objective, map_tensors(batch, cast), objective.dtype):
+                return (
+                    f"cast tensor {i} of the batch, of {tensor.dtype} and shape "
+                    f"{tuple(tensor.shape)}, with {call}"
+                )
+    return None
+
+
+def _dtype_that_works(objective: Objective, batch: Any) -> str | None:
+    for dtype in (torch.float32, torch.float64):
+        if dtype != objective.dtype and _runs(objective, batch, dtype):
+            return f"pass compute_dtype={dtype}"
+    return None
+
+
+def _runs(objective: Objective, batch: Any, dtype: torch.dtype) -> bool:
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() else t
+
+    try:
+        params = tuple(map(cast, objective.parameters()))
+        constants = {name: cast(t) for name, t in objective.constants.items()}
+        loss = objective.loss(params, map_tensors(batch, cast), constants)
+        return loss.numel() == 1
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the same, or another riddle
+        return False
 
 
 def _first_sentence(error: Exception) -> str:
