@@ -66,7 +66,8 @@ class CurvatureOperator(SummedOperator):
             training, None as found.
         compute_dtype: Dtype of computation and vectors; default the parameters' own, float32 for
             half-precision weights. float64 gives products free of float32 noise.
-        way: How to compute: "auto" measures and chooses; otherwise one of the class's `ways`.
+        way: How to compute: "auto" measures and chooses; "reference" takes the way that others are
+            compared with; otherwise one of the class's `ways`.
         memory_budget: Bytes for graphs and blocks of vectors; default an eighth of the machine's
             memory, or a quarter of the GPU's. Batches that need more are cut into micro-batches.
         check: Evaluate every batch once, test that a loss which is not one of torch's is a mean
@@ -111,8 +112,8 @@ class CurvatureOperator(SummedOperator):
         communicator = Communicator.of(process_group, device_of(model))
         known = self.ways + self.extra_ways
         with communicator.together("reading the arguments"), torch.inference_mode(False):
-            if way != "auto" and way not in known:
-                raise ValueError(f"expected way 'auto' or one of {known}, got {way!r}")
+            if way not in ("auto", "reference", *known):
+                raise ValueError(f"expected way 'auto', 'reference' or one of {known}, got {way!r}")
             if precision not in ROUNDING:
                 raise ValueError(f"expected precision among {list(ROUNDING)}, got {precision!r}")
             objective = Objective(

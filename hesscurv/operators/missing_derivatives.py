@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 # What kernels say of a dtype that they do not take.
 _DTYPE = re.compile(
-    r"\b(double|half|bfloat16|float64|float32|float16|dtype|scalar ?type|data type|result type|output type)\b",
+    r"\b(double|half|bfloat16|float64|float32|float16|dtype|(scalar|data|result|output) ?type)\b",
     re.I,
 )
+_NAMED = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
 _MOST_NAMES = 6
 _MOST_TRIES = 32
 _FEW_SAMPLES = 4
@@ -270,6 +271,24 @@ def _runs(objective: Objective, batch: Any, dtype: torch.dtype) -> bool:
         raise
     except Exception:  # the same, or another riddle
         return False
+
+
+def explain_closure(error: Exception, kind: str, other: str) -> Exception:
+    """Return an error that names the operation which lacks a derivative, or the error as it is.
+
+    Args:
+        error: What torch raised.
+        kind: What needs the derivative.
+        other: What does not need it, for the remedy.
+    """
+    found = _NAMED.search(str(error))
+    if found is None or isinstance(error, torch.OutOfMemoryError):
+        return error
+    name = found.group(1).removeprefix("_").removesuffix("_backward")
+    return MissingDerivativeError(
+        f"{kind} needs a derivative that torch lacks: no second derivative of {name}, "
+        f"{_first_sentence(error)!r}; replace it by an operation that has one, or {other}"
+    )
 
 
 def _first_sentence(error: Exception) -> str:

@@ -46,6 +46,8 @@ class WayChoice:
         """Return the way and the number of vectors at once for a block of `width` vectors."""
         operator = self._operator
         limit = max(1, min(width, operator.memory_plan.max_vectors))
+        if operator.way == "reference":
+            return operator.ways[0], limit
         if operator.way != "auto":
             return operator.way, limit
         calibration = self._calibrations.get(bucket_of(self._expected))

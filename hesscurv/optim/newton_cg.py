@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from hesscurv.operators.missing_derivatives import explain_closure
 from hesscurv.operators.uncompiled import uncompiled
 from hesscurv.optim.closure_gauss_newton import ClosureGaussNewton
 from hesscurv.optim.closure_hessian import ClosureHessian
@@ -31,6 +32,10 @@ from hesscurv.optim.newton_eigenspace import (
 from hesscurv.optim.newton_options import check_options, check_parameters
 from hesscurv.optim.newton_steps import take_step
 from hesscurv.optim.snapshot import Snapshot
+
+_WITHOUT_SECOND = (
+    "train with PreconditionedOptimizer(..., curvature='ggn'), which differentiates the model once"
+)
 
 
 class NewtonCG(Optimizer):
@@ -261,7 +266,8 @@ class NewtonCG(Optimizer):
             ValueError: If there is no scalar loss with a graph that reaches the parameters; if the
                 loss, its gradient or a product with the Hessian is not finite, or the gradient is
                 sparse.
-            NotImplementedError: If the model is wrapped in DDP or FSDP.
+            NotImplementedError: If the model is wrapped in DDP or FSDP, or an operation has no
+                second derivative.
 
         After an error, weights, ``.grad``, ``requires_grad``, random numbers and the state are as
         they were; buffers are the closure's own.
@@ -275,9 +281,14 @@ class NewtonCG(Optimizer):
         before = Snapshot(params)
         try:
             return self._step(closure, params, options, before)
-        except BaseException:
+        except BaseException as error:
             before.restore()
-            raise
+            if not isinstance(error, RuntimeError):
+                raise
+            explained = explain_closure(error, "NewtonCG", _WITHOUT_SECOND)
+            if explained is error:
+                raise
+            raise explained from error
 
     def diagnostics(self) -> dict[str, float]:
         """Return numbers about the last step and all steps so far; empty before the first.

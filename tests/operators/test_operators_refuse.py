@@ -81,7 +81,7 @@ class Integers(nn.Module):
         ({"params": lambda n, p: False}, ValueError, "selected none of the parameters"),
         ({"params": []}, ValueError, "at least one name or parameter"),
         ({"params": 3}, TypeError, "names, parameters or a predicate"),
-        ({"way": "fast"}, ValueError, "way 'auto' or one of .*retained.*got 'fast'"),
+        ({"way": "fast"}, ValueError, "way 'auto', 'reference' or one of .*retained.*got 'fast'"),
         ({"memory_budget": 0}, ValueError, "positive int, got 0"),
         ({"memory_budget": 1e9}, ValueError, "positive int, got 1000000000.0"),
         ({"compute_dtype": torch.int32}, TypeError, "floating compute_dtype"),

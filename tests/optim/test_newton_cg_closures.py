@@ -17,6 +17,7 @@ from optim.newton_problems import (
 )
 from torch import distributed, nn
 
+import hesscurv
 from hesscurv.optim.closure_loss import ClosureLoss
 from hesscurv.optim.newton_cg import NewtonCG
 
@@ -516,3 +517,45 @@ def test_a_model_in_ddp_is_refused():
         assert losses[-1] < losses[0]
     finally:
         distributed.destroy_process_group()
+
+
+class Bag(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bag, self.head = nn.EmbeddingBag(7, 4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.bag(x).tanh())
+
+
+@pytest.mark.filterwarnings("ignore:there is little to gain")
+@pytest.mark.parametrize("curvature", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("name", ["hardsigmoid", "embedding_bag"])
+def test_an_operation_without_a_second_derivative_is_named_with_what_works(name, curvature):
+    if name == "embedding_bag":
+        model, x = Bag(), torch.randint(7, (6, 3))
+    else:
+        model, x = nn.Sequential(nn.Linear(4, 3), nn.Hardsigmoid()), torch.randn(6, 4)
+    y = torch.rand(6, 3)
+    optimizer = NewtonCG(model.parameters(), rank=3, curvature=curvature)
+    before = flat(model.parameters()).detach().clone()
+
+    def closure():
+        optimizer.zero_grad()
+        if curvature == "gauss_newton":
+            return model(x) - y
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.raises(NotImplementedError, match=rf"no second derivative of {name}.*ggn"):
+        optimizer.step(closure)
+    assert torch.equal(flat(model.parameters()), before)
+    # What the error names works.
+    task = hesscurv.supervised(nn.MSELoss())
+    other = hesscurv.optim.PreconditionedOptimizer(
+        torch.optim.SGD(model.parameters(), 0.01), model, task, [(x, y)], rank=3, curvature="ggn"
+    )
+    task(model, (x, y)).backward()
+    other.step()
+    assert not torch.equal(flat(model.parameters()), before)
