@@ -28,6 +28,7 @@ from hesscurv.eigensolvers.single_pass import (
     sketch_sizes,
     take_measurements,
 )
+from hesscurv.linalg.integers import as_int
 from hesscurv.linalg.orthogonalization import orthonormalize_
 from hesscurv.linalg.test_matrices import TestMatrix, draw_seed, make_test_matrix
 from hesscurv.operators.fingerprint import fingerprint, product_sample
@@ -274,7 +275,7 @@ def _plan(
     block_size: int,
 ) -> tuple[Manifest, TestMatrix, TestMatrix]:
     """Check the settings; return the manifest as this job would write it, and the test matrices."""
-    k, seed = operator.index(k), operator.index(seed)  # NumPy's integers are not JSON
+    k, seed = as_int("k", k), as_int("seed", seed)  # NumPy's integers are not JSON
     if block_size < 1:
         raise ValueError(f"expected block_size >= 1, got {block_size}")
     dim = H.shape[0]

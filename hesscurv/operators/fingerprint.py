@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.linalg.test_matrices import make_test_matrix
-from hesscurv.operators.linear_operator import DenseOperator, LinearOperator
+from hesscurv.operators.linear_operator import DenseOperator, LinearOperator, SparseOperator
 from hesscurv.operators.scaled_operator import ScaledOperator
 from hesscurv.operators.tasks import tensors_of
 
@@ -45,6 +45,9 @@ def fingerprint(H: LinearOperator) -> dict[str, Any]:
     }
     if isinstance(H, DenseOperator):
         out["entries"] = hash_tensors([H.matrix])
+        return out
+    if isinstance(H, SparseOperator):
+        out["entries"] = hash_tensors([H.matrix.indices(), H.matrix.values()])
         return out
     objective = getattr(H, "objective", None)
     if objective is None:
