@@ -21,6 +21,7 @@ from hesscurv.eigensolvers.krylov_run import KrylovRun
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
 from hesscurv.eigensolvers.progress import Progress
 from hesscurv.eigensolvers.resumed_operator import require_same_operator
+from hesscurv.linalg.integers import as_int
 from hesscurv.linalg.rayleigh_ritz import sides_of
 from hesscurv.operators.linear_operator import LinearOperator
 
@@ -129,7 +130,7 @@ def block_krylov(
         Haynsworth, "Determination of the inertia of a partitioned Hermitian matrix", Linear Algebra
         Appl. 1 (1968); Parlett, "The symmetric eigenvalue problem" (1998), chapter 10.
     """
-    check_sizes(block_size, max_basis)
+    k, (block_size, max_basis) = as_int("k", k), check_sizes(block_size, max_basis)
     sides_of(which)
     generator = generator or torch.Generator().manual_seed(0)
     ranks, asked = H.communicator, {"block_size": block_size, "max_basis": max_basis}

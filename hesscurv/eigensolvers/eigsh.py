@@ -20,6 +20,7 @@ from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.rayleigh_ritz import rayleigh_ritz
 from hesscurv.eigensolvers.residuals import ConvergenceWarning
 from hesscurv.eigensolvers.single_pass import single_pass
+from hesscurv.linalg.integers import as_int
 from hesscurv.linalg.rayleigh_ritz import sides_of
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
 from hesscurv.operators.scaled_operator import RangeError, ScaledOperator
@@ -57,8 +58,8 @@ def eigsh(
     ``which="LM"``.
 
     Args:
-        H: A hesscurv operator, a dense symmetric tensor (D, D), or any object with `shape`,
-            `dtype`, `device` and ``@`` on tensors (D,) and (D, b).
+        H: A hesscurv operator, a dense or sparse symmetric tensor (D, D), or any object with
+            `shape`, `dtype`, `device` and ``@`` on tensors (D,) and (D, b).
         k: Number of pairs, 1 <= k <= D.
         method: "auto" (default: "block_krylov"), "block_krylov" (fewest products at every
             accuracy), "single_pass" (the sketch of the paper: products independent of each other,
@@ -106,7 +107,7 @@ def eigsh(
     if initial is not None:  # gathered before the checks, which are each rank's own
         initial = whole(initial.eigenvectors if isinstance(initial, Eigenpairs) else initial)
     with operator.communicator.together("reading the arguments of eigsh"):
-        _check_numbers(operator, k, tol, max_matvecs)
+        k, max_matvecs = _check_numbers(operator, k, tol, max_matvecs)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(
                 f"expected a torch.Generator, got {type(generator).__name__}; for a seed use "
@@ -179,17 +180,18 @@ def _with_product_errors(operator: LinearOperator, pairs: Eigenpairs, tol: float
     return replace(pairs, residuals=residuals, converged=converged, info=info)
 
 
-def _check_numbers(operator: LinearOperator, k: int, tol: float, max_matvecs: int | None) -> None:
+def _check_numbers(
+    operator: LinearOperator, k: int, tol: float, max_matvecs: int | None
+) -> tuple[int, int | None]:
+    """Return k and max_matvecs as plain ints, or refuse them."""
     dim = operator.shape[0]
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"expected k to be an int, got {type(k).__name__}")
+    k = as_int("k", k)
     if not 1 <= k <= dim:
         raise ValueError(f"expected 1 <= k <= D = {dim}, got k={k}")
     if not (isinstance(tol, (int, float)) and math.isfinite(tol) and tol >= 0):
         raise ValueError(f"expected a finite tol >= 0, got {tol!r}")
     if max_matvecs is not None:
-        if isinstance(max_matvecs, bool) or not isinstance(max_matvecs, int):
-            raise TypeError(f"expected max_matvecs to be an int, got {max_matvecs!r}")
+        max_matvecs = as_int("max_matvecs", max_matvecs)
         if max_matvecs < k:
             raise ValueError(
                 f"expected max_matvecs >= k = {k}, got {max_matvecs}: every pair needs a product "
@@ -200,6 +202,7 @@ def _check_numbers(operator: LinearOperator, k: int, tol: float, max_matvecs: in
             f"expected an operator of dtype float32 or float64, got {operator.dtype}; an "
             "orthonormal basis needs the digits"
         )
+    return k, max_matvecs
 
 
 def _check_initial(operator: LinearOperator, vectors: Any) -> Tensor:

@@ -64,7 +64,10 @@ def is_bounded_by_filter(
     y_1D = multiply(before_1D)
     for n in range(1, needed + needed // 4):
         left = float(column_norms(y_1D, space.across)[0])
-        if n >= LEAST_STEPS and left < math.cosh(n * rate) * share * norm:
+        growth = math.cosh(n * rate)  # T_n(x)
+        if n >= LEAST_STEPS and left < growth * share * norm:
             return True
+        if left > growth * norm:  # B has an eigenvalue beyond x; products would overflow soon
+            return False
         before_1D, y_1D = y_1D, 2 * multiply(y_1D) - before_1D
     return False

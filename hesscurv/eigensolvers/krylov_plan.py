@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.eigensolvers.checkpoint import Checkpoint, check_room
+from hesscurv.linalg.integers import as_int
 from hesscurv.operators.fingerprint import fingerprint, hash_tensors
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.storage.placement import Placement, choose_placement
@@ -198,20 +199,23 @@ def check_disk(
     check_room(folder, nbytes * _processes_here(processes))
 
 
-def check_sizes(block_size: Any, max_basis: Any) -> None:
-    """Refuse sizes that are none.
+def check_sizes(block_size: Any, max_basis: Any) -> tuple[int | None, int | None]:
+    """Return sizes as plain ints, None as it is.
 
     Raises:
         TypeError: If one is no int.
         ValueError: If one is below 1.
     """
+    sizes: list[int | None] = []
     for name, value in (("block_size", block_size), ("max_basis", max_basis)):
         if value is None:
+            sizes.append(None)
             continue
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"expected {name} to be an int or None, got {value!r}")
-        if value < 1:
-            raise ValueError(f"expected {name} >= 1, got {value}")
+        size = as_int(name, value)
+        if size < 1:
+            raise ValueError(f"expected {name} >= 1, got {size}")
+        sizes.append(size)
+    return sizes[0], sizes[1]
 
 
 def _processes_here(size: int) -> int:

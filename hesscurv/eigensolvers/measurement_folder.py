@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,12 @@ class MeasurementFolder:
         return cls(path, Manifest.from_json(file.read_bytes(), file))
 
     @classmethod
-    def join(cls, path: str | os.PathLike[str], wanted: Manifest) -> MeasurementFolder:
+    def join(
+        cls,
+        path: str | os.PathLike[str],
+        wanted: Manifest,
+        sample: Callable[[], list[float]],
+    ) -> MeasurementFolder:
         """Return the folder of these measurements; the first job to come makes it.
 
         Of several that come at once one is the first, and the others find its manifest.
@@ -86,6 +91,7 @@ class MeasurementFolder:
         Args:
             path: The folder; the one that it lies in must exist.
             wanted: The manifest of this job. All but the chunk size must be what is there.
+            sample: Returns the operator's `product_sample`, which is compared too.
 
         Raises:
             FileNotFoundError: If the folder above does not exist.
@@ -99,10 +105,12 @@ class MeasurementFolder:
             # By names alone: another job may be writing its own measurements by now.
             new.require_space(new.absent())
             path.mkdir(exist_ok=True)
-            create_atomically(path / _MANIFEST, wanted.to_json().encode())
+            first = wanted.with_product(sample())
+            create_atomically(path / _MANIFEST, first.to_json().encode())
         folder = cls.open(path)
         folder.manifest.require_operator(wanted.operator, path)
         folder.manifest.require_settings(wanted, path)
+        folder.manifest.require_product(sample, path)
         return folder
 
     def file(self, start: int, stop: int) -> Path:

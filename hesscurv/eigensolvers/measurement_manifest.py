@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from hesscurv.eigensolvers.single_pass import cut
 from hesscurv.linalg.test_matrices import KINDS
 from hesscurv.operators.descriptions import Described
-from hesscurv.operators.fingerprint import differences, hash_text
+from hesscurv.operators.fingerprint import differences, hash_text, sample_gap
 from hesscurv.operators.parameters import ParameterLayout
 
 FORMAT, VERSION = "hesscurv.measurements", 1
@@ -23,6 +23,8 @@ _DTYPES = {"torch.float32": torch.float32, "torch.float64": torch.float64}
 # The squared number of measurements is stored, in doubles: more than these are not on any disk.
 _MOST_MEASUREMENTS, _MOST_ENTRIES = 2 * 10**6, 2**53
 _SETTINGS = ("k", "outer", "inner", "measurements", "seed", "omega_seed", "psi_seed")
+_PRODUCT = "product"  # among the entries of the operator's fingerprint
+_SAMPLE_SIZE = 9
 _MEANING = {
     "operator": "its kind",
     "size": "its size D",
@@ -50,7 +52,7 @@ class Manifest(Described):
         dim: D.
         dtype: The vectors' dtype, "torch.float32" or "torch.float64".
         layout: `ParameterLayout.to_dict`, None for an operator without a model.
-        operator: The operator's `fingerprint`.
+        operator: The operator's `fingerprint`, and its `product_sample` as "product".
     """
 
     k: int
@@ -151,17 +153,48 @@ class Manifest(Described):
             raise ValueError(f"{self.measurements!r:.40} in {self.dtype!r:.40}")
         if not isinstance(self.operator, dict):
             raise TypeError(f"operator={self.operator!r:.40}")
+        sample = self.operator.get(_PRODUCT, [0.0] * _SAMPLE_SIZE)
+        if [type(entry) for entry in sample] != [float] * _SAMPLE_SIZE:
+            raise TypeError(f"product={sample!r:.40}")
         if self.layout is not None and ParameterLayout.from_dict(self.layout).numel != self.dim:
             raise ValueError(f"expected a layout of {self.dim} entries")
 
     def require_operator(self, fingerprint: dict[str, Any], folder: Path) -> None:
         """Raise ValueError, naming what differs, unless the fingerprint is that of the operator."""
-        found = differences(self.operator, fingerprint)
+        stored = {name: value for name, value in self.operator.items() if name != _PRODUCT}
+        found = differences(stored, fingerprint)
         if found:
             names = ", ".join(_MEANING.get(name, f"the {name}") for name in found)
             raise ValueError(
                 f"the measurements in {folder} are of another operator: what differs is {names}; "
                 "give the model and batches that they were taken with, or take another folder"
+            )
+
+    def with_product(self, sample: list[float]) -> Manifest:
+        """Return the manifest with a `product_sample`, which later jobs compare with theirs."""
+        return replace(self, operator={**self.operator, _PRODUCT: sample})
+
+    def require_product(self, sample: Callable[[], list[float]], folder: Path) -> None:
+        """Raise ValueError unless a product of the operator's is that of the first job's.
+
+        Args:
+            sample: Returns the operator's `product_sample`; not called where the manifest is from
+                before there was one.
+            folder: For the message.
+        """
+        stored = self.operator.get(_PRODUCT)
+        if stored is None:
+            return
+        # A product in float32 may be off by a thousandth, on another kind of processor.
+        allowed = torch.finfo(self.torch_dtype).eps ** (1 / 3)
+        gap = sample_gap(stored, sample())
+        if not gap <= allowed:
+            raise ValueError(
+                f"the measurements in {folder} are of another operator: a product differs from the "
+                f"first job's by {gap:.2g} of its norm, where rounding explains {allowed:.1g}; "
+                "weights, batches and settings are the same, so what differs is the loss function "
+                "(its arguments, its class weights) or the model's code (activations, constants "
+                "that are no buffers); give the same in all jobs, or take another folder"
             )
 
     def require_settings(self, other: Manifest, folder: Path) -> None:

@@ -6,6 +6,7 @@ shells. What the folder holds is in `measurement_folder`; what is computed is in
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import operator
@@ -27,9 +28,10 @@ from hesscurv.eigensolvers.single_pass import (
     sketch_sizes,
     take_measurements,
 )
+from hesscurv.linalg.integers import as_int
 from hesscurv.linalg.orthogonalization import orthonormalize_
 from hesscurv.linalg.test_matrices import TestMatrix, draw_seed, make_test_matrix
-from hesscurv.operators.fingerprint import fingerprint
+from hesscurv.operators.fingerprint import fingerprint, product_sample
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
 from hesscurv.operators.parameters import ParameterLayout
 
@@ -66,8 +68,8 @@ def measure(
 
     Args:
         H: The symmetric operator, D x D, float32 or float64; what `eigsh` takes. Every job builds
-            the same one, of the same weights and batches, which are compared; the loss function
-            cannot be, and of another library's operator nothing but size and dtype.
+            the same one, of the same weights and batches, which are compared, as is
+            one product with the first job's: it sees the loss function and the model's code too.
         k: Number of eigenpairs, 1 <= k <= D.
         folder: Where the measurements are kept; made if it is not there, in an existing folder.
         start: The share [start, stop) as measurements, 0 <= start < stop <= inner: the chunks
@@ -95,8 +97,8 @@ def measure(
         OSError: If the disk has no room for what is still missing, or is full; what was written
             stays whole.
 
-    Cost: a product for each measurement of the share. Memory: a chunk and a block of vectors. Disk,
-    by all jobs together: outer D floats and inner^2 doubles. SSRFT takes 4 FFTs of length D for
+    Cost: a product for each measurement of the share, and one that is compared. Memory: a chunk and
+    a block of vectors. Disk, by all jobs together: outer D floats and inner^2 doubles. SSRFT takes 4 FFTs of length D for
     each measurement; the other kinds draw Psi, inner D random numbers, for each chunk.
 
     References:
@@ -112,7 +114,7 @@ def measure(
         )
     wanted, omega, psi = _plan(H, k, outer, inner, measurements, seed, block_size)
     _check_share(start, stop, part, wanted.inner)
-    files = MeasurementFolder.join(folder, wanted)
+    files = MeasurementFolder.join(folder, wanted, functools.cache(lambda: product_sample(H)))
     files.remove_leftovers()
     manifest = files.manifest
 
@@ -207,6 +209,7 @@ def assemble(
     else:
         H = as_linear_operator(H)
         manifest.require_operator(fingerprint(H), files.path)
+        manifest.require_product(lambda: product_sample(H), files.path)
     if lacking := _joined(files.absent()):
         calls = "\n".join(f"    {manifest.call(files.path, *chunk)}" for chunk in lacking)
         count = sum(last - first for first, last in lacking)
@@ -272,7 +275,7 @@ def _plan(
     block_size: int,
 ) -> tuple[Manifest, TestMatrix, TestMatrix]:
     """Check the settings; return the manifest as this job would write it, and the test matrices."""
-    k, seed = operator.index(k), operator.index(seed)  # NumPy's integers are not JSON
+    k, seed = as_int("k", k), as_int("seed", seed)  # NumPy's integers are not JSON
     if block_size < 1:
         raise ValueError(f"expected block_size >= 1, got {block_size}")
     dim = H.shape[0]

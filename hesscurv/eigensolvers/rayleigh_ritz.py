@@ -11,6 +11,7 @@ from torch import Tensor
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.ritz_result import ritz_result
+from hesscurv.linalg.integers import as_int
 from hesscurv.linalg.orthogonalization import inner_products, orthonormalize_
 from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
@@ -83,7 +84,7 @@ def rayleigh_ritz(
     """
     start = time.perf_counter()
     H = as_linear_operator(H)
-    dim = H.shape[0]
+    dim, k = H.shape[0], as_int("k", k)
     if subspace_iterations < 0 or block_size < 1:
         raise ValueError(
             "expected subspace_iterations >= 0 and block_size >= 1, "

@@ -11,6 +11,7 @@ from torch import Tensor
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.ritz_result import ritz_result
+from hesscurv.linalg.integers import as_int
 from hesscurv.linalg.orthogonalization import orthonormalize_
 from hesscurv.linalg.test_matrices import TestMatrix, draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
@@ -87,7 +88,7 @@ def single_pass(
     """
     start = time.perf_counter()
     H = as_linear_operator(H)
-    dim = H.shape[0]
+    dim, k = H.shape[0], as_int("k", k)
     outer, inner = sketch_sizes(k, dim, outer, inner, max_matvecs, k if residuals else 0)
     if block_size < 1:
         raise ValueError(f"expected block_size >= 1, got {block_size}")

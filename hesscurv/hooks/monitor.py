@@ -22,6 +22,7 @@ from hesscurv.hooks.probe import Probe
 from hesscurv.hooks.quantities import QUANTITIES, choose_quantities
 from hesscurv.hooks.schedules import Schedule, dense_then_sparse
 from hesscurv.hooks.unchanged import unchanged_random_states
+from hesscurv.linalg.integers import as_int
 from hesscurv.operators.descriptions import Words, describe_object
 from hesscurv.operators.parameters import ParamSelection, unwrap
 from hesscurv.operators.summed_operator import device_of
@@ -159,6 +160,7 @@ class CurvatureMonitor:
         **options: Any,
     ) -> None:
         arguments.check_model(model, task, curvature, batches)
+        k = as_int("k", k)
         arguments.check_numbers(
             k=k,
             samples=samples,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -251,24 +253,44 @@ class DenseOperator(LinearOperator):
     def __init__(self, matrix: Tensor) -> None:
         if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
             raise TypeError(f"expected a real floating matrix, got {_kind(matrix)}")
-        if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
-            raise ValueError(f"expected a square matrix (D, D), got {tuple(matrix.shape)}")
+        _check_square(matrix)
         matrix = matrix.detach()
-        scale = matrix.abs().max()
-        if not bool(torch.isfinite(scale)):
-            raise ValueError("expected a finite matrix, got NaN or inf entries")
-        gap = float((matrix - matrix.mT).abs().max())
-        if gap > 1e3 * torch.finfo(matrix.dtype).eps * float(scale):
-            raise ValueError(
-                f"expected a symmetric matrix, got one with max|A - A^T| = {gap:.3g} against "
-                f"max|A| = {float(scale):.3g}; symmetrise it with (A + A.mT) / 2"
-            )
+        _check_symmetric(_largest(matrix), _largest(matrix - matrix.mT), matrix.dtype)
         super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
         self.matrix = matrix
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
         with full_precision(self.device):
             return self.matrix @ vectors_DB
+
+
+class SparseOperator(LinearOperator):
+    """A symmetric sparse matrix as an operator.
+
+    Args:
+        matrix: Shape (D, D), floating, symmetric to rounding, in any of torch's sparse layouts.
+
+    Raises:
+        TypeError: If it is not floating.
+        ValueError: If it is not square, finite and symmetric.
+
+    Cost: a product takes two multiply-adds for each stored entry and vector.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        if not matrix.is_floating_point():
+            raise TypeError(f"expected a real floating matrix, got {_kind(matrix)}")
+        _check_square(matrix)
+        # Entries that are stored twice add up; only this layout can be transposed and subtracted.
+        matrix = matrix.detach().to_sparse_coo().coalesce()
+        asymmetric = (matrix - matrix.t()).coalesce()
+        _check_symmetric(_largest(matrix.values()), _largest(asymmetric.values()), matrix.dtype)
+        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
+        self.matrix = matrix
+
+    def _matmat(self, vectors_DB: Tensor) -> Tensor:
+        with full_precision(self.device):
+            return torch.sparse.mm(self.matrix, vectors_DB)
 
 
 class ForeignOperator(LinearOperator):
@@ -320,11 +342,29 @@ class ForeignOperator(LinearOperator):
 
 
 def as_linear_operator(operator: Any) -> LinearOperator:
-    """Return the operator itself, or a symmetric matrix or another library's operator as one."""
+    """Return the operator itself, or a symmetric matrix or another library's operator as one.
+
+    Raises:
+        TypeError: If it is neither, or an array of a library whose products are no tensors.
+        ValueError: If it is not square, finite and symmetric.
+    """
     if isinstance(operator, LinearOperator):
         return operator
     if isinstance(operator, Tensor):
-        return DenseOperator(operator)
+        sparse = operator.layout != torch.strided and operator.is_floating_point()
+        return SparseOperator(operator) if sparse else DenseOperator(operator)
+    if isinstance(operator, np.ndarray):
+        raise TypeError(
+            "expected an operator or a torch.Tensor, got a NumPy array; pass "
+            "torch.from_numpy(array)"
+        )
+    if type(operator).__module__.startswith("scipy.sparse"):
+        raise TypeError(
+            f"expected an operator or a torch.Tensor, got SciPy's {type(operator).__name__}, which "
+            "does not multiply tensors; pass torch.from_numpy(A.toarray()), of a large sparse A "
+            "torch.sparse_csr_tensor(A.indptr, A.indices, A.data, A.shape), or subclass "
+            "hesscurv.LinearOperator"
+        )
     return ForeignOperator(operator)
 
 
@@ -336,6 +376,26 @@ def require_finite(vectors: Tensor) -> None:
     """
     if not all_finite(vectors):
         raise ValueError("expected a finite vector, got NaN or inf entries")
+
+
+def _check_square(matrix: Tensor) -> None:
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
+        raise ValueError(f"expected a square matrix (D, D), got {tuple(matrix.shape)}")
+
+
+def _check_symmetric(largest: float, gap: float, dtype: torch.dtype) -> None:
+    """Require a finite matrix A with these max|A| and max|A - A^T| to be symmetric to rounding."""
+    if not math.isfinite(largest):
+        raise ValueError("expected a finite matrix, got NaN or inf entries")
+    if gap > 1e3 * torch.finfo(dtype).eps * largest:
+        raise ValueError(
+            f"expected a symmetric matrix, got one with max|A - A^T| = {gap:.3g} against "
+            f"max|A| = {largest:.3g}; symmetrise it with (A + A.mT) / 2"
+        )
+
+
+def _largest(entries: Tensor) -> float:
+    return float(entries.abs().max()) if entries.numel() else 0.0
 
 
 def _kind(value: Any) -> str:

@@ -149,6 +149,30 @@ def test_another_operator_is_refused_before_any_product(change, named, folder):
     assert sorted(folder.iterdir()) == files
 
 
+def test_another_loss_is_refused_by_jobs_and_where_they_are_assembled(folder):
+    """Weights, batches and settings are alike: one product tells."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(6, 4)
+    batches = [(torch.randn(20, 6), torch.randint(4, (20,)))]
+
+    def hessian(scale):
+        def loss(outputs, targets):
+            return scale * torch.nn.functional.cross_entropy(outputs, targets)
+
+        return hesscurv.HessianOperator(model, hesscurv.supervised(loss), batches)
+
+    H = hessian(1.0)
+    measure(H, 4, folder, part=(0, 2), block_size=4)
+    assert H.num_matvecs == 8  # of 16: the product that is compared does not count
+    for other in (hessian(1.02), hessian(0.5)):
+        with pytest.raises(ValueError, match=r"a product differs .* the loss function"):
+            measure(other, 4, folder, part=(1, 2), block_size=4)
+    assert measure(hessian(1.0), 4, folder, part=(1, 2), block_size=4) == []
+    with pytest.raises(ValueError, match=r"a product differs .* the loss function"):
+        assemble(folder, hessian(1.02))
+    assert_same(assemble(folder, residuals=False), assemble(folder, H, residuals=False))
+
+
 def test_a_copy_of_the_operator_is_the_same_operator(folder):
     model, batches = network()
     measure(hessian(model, batches), 5, folder, part=(0, 2))
