@@ -98,8 +98,9 @@ def measure(
             stays whole.
 
     Cost: a product for each measurement of the share, and one that is compared. Memory: a chunk and
-    a block of vectors. Disk, by all jobs together: outer D floats and inner^2 doubles. SSRFT takes 4 FFTs of length D for
-    each measurement; the other kinds draw Psi, inner D random numbers, for each chunk.
+    a block of vectors. Disk, by all jobs together: outer D floats and inner^2 doubles. SSRFT takes
+    4 FFTs of length D for each measurement; the other kinds draw Psi, inner D random numbers, for
+    each chunk.
 
     References:
         Fernandez, Schneider, Mahsereci, Hennig, "Connecting parameter magnitudes and Hessian
