@@ -27,13 +27,14 @@ def differentiable(device: torch.device) -> Iterator[None]:
     """Allow derivatives of any order, in full precision: inference mode, autocast and TF32 off.
 
     Fused attention has no second derivative, so attention takes its plain form, and cuDNN's
-    recurrent kernels, which have none either, are left aside.
+    recurrent kernels, which have none either, are left aside. torch does not warn of operations
+    that it vectorises by a loop: see `without_fallback_warnings`.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(full_precision(device))
-        stack.enter_context(_PLAIN_ATTENTION.held())
+        stack.enter_context(_PLAIN_AND_QUIET.held())
         yield
 
 
@@ -134,7 +135,25 @@ def _without_cudnn() -> Iterator[None]:
         torch.backends.cudnn.enabled = enabled
 
 
-_PLAIN_ATTENTION = SharedSetting(lambda: sdpa_kernel(SDPBackend.MATH))
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # There is no reading this switch of torch's, which is on by default.
+    switch = torch._C._functorch._set_vmap_fallback_warning_enabled
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(True)
+
+
+@contextmanager
+def _plain_and_quiet() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH), without_fallback_warnings():
+        yield
+
+
+_QUIET = SharedSetting(_quiet)
+_PLAIN_AND_QUIET = SharedSetting(_plain_and_quiet)
 _EAGER = SharedSetting(lambda: torch.compiler.set_stance("force_eager"))
 _WITHOUT_CUDNN = SharedSetting(_without_cudnn)
 _MODEL_LOCKS: dict[int, Any] = {}  # by id: a module may define equality, and then has no hash
@@ -154,6 +173,17 @@ def exclusive(model: nn.Module) -> Any:
 def compilation_suspended() -> Iterator[None]:
     """Run what torch.compile has wrapped as it was: compiled code is not differentiated twice."""
     with _EAGER.held() if "torch._dynamo" in sys.modules else nullcontext():
+        yield
+
+
+@contextmanager
+def without_fallback_warnings() -> Iterator[None]:
+    """Silence torch's warning that it vectorises an operation by a loop, for want of a rule.
+
+    The caller did not ask for vmap, and can do nothing about it. Other warnings come through, and
+    filters stay as they are: changing these would show again what was shown once.
+    """
+    with _QUIET.held():
         yield
 
 

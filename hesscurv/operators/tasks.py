@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.operators.descriptions import brief, describe_object
+from hesscurv.operators.environment import without_fallback_warnings
 from hesscurv.operators.samples import (
     TARGET_KEYS,
     describe,
@@ -71,9 +71,7 @@ class Task:
             part = map_tensors(batch, lambda t: next(left).unsqueeze(0) if has_rows(t) else t)
             return self.loss(row.unsqueeze(0), part)
 
-        with warnings.catch_warnings():
-            # Without a batching rule for a loss, torch takes the rows one by one, and says so.
-            warnings.filterwarnings("ignore", "There is a performance drop")
+        with without_fallback_warnings():
             rows = [outputs, *filter(has_rows, tensors_of(batch))]
             try:
                 return torch.func.vmap(one)(*rows)
