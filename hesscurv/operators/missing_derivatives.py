@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hesscurv.operators.batches import split
 from hesscurv.operators.failing_operation import FailingOperation, find_failing_operation
 
+from hesscurv.operators.tasks import require_parts
+from hesscurv.operators.wrong_dtypes import explain_dtype, first_sentence
+
 if TYPE_CHECKING:
     from hesscurv.operators.objective import Objective
 
-# What kernels say of a dtype that they do not take.
-_DTYPE = re.compile(
-    r"\b(double|half|bfloat16|float64|float32|float16|dtype|scalar ?type|data type)\b", re.I
-)
 _MOST_NAMES = 6
 _MOST_TRIES = 32
 _FEW_SAMPLES = 4
@@ -83,8 +82,11 @@ def explain(
         return error
     if not isinstance(error, (RuntimeError, TypeError)):  # NotImplementedError is the first
         return error
+    # Looked up here: inside, substitutes in the compute dtype stand in for the parameters.
+    floating = (p.dtype for p in objective.model.parameters() if p.is_floating_point())
+    own = next(floating, objective.dtype)
     try:
-        return objective.run(lambda: _explain(objective, batch, needs, kind)) or error
+        return objective.run(lambda: _explain(objective, batch, own, needs, kind)) or error
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a model that cannot be followed: the first error says most
@@ -94,19 +96,20 @@ def explain(
 def _explain(
     objective: Objective,
     batch: Any,
+    own: torch.dtype,
     needs: Callable[[Any], Iterable[Differentiation]],
     kind: str,
 ) -> Exception | None:
     for few in _parts(batch):
+        wrong = explain_dtype(objective, few, own)
+        if wrong is not None:
+            return wrong
         for need in needs(few):
             found = find_failing_operation(objective.model, need.fn, need.leaves, need.order)
             if found is None:
                 continue
             if found.order or isinstance(found.error, NotImplementedError):
                 return _missing(objective, few, need, found, kind)
-            wrong = _wrong_dtype(objective, found)
-            if wrong is not None:
-                return wrong
             break  # of another size than the model takes, say
     return None
 
@@ -136,7 +139,7 @@ def _missing(
     order = {0: "no derivative", 1: "no derivative", 2: "no second derivative"}[found.order]
     return MissingDerivativeError(
         f"{kind} needs a derivative that torch lacks: {order} of {found.describe()}, "
-        f"{_first_sentence(found.error)!r}; " + ", or ".join(remedies)
+        f"{first_sentence(found.error)!r}; " + ", or ".join(remedies)
     )
 
 
@@ -190,35 +193,93 @@ def _other_operators(objective: Objective, batch: Any, kind: str) -> list[str]:
     if kind == "EmpiricalFisherOperator":
         return []
     task: Any = objective.task
-    if not (hasattr(task, "outputs") and hasattr(task, "loss")):
-        if objective.is_closure:
-            return []
-        return [
-            "give the loss in two parts, hesscurv.supervised(loss) or a subclass of hesscurv.Task, "
-            "to GGNOperator or EmpiricalFisherOperator, which differentiate the model once"
-        ]
-    outputs, loss = of_ggn(objective, batch)
     model = objective.model
-    if find_failing_operation(model, outputs.fn, outputs.leaves, 1) is not None:
+    in_parts = hasattr(task, "outputs") and hasattr(task, "loss")
+    try:
+        if in_parts:
+            require_parts(task)
+            once, twice = _of_fisher(objective, batch), _second_of(of_ggn(objective, batch))
+        elif objective.is_closure:
+            return []
+        else:
+            leaves = objective.leaves()
+            once = Differentiation(lambda p: objective.loss(p, batch), leaves, 1)
+            twice = _in_outputs(objective, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # outputs that are no tensor, say
         return []
-    if kind == "HessianOperator" and (
-        find_failing_operation(model, loss.fn, loss.leaves, loss.order) is None
-    ):
-        return ["take GGNOperator or EmpiricalFisherOperator, which differentiate the model once"]
-    return ["take EmpiricalFisherOperator, which needs no second derivative"]
-
-
-def _wrong_dtype(objective: Objective, found: FailingOperation) -> ValueError | None:
-    text = str(found.error)
-    if not _DTYPE.search(text):
-        return None
-    other = torch.float32 if objective.dtype == torch.float64 else torch.float64
-    return ValueError(
-        f"{found.describe()} does not run in {objective.dtype}: {_first_sentence(found.error)!r}; "
-        f"pass compute_dtype={other}"
+    if find_failing_operation(model, once.fn, once.leaves, 1) is not None:
+        return []
+    has_ggn = kind == "HessianOperator" and (
+        find_failing_operation(model, twice.fn, twice.leaves, twice.order) is None
     )
+    how = "take "
+    if not in_parts:
+        how = (
+            "give the loss in two parts, hesscurv.supervised(loss) or a subclass of "
+            "hesscurv.Task, to "
+        )
+    if has_ggn:
+        return [how + "GGNOperator or EmpiricalFisherOperator, which differentiate the model once"]
+    return [how + "EmpiricalFisherOperator, which needs no second derivative"]
 
 
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return re.split(r"(?<=[a-z)'])\. ", text)[0][:200]
+def _of_fisher(objective: Objective, batch: Any) -> Differentiation:
+    """Return what the Fisher needs: the samples' losses, once differentiable."""
+    task = objective.task_parts
+
+    def losses(params: tuple[Tensor, ...]) -> Tensor:
+        return task.sample_losses(objective.outputs(params, batch), batch)
+
+    return Differentiation(losses, objective.leaves(), 1)
+
+
+def _second_of(needs: Iterable[Differentiation]) -> Differentiation:
+    _, second = needs
+    return second
+
+
+def _in_outputs(objective: Objective, batch: Any) -> Differentiation:
+    """Return a plain callable's loss as a function of what the model returns when it is called.
+
+    Raises:
+        ValueError: If it returns no tensor, or is not called as a whole.
+    """
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, out: Any) -> None:
+        z = getattr(out, "logits", out)
+        if not isinstance(z, Tensor):
+            raise ValueError(f"expected a model that returns a tensor, got {type(z).__name__}")
+        found.append(z.detach().requires_grad_())
+
+    with _after_the_model(objective.model, keep), torch.no_grad():
+        objective.loss(objective.parameters(), batch)
+    if not found:
+        raise ValueError("expected a loss that calls the model")
+
+    def loss(leaves: tuple[Tensor, ...]) -> Tensor:
+        left = iter(leaves)
+
+        def replace_outputs(module: nn.Module, inputs: Any, out: Any) -> Any:
+            if isinstance(out, Tensor):
+                return next(left)
+            out.logits = next(left)
+            return out
+
+        with _after_the_model(objective.model, replace_outputs):
+            return objective.loss(objective.parameters(), batch)
+
+    return Differentiation(loss, tuple(found), 2, False)
+
+
+@contextmanager
+def _after_the_model(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
