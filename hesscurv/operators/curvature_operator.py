@@ -38,6 +38,7 @@ from hesscurv.operators.probe import (
 )
 from hesscurv.operators.references import explaining, on_batch, with_reference
 from hesscurv.operators.summed_operator import SummedOperator, device_of
+from hesscurv.operators.tasks import require_parts
 from hesscurv.operators.way_choice import EXPECTED, WayChoice
 
 logger = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ class CurvatureOperator(SummedOperator):
                 may_be_empty=communicator.size > 1,
             )
             if self.needs_parts:
-                _ = objective.task_parts
+                require_parts(objective.task_parts)
         super().__init__(objective, communicator)
         self.layout = objective.layout
         self._cutter = BlockCutter(self.layout)

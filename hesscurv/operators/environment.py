@@ -29,7 +29,8 @@ def differentiable(device: torch.device, precision: str = "highest") -> Iterator
     In "tf32" or "bf16" where that is asked for.
 
     Fused attention has no second derivative, so attention takes its plain form, and cuDNN's
-    recurrent kernels, which have none either, are left aside.
+    recurrent kernels, which have none either, are left aside. torch does not warn of operations
+    that it vectorises by a loop: see `without_fallback_warnings`.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -38,7 +39,7 @@ def differentiable(device: torch.device, precision: str = "highest") -> Iterator
             stack.enter_context(full_precision(device))
         else:
             stack.enter_context(reduced_precision(device, precision))
-        stack.enter_context(_PLAIN_ATTENTION.held())
+        stack.enter_context(_PLAIN_AND_QUIET.held())
         yield
 
 
@@ -139,7 +140,25 @@ def _without_cudnn() -> Iterator[None]:
         torch.backends.cudnn.enabled = enabled
 
 
-_PLAIN_ATTENTION = SharedSetting(lambda: sdpa_kernel(SDPBackend.MATH))
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # There is no reading this switch of torch's, which is on by default.
+    switch = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+    switch(False)
+    try:
+        yield
+    finally:
+        switch(True)
+
+
+@contextmanager
+def _plain_and_quiet() -> Iterator[None]:
+    with sdpa_kernel(SDPBackend.MATH), without_fallback_warnings():
+        yield
+
+
+_QUIET = SharedSetting(_quiet)
+_PLAIN_AND_QUIET = SharedSetting(_plain_and_quiet)
 _EAGER = SharedSetting(lambda: torch.compiler.set_stance("force_eager"))
 _WITHOUT_CUDNN = SharedSetting(_without_cudnn)
 _MODEL_LOCKS: dict[int, Any] = {}  # by id: a module may define equality, and then has no hash
@@ -159,6 +178,17 @@ def exclusive(model: nn.Module) -> Any:
 def compilation_suspended() -> Iterator[None]:
     """Run what torch.compile has wrapped as it was: compiled code is not differentiated twice."""
     with _EAGER.held() if "torch._dynamo" in sys.modules else nullcontext():
+        yield
+
+
+@contextmanager
+def without_fallback_warnings() -> Iterator[None]:
+    """Silence torch's warning that it vectorises an operation by a loop, for want of a rule.
+
+    The caller did not ask for vmap, and can do nothing about it. Other warnings come through, and
+    filters stay as they are: changing these would show again what was shown once.
+    """
+    with _QUIET.held():
         yield
 
 

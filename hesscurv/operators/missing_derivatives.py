@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hesscurv.operators.batches import split
 from hesscurv.operators.failing_operation import FailingOperation, find_failing_operation
-from hesscurv.operators.samples import map_tensors, tensors_of
+from hesscurv.operators.tasks import require_parts
+from hesscurv.operators.wrong_dtypes import explain_dtype, first_sentence
 
 if TYPE_CHECKING:
     from hesscurv.operators.objective import Objective
 
-# What kernels say of a dtype that they do not take.
-_DTYPE = re.compile(
-    r"\b(double|half|bfloat16|float64|float32|float16|dtype|(scalar|data|result|output) ?type)\b",
-    re.I,
-)
 _NAMED = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
 _MOST_NAMES = 6
 _MOST_TRIES = 32
@@ -53,11 +49,6 @@ class Differentiation:
 def of_hessian(objective: Objective, batch: Any) -> Iterator[Differentiation]:
     """Yield what the Hessian needs: the loss twice differentiable in the parameters."""
     yield Differentiation(lambda p: objective.loss(p, batch), objective.leaves(), 2)
-
-
-def of_loss(objective: Objective, batch: Any) -> Iterator[Differentiation]:
-    """Yield the loss, differentiable once."""
-    yield Differentiation(lambda p: objective.loss(p, batch), objective.leaves(), 1)
 
 
 def of_ggn(objective: Objective, batch: Any) -> Iterator[Differentiation]:
@@ -92,8 +83,11 @@ def explain(
         return error
     if not isinstance(error, (RuntimeError, TypeError)):  # NotImplementedError is the first
         return error
+    # Looked up here: inside, substitutes in the compute dtype stand in for the parameters.
+    floating = (p.dtype for p in objective.model.parameters() if p.is_floating_point())
+    own = next(floating, objective.dtype)
     try:
-        return objective.run(lambda: _explain(objective, batch, needs, kind)) or error
+        return objective.run(lambda: _explain(objective, batch, own, needs, kind)) or error
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a model that cannot be followed: the first error says most
@@ -103,20 +97,20 @@ def explain(
 def _explain(
     objective: Objective,
     batch: Any,
+    own: torch.dtype,
     needs: Callable[[Any], Iterable[Differentiation]],
     kind: str,
 ) -> Exception | None:
     for few in _parts(batch):
-        # What a kind differentiates may pass where the loss itself, evaluated first, fails.
-        for need in chain(needs(few), of_loss(objective, few)):
+        wrong = explain_dtype(objective, few, own)
+        if wrong is not None:
+            return wrong
+        for need in needs(few):
             found = find_failing_operation(objective.model, need.fn, need.leaves, need.order)
             if found is None:
                 continue
             if found.order or isinstance(found.error, NotImplementedError):
                 return _missing(objective, few, need, found, kind)
-            wrong = _wrong_dtype(objective, few, found)
-            if wrong is not None:
-                return wrong
             break  # of another size than the model takes, say
     return None
 
@@ -146,7 +140,7 @@ def _missing(
     order = {0: "no derivative", 1: "no derivative", 2: "no second derivative"}[found.order]
     return MissingDerivativeError(
         f"{kind} needs a derivative that torch lacks: {order} of {found.describe()}, "
-        f"{_first_sentence(found.error)!r}; " + ", or ".join(remedies)
+        f"{first_sentence(found.error)!r}; " + ", or ".join(remedies)
     )
 
 
@@ -200,77 +194,94 @@ def _other_operators(objective: Objective, batch: Any, kind: str) -> list[str]:
     if kind == "EmpiricalFisherOperator":
         return []
     task: Any = objective.task
-    if not (hasattr(task, "outputs") and hasattr(task, "loss")):
-        if objective.is_closure:
-            return []
-        return [
-            "give the loss in two parts, hesscurv.supervised(loss) or a subclass of hesscurv.Task, "
-            "to GGNOperator or EmpiricalFisherOperator, which differentiate the model once"
-        ]
-    outputs, loss = of_ggn(objective, batch)
     model = objective.model
-    if find_failing_operation(model, outputs.fn, outputs.leaves, 1) is not None:
-        return []
-    if kind == "HessianOperator" and (
-        find_failing_operation(model, loss.fn, loss.leaves, loss.order) is None
-    ):
-        return ["take GGNOperator or EmpiricalFisherOperator, which differentiate the model once"]
-    return ["take EmpiricalFisherOperator, which needs no second derivative"]
-
-
-def _wrong_dtype(objective: Objective, batch: Any, found: FailingOperation) -> ValueError | None:
-    text = str(found.error)
-    if not _DTYPE.search(text):
-        return None
-    remedy = _cast_that_works(objective, batch) or _dtype_that_works(objective, batch)
-    if remedy is None:
-        dtypes = sorted({str(t.dtype) for t in tensors_of(batch)})
-        remedy = f"give the model and the loss tensors of the dtypes they take; got {dtypes}"
-    return ValueError(
-        f"{found.describe()} does not run on what it is given, in {objective.dtype}: "
-        f"{_first_sentence(found.error)!r}; {remedy}"
-    )
-
-
-def _cast_that_works(objective: Objective, batch: Any) -> str | None:
-    """Say which one tensor of a batch to cast: class targets to int64, numbers to floats."""
-    for i, tensor in enumerate(tensors_of(batch)):
-        for dtype, call in ((torch.int64, ".long()"), (objective.dtype, ".float()")):
-            if tensor.dtype == dtype or tensor.is_complex():
-                continue
-            numbers = iter(range(len(tensors_of(batch))))
-
-            def cast(t: Tensor, i: int = i, dtype: Any = dtype, numbers: Any = numbers) -> Tensor:
-                return t.to(dtype) if next(numbers) == i else t
-
-            if _runs(objective, map_tensors(batch, cast), objective.dtype):
-                return (
-                    f"cast tensor {i} of the batch, of {tensor.dtype} and shape "
-                    f"{tuple(tensor.shape)}, with {call}"
-                )
-    return None
-
-
-def _dtype_that_works(objective: Objective, batch: Any) -> str | None:
-    for dtype in (torch.float32, torch.float64):
-        if dtype != objective.dtype and _runs(objective, batch, dtype):
-            return f"pass compute_dtype={dtype}"
-    return None
-
-
-def _runs(objective: Objective, batch: Any, dtype: torch.dtype) -> bool:
-    def cast(t: Tensor) -> Tensor:
-        return t.to(dtype) if t.is_floating_point() else t
-
+    in_parts = hasattr(task, "outputs") and hasattr(task, "loss")
     try:
-        params = tuple(map(cast, objective.parameters()))
-        constants = {name: cast(t) for name, t in objective.constants.items()}
-        loss = objective.loss(params, map_tensors(batch, cast), constants)
-        return loss.numel() == 1
+        if in_parts:
+            require_parts(task)
+            once, twice = _of_fisher(objective, batch), _second_of(of_ggn(objective, batch))
+        elif objective.is_closure:
+            return []
+        else:
+            leaves = objective.leaves()
+            once = Differentiation(lambda p: objective.loss(p, batch), leaves, 1)
+            twice = _in_outputs(objective, batch)
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # the same, or another riddle
-        return False
+    except Exception:  # outputs that are no tensor, say
+        return []
+    if find_failing_operation(model, once.fn, once.leaves, 1) is not None:
+        return []
+    has_ggn = kind == "HessianOperator" and (
+        find_failing_operation(model, twice.fn, twice.leaves, twice.order) is None
+    )
+    how = "take "
+    if not in_parts:
+        how = (
+            "give the loss in two parts, hesscurv.supervised(loss) or a subclass of "
+            "hesscurv.Task, to "
+        )
+    if has_ggn:
+        return [how + "GGNOperator or EmpiricalFisherOperator, which differentiate the model once"]
+    return [how + "EmpiricalFisherOperator, which needs no second derivative"]
+
+
+def _of_fisher(objective: Objective, batch: Any) -> Differentiation:
+    """Return what the Fisher needs: the samples' losses, once differentiable."""
+    task = objective.task_parts
+
+    def losses(params: tuple[Tensor, ...]) -> Tensor:
+        return task.sample_losses(objective.outputs(params, batch), batch)
+
+    return Differentiation(losses, objective.leaves(), 1)
+
+
+def _second_of(needs: Iterable[Differentiation]) -> Differentiation:
+    _, second = needs
+    return second
+
+
+def _in_outputs(objective: Objective, batch: Any) -> Differentiation:
+    """Return a plain callable's loss as a function of what the model returns when it is called.
+
+    Raises:
+        ValueError: If it returns no tensor, or is not called as a whole.
+    """
+    found: list[Tensor] = []
+
+    def keep(module: nn.Module, inputs: Any, out: Any) -> None:
+        z = getattr(out, "logits", out)
+        if not isinstance(z, Tensor):
+            raise ValueError(f"expected a model that returns a tensor, got {type(z).__name__}")
+        found.append(z.detach().requires_grad_())
+
+    with _after_the_model(objective.model, keep), torch.no_grad():
+        objective.loss(objective.parameters(), batch)
+    if not found:
+        raise ValueError("expected a loss that calls the model")
+
+    def loss(leaves: tuple[Tensor, ...]) -> Tensor:
+        left = iter(leaves)
+
+        def replace_outputs(module: nn.Module, inputs: Any, out: Any) -> Any:
+            if isinstance(out, Tensor):
+                return next(left)
+            out.logits = next(left)
+            return out
+
+        with _after_the_model(objective.model, replace_outputs):
+            return objective.loss(objective.parameters(), batch)
+
+    return Differentiation(loss, tuple(found), 2, False)
+
+
+@contextmanager
+def _after_the_model(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    handle = model.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def explain_closure(error: Exception, kind: str, other: str) -> Exception:
@@ -287,10 +298,5 @@ def explain_closure(error: Exception, kind: str, other: str) -> Exception:
     name = found.group(1).removeprefix("_").removesuffix("_backward")
     return MissingDerivativeError(
         f"{kind} needs a derivative that torch lacks: no second derivative of {name}, "
-        f"{_first_sentence(error)!r}; replace it by an operation that has one, or {other}"
+        f"{first_sentence(error)!r}; replace it by an operation that has one, or {other}"
     )
-
-
-def _first_sentence(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return re.split(r"(?<=[a-z)'])\. ", text)[0][:200]

@@ -17,6 +17,7 @@ from hesscurv.operators.descriptions import Words, brief
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParameterLayout
+from hesscurv.operators.tasks import weigh_batch
 
 _MOST_NAMES = 3  # of parameters that are printed
 _SAME_VECTORS = "draw them with the same seed on all ranks, or broadcast them"
@@ -141,7 +142,7 @@ class SummedOperator(LinearOperator):
             self._add_weight(i, batch)
 
     def _add_weight(self, index: int, batch: Any) -> float:
-        weight = self.objective.weight(batch)
+        weight = weigh_batch(self.objective.weight, self.objective.task, batch)
         if not 0 <= weight < math.inf:
             raise ValueError(f"expected a batch weight >= 0, got {weight} for batch {index}")
         self.own_weight += weight
@@ -164,7 +165,10 @@ class SummedOperator(LinearOperator):
         own = torch.tensor(self.own_weight, dtype=torch.float64, device="cpu")
         self.total_weight = float(self.communicator.sum_(own))
         if not self.total_weight > 0:
-            raise ValueError(f"expected a positive total weight, got {self.total_weight}")
+            raise ValueError(
+                f"expected a positive total weight, got {self.total_weight}: "
+                f"{_why_nothing_counts(self.objective.task)}"
+            )
 
     def largest_of_all(self, number: float) -> float:
         """Return the largest of a number over the ranks."""
@@ -183,6 +187,20 @@ class SummedOperator(LinearOperator):
             # The others wait for this rank at the end of their first step, `refresh_together`'s.
             self.communicator.announce(error, handled)
             raise
+
+
+def _why_nothing_counts(task: Any) -> str:
+    known = getattr(task, "torch_loss", None)
+    ignored = getattr(known, "ignore_index", None)
+    weighted = getattr(known, "weight", None) is not None
+    if known is None or known.counted != "classes":
+        return "the task's weight(batch) is 0 for every batch; pass batches that it counts"
+    return (
+        f"every target of every batch is {ignored}, the loss's ignore_index"
+        + (", or of a class of weight 0" if weighted else "")
+        + ", or there is none, so that there is no loss; look at the labels (masking, padding, "
+        "truncation), and pass batches with some that count"
+    )
 
 
 def refresh_together(

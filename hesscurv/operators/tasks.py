@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.operators.descriptions import brief, describe_object
+from hesscurv.operators.environment import without_fallback_warnings
+from hesscurv.operators.sample_lists import select_listed
 from hesscurv.operators.samples import (
     TARGET_KEYS,
     describe,
@@ -49,19 +50,25 @@ class Task:
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the model's outputs on a batch, one row a sample: shape (n, ...)."""
-        raise NotImplementedError
+        raise TypeError(_unimplemented(self, "outputs"))
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
         """Return the scalar mean loss of the outputs; convex in them for a GGN that is psd."""
-        raise NotImplementedError
+        raise TypeError(_unimplemented(self, "loss"))
 
     def sample_losses(self, outputs: Tensor, batch: Any) -> Tensor:
         """Return each sample's loss, shape (n,); their mean must be `loss`.
 
         By default `loss` on each row alone, vectorised: right for every mean over samples, and for
-        weighted means, where `weight` of a row alone says what it counts.
+        weighted means, where `weight` of a row alone says what it counts. Where the batch is a list
+        of samples, `loss` is called with each of them in a list of its own.
         """
         n = outputs.shape[0]
+        if n and select_listed(batch, n, [0]) is not None:
+            parts = [select_listed(batch, n, [i]) for i in range(n)]
+            return torch.stack(
+                [self.loss(z.unsqueeze(0), p) for z, p in zip(outputs, parts, strict=True)]
+            )
 
         def has_rows(t: Tensor) -> bool:
             return t.ndim > 0 and t.shape[0] == n
@@ -71,9 +78,7 @@ class Task:
             part = map_tensors(batch, lambda t: next(left).unsqueeze(0) if has_rows(t) else t)
             return self.loss(row.unsqueeze(0), part)
 
-        with warnings.catch_warnings():
-            # Without a batching rule for a loss, torch takes the rows one by one, and says so.
-            warnings.filterwarnings("ignore", "There is a performance drop")
+        with without_fallback_warnings():
             rows = [outputs, *filter(has_rows, tensors_of(batch))]
             try:
                 return torch.func.vmap(one)(*rows)
@@ -251,6 +256,57 @@ def as_loss(task: Any, has_batches: bool) -> Callable[[nn.Module, Any], Any]:
     if positional:
         return lambda model, batch: task(model)
     return lambda model, batch: task()
+
+
+def require_parts(task: Any) -> None:
+    """Require a task whose loss comes in two parts.
+
+    Raises:
+        TypeError: If it is a subclass of `Task` that lacks one of them.
+    """
+    for name in ("outputs", "loss"):
+        part = getattr(task, name, None)
+        if isinstance(task, Task) and getattr(part, "__func__", None) is getattr(Task, name):
+            raise TypeError(_unimplemented(task, name))
+
+
+def weigh_batch(weigh: Callable[[Any], float], task: Any, batch: Any) -> float:
+    """Return what a batch counts in the mean.
+
+    Args:
+        weigh: `Objective.weight`, which calls the task's.
+        task: The task.
+        batch: The batch.
+
+    Raises:
+        TypeError: If the task's `weight` returns something else than a number.
+    """
+    try:
+        return weigh(batch)
+    except (TypeError, ValueError, RuntimeError) as error:
+        own = getattr(task, "weight", None)
+        if not callable(own):
+            raise
+        got = own(batch)  # an error of its own says what is wrong
+        if isinstance(got, (int, float)):
+            raise
+        what = describe(got) if isinstance(got, Tensor) else repr(got)
+        raise TypeError(
+            f"expected {type(task).__name__}.weight(batch) to return a number, what the batch "
+            f"counts in the mean, got {what}; return a float, such as the number of samples"
+        ) from error
+
+
+def _unimplemented(task: Task, name: str) -> str:
+    what = {
+        "outputs": "outputs(self, model, batch), which returns the model's outputs",
+        "loss": "loss(self, outputs, batch), which returns their scalar mean loss",
+    }[name]
+    return (
+        f"expected a task that implements {what}, got {type(task).__name__}, which does not; "
+        "define it: the GGN, the Fisher and pruning need the loss in these two parts. A task that "
+        "has __call__(self, model, batch) alone is enough for HessianOperator"
+    )
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hesscurv.operators.batches import select_rows
 from hesscurv.operators.mean_check import says_its_weight
+from hesscurv.operators.sample_lists import select_listed
 from hesscurv.operators.samples import is_cuttable, num_rows
 from hesscurv.operators.tasks import Task
 
@@ -40,7 +41,7 @@ class WeightedRows:
         used = self.weights.nonzero()[:, 0]
         if len(used) < self._n:  # an ignored sample's own loss is 0 / 0
             self._used = used
-            self._batch = select_rows(batch, used, self._n)
+            self._batch = _select(batch, used, self._n)
             self.weights = self.weights[used]
         self.weights = self.weights / self.weights.mean()
 
@@ -72,9 +73,9 @@ def _weights_of_rows(task: Any, batch: Any) -> Tensor | None:
     weights: Tensor | None
     if callable(getattr(task, "row_weights", None)):
         weights = task.row_weights(batch)
-    elif says_its_weight(task) and is_cuttable(batch):
+    elif says_its_weight(task) and _has_rows(batch):
         n = num_rows(batch)
-        parts = (select_rows(batch, slice(i, i + 1), n) for i in range(n))
+        parts = (_select(batch, torch.tensor([i], device="cpu"), n) for i in range(n))
         weights = torch.tensor(
             [float(task.weight(part)) for part in parts], dtype=torch.float64, device="cpu"
         )
@@ -83,3 +84,13 @@ def _weights_of_rows(task: Any, batch: Any) -> Tensor | None:
     if weights is None or bool((weights == weights[:1]).all()):
         return None
     return weights
+
+
+def _has_rows(batch: Any) -> bool:
+    """Whether single samples may be taken out of a batch."""
+    return is_cuttable(batch) or select_listed(batch, num_rows(batch), [0]) is not None
+
+
+def _select(batch: Any, index: Tensor, n: int) -> Any:
+    listed = select_listed(batch, n, index.tolist())
+    return select_rows(batch, index, n) if listed is None else listed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from hesscurv.linalg.precision import full_precision
 from hesscurv.operators.blocks import align, is_aligned
+from hesscurv.operators.environment import without_fallback_warnings
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.optim.closure_loss import LossGraph
 
@@ -105,9 +105,7 @@ class ClosureHessian(LinearOperator):
         parts = vectors_Db.split(self._layout.sizes)
         blocks = [parts[i].mT.reshape(count, *self._params[i].shape) for i in self._active]
         try:
-            with warnings.catch_warnings():
-                # Of operations that torch takes one by one.
-                warnings.filterwarnings("ignore", "There is a performance drop", UserWarning)
+            with without_fallback_warnings():
                 products = self._aligned(
                     [
                         block.to(self._params[i].dtype)

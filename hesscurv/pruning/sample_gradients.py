@@ -11,9 +11,7 @@ known here but by `sample_weights`.
 from __future__ import annotations
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from math import prod
 from typing import Any, NoReturn
 
@@ -22,6 +20,7 @@ from torch import Tensor
 from torch.func import grad, jacrev, vmap
 
 from hesscurv.operators.batches import split
+from hesscurv.operators.environment import without_fallback_warnings
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.plain_embeddings import dense
 from hesscurv.operators.samples import map_tensors, num_samples, tensors_of
@@ -63,7 +62,7 @@ class SampleGradients:
                 return (out.flatten() * direction).sum()
             return one_loss(task.sample_losses(out, sample))
 
-        with _quiet():
+        with without_fallback_warnings():
             try:
                 return self._by_sample(scalar, params, batch, directions)
             except Exception as error:
@@ -139,7 +138,7 @@ def _of_own_loss(
     def loss(z: Tensor, *parts: Tensor) -> Tensor:
         return one_loss(task.sample_losses(z.unsqueeze(0), rebuild(parts)))
 
-    with _quiet():
+    with without_fallback_warnings():
         try:
             return vmap(derivative(loss, None), randomness="different")(outputs, *rows)
         except torch.OutOfMemoryError:
@@ -212,11 +211,3 @@ def one_loss(losses: Tensor) -> Tensor:
             "one loss a sample in a subclass of hesscurv.Task"
         )
     return losses[0]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        # An operation without a batching rule is taken sample by sample, and torch says so.
-        warnings.filterwarnings("ignore", "There is a performance drop")
-        yield

@@ -223,36 +223,3 @@ def test_other_errors_of_a_model_stay_as_they_are():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         HessianOperator(Broken(), TASK, numbers())
     assert not isinstance(caught.value, MissingDerivativeError)
-
-
-CASTS = {
-    "int32 classes": (nn.CrossEntropyLoss(), lambda x, y: (x, y.int()), r"tensor 1 .*\.long\(\)"),
-    "float classes": (nn.CrossEntropyLoss(), lambda x, y: (x, y.float()), r"tensor 1 .*\.long\(\)"),
-    "int64 inputs": (
-        nn.CrossEntropyLoss(),
-        lambda x, y: ((4 * x).long(), y),
-        r"tensor 0 .*\.float\(\)",
-    ),
-    "int64 targets of BCE": (
-        nn.BCEWithLogitsLoss(),
-        lambda x, y: (x, F.one_hot(y, 3)),
-        r"tensor 1 .*\.float\(\)",
-    ),
-}
-FOLLOWED = {".long()": lambda t: t.long(), ".float()": lambda t: t.float()}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("name", CASTS)
-def test_a_tensor_of_a_wrong_dtype_is_named_with_the_cast_that_works(name, dtype):
-    loss, give, pattern = CASTS[name]
-    batch = give(torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2]))
-    task = hesscurv.supervised(loss)
-    for kind in (HessianOperator, GGNOperator, EmpiricalFisherOperator):
-        with pytest.raises(ValueError, match=pattern) as caught:
-            kind(nn.Linear(4, 3), task, [batch], compute_dtype=dtype)
-        assert "compute_dtype=" not in str(caught.value)
-        which = 0 if "tensor 0" in str(caught.value) else 1
-        cast = FOLLOWED[".long()" if ".long()" in str(caught.value) else ".float()"]
-        followed = tuple(cast(t) if i == which else t for i, t in enumerate(batch))
-        kind(nn.Linear(4, 3), task, [followed], compute_dtype=dtype)
