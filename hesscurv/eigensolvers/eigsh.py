@@ -137,7 +137,7 @@ def eigsh(
         operator.confirm()
         return pairs
     logger.info("squares of the products leave the range of float64: H is scaled by %.3g", factor)
-    if generator is not None:
+    if generator is not None and state is not None:
         generator.set_state(state)
     lost = operator.num_matvecs - before
     left = None if max_matvecs is None else max(k, max_matvecs - lost)

@@ -97,9 +97,10 @@ def measure(
         OSError: If the disk has no room for what is still missing, or is full; what was written
             stays whole.
 
-    Cost: a product for each measurement of the share, and one that is compared. Memory: a chunk and a block of vectors. Disk,
-    by all jobs together: outer D floats and inner^2 doubles. SSRFT takes 4 FFTs of length D for
-    each measurement; the other kinds draw Psi, inner D random numbers, for each chunk.
+    Cost: a product for each measurement of the share, and one that is compared. Memory: a chunk and
+    a block of vectors. Disk, by all jobs together: outer D floats and inner^2 doubles. SSRFT takes
+    4 FFTs of length D for each measurement; the other kinds draw Psi, inner D random numbers, for
+    each chunk.
 
     References:
         Fernandez, Schneider, Mahsereci, Hennig, "Connecting parameter magnitudes and Hessian

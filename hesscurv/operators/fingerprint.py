@@ -24,8 +24,9 @@ def fingerprint(H: LinearOperator) -> dict[str, Any]:
 
     Curvature operators are told apart by their kind, parameters (names, shapes, values), all other
     parameters and buffers, mode, and batches; dense ones by their entries. The loss function and
-    the model's code cannot be seen, except by products (`product_sample`); of another library's operator only shape and dtype can. Two
-    operators that compute the same product in different ways have the same fingerprint.
+    the model's code cannot be seen, except by products (`product_sample`); of another library's
+    operator only shape and dtype can. Two operators that compute the same product in different ways
+    have the same fingerprint.
 
     Args:
         H: The operator; one that is spread over ranks on all of them together.
