@@ -432,7 +432,8 @@ class KrylovRun:
             return (
                 "the products are not those of a symmetric operator: v^T (H w) and w^T (H v) "
                 f"differ by {space.asymmetry:.1g} of its norm; look for a wrong backward pass in "
-                "custom functions, or symmetrise it"
+                "custom functions, or symmetrise it; where the loss is nearly 0, its curvature is "
+                "below rounding: compute in float64 (compute_dtype=torch.float64)"
             )
         if float(residuals.min()) > 5 * noise:
             if space.num_restarts > 2 and space.capacity < 2 * space.k + 10 * space.block:

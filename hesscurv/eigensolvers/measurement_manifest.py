@@ -171,7 +171,7 @@ class Manifest(Described):
             )
 
     def with_product(self, sample: list[float]) -> Manifest:
-        """Return the manifest with a `product_sample`, which later jobs compare with theirs."""
+        """Return the manifest with a `product_sample`, which later jobs compare theirs with."""
         return replace(self, operator={**self.operator, _PRODUCT: sample})
 
     def require_product(self, sample: Callable[[], list[float]], folder: Path) -> None:

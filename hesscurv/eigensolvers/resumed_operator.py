@@ -59,9 +59,8 @@ def require_same_operator(space: KrylovSpace, folder: str | os.PathLike[str]) ->
     # Within a block too, and after the first one there is nothing else to see it by.
     within = float((space.A[:m].tril() - space.A[:m].triu().mT).norm(dim=0).max()) / space.scale
     gap = float((torch.cat(pieces)[:, 0] - T @ c_m).norm()) / space.scale
-    explained = _TIMES_ROUNDING * (max(space.asymmetry, within) + space.rounding) + math.sqrt(
-        space.eps
-    )
+    rounding = max(space.asymmetry, within) + space.rounding
+    explained = _TIMES_ROUNDING * rounding + math.sqrt(space.eps)
     if not gap <= explained:
         raise ValueError(
             f"{os.fspath(folder)} holds the checkpoint of another problem: a product with the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,12 @@ from torch import Tensor, nn
 from hesscurv.operators.linearizations import NonFiniteLossError
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.references import AsymmetryError, WayError
+from hesscurv.operators.rounding_floor import rounding_floor
 
 if TYPE_CHECKING:
     from hesscurv.operators.curvature_operator import CurvatureOperator
+
+logger = logging.getLogger(__name__)
 
 
 def check_deterministic(objective: Objective, batch: Any) -> None:
@@ -100,6 +104,8 @@ def check_dependent(objective: Objective, batch: Any) -> None:
 def check_symmetric(operator: CurvatureOperator, batch: Any) -> None:
     """Compare u.(H v) with v.(H u) for two random pairs on part of a batch; four products.
 
+    Where both are below what rounding leaves of a flat loss, nothing is decided.
+
     Raises:
         WayError: If they differ by more than rounding; its error has the likely cause.
     """
@@ -114,7 +120,16 @@ def check_symmetric(operator: CurvatureOperator, batch: Any) -> None:
         # Each side is a sum of D products with random signs, of size |u| |Hv| / sqrt(D).
         scale = float(u.norm() * h_v.norm() + v.norm() * h_u.norm()) / (2 * size**0.5)
         # 2e-2 in float32: a derivative that is wrong somewhere is wrong by far more.
-        if abs(left - right) > torch.finfo(operator.dtype).eps ** 0.25 * scale:
+        gap = abs(left - right)
+        if gap > torch.finfo(operator.dtype).eps ** 0.25 * scale:
+            if gap <= rounding_floor(operator, batch, u, v):
+                logger.info(
+                    "the curvature is below the rounding of %s (products of size %.2g), as that of "
+                    "a loss of nearly 0 is; compute_dtype=torch.float64 shows more of it",
+                    operator.dtype,
+                    scale,
+                )
+                continue
             error = AsymmetryError(
                 f"the operator is not symmetric: u.Hv = {left:.6g} but v.Hu = {right:.6g} for "
                 "random u, v; some function's backward is not its derivative (a custom "

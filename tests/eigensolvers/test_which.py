@@ -91,3 +91,52 @@ def test_a_checkpoint_is_of_one_end(tmp_path):
     assert torch.equal(first.eigenvalues, again.eigenvalues)
     with pytest.raises(ValueError, match="which"):
         hesscurv.eigsh(matrix, k=4, which="SA", checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("block_size", [None, 1, 3])
+@pytest.mark.parametrize("which", ["LM", "LA", "SA"])
+def test_searches_may_fill_the_whole_space(which, block_size):
+    """Where all that is outside has been drawn at random already, it is expanded."""
+    for seed in range(5):
+        generator = torch.Generator().manual_seed(seed)
+        inner = torch.rand(40, generator=generator).double() * 9 - 4.5
+        values = torch.cat([torch.full((10,), -5.0), torch.full((10,), 5.0), inner]).double()
+        options = {} if block_size is None else {"block_size": block_size}
+        pairs = hesscurv.eigsh(planted(values, seed), k=11, which=which, **options)
+        assert bool(pairs.converged.all())
+        expected = wanted(values, which, 11)
+        # LM: of equal magnitudes either sign may come first.
+        gaps = (pairs.eigenvalues.abs() - expected.abs()).abs()
+        assert float(gaps.max()) < 1e-3 * 5  # tol |lambda|
+
+
+@pytest.mark.parametrize("which", ["LM", "LA", "SA"])
+@pytest.mark.parametrize("method", ["single_pass", "rayleigh_ritz"])
+@pytest.mark.parametrize(
+    "values",
+    [[3, 2, 1, 0, 0, 0, 0, -1, -2, -3], [3, -2, 1, 1e-17, -1e-17, 0, 0, -1e-9, 1e-9, 0.5]],
+)
+def test_a_sketch_of_the_whole_range_has_nothing_outside(values, method, which):
+    values = torch.tensor(values, dtype=torch.float64)
+    pairs = hesscurv.eigsh(torch.diag(values), k=10, method=method, which=which)
+    assert bool(pairs.converged.all())
+    # Rounding: some eps of the largest magnitude, 3.
+    torch.testing.assert_close(
+        pairs.eigenvalues.sort().values, values.sort().values, rtol=0, atol=1e-14
+    )
+
+
+@pytest.mark.parametrize("method", ["single_pass", "rayleigh_ritz"])
+def test_where_the_sketch_has_all_no_more_measurements_are_asked_for(method):
+    """Residuals of noisy products: what helps is another dtype, not a wider basis."""
+
+    class Noisy(hesscurv.LinearOperator):
+        generator = torch.Generator().manual_seed(0)
+
+        def _matmat(self, vectors_DB):
+            noise = torch.randn(vectors_DB.shape, generator=self.generator, dtype=self.dtype)
+            return 2 * vectors_DB + 0.1 * noise
+
+    H = Noisy(12, torch.float64, torch.device("cpu"))
+    with pytest.warns(hesscurv.ConvergenceWarning, match=r"more measurements cannot help.*float64"):
+        hesscurv.eigsh(H, k=12, method=method)
