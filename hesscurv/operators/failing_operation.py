@@ -49,13 +49,14 @@ class FailingOperation:
 
     def describe(self) -> str:
         """Name the operation and its module."""
-        if not self.kind:
-            return f"{self.name} in the loss"
-        return (
-            f"{self.name} in "
-            + (f"module {self.module!r}" if self.module else "the model")
-            + (f" ({self.kind})")
-        )
+        return f"{self.name} {describe_place(self.module, self.kind)}"
+
+
+def describe_place(module: str, kind: str) -> str:
+    """Say where in a model something runs; see `FailingOperation`."""
+    if not kind:
+        return "in the loss"
+    return f"in {f'module {module!r}' if module else 'the model'} ({kind})"
 
 
 def find_failing_operation(
@@ -76,7 +77,7 @@ def find_failing_operation(
     """
     recorder = _Recorder()
     try:
-        with recorder, _following(model, recorder):
+        with recorder, following(model, recorder):
             out = fn(tuple(leaves))
             recorder.note(out)
     except torch.OutOfMemoryError:
@@ -200,8 +201,14 @@ class _Watch:
 
 
 @contextmanager
-def _following(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Tell the recorder which modules run; after an error, those stay in which it was raised."""
+def following(model: nn.Module, recorder: Any) -> Iterator[None]:
+    """Tell the recorder which modules run; after an error, those stay in which it was raised.
+
+    Args:
+        model: Whose modules are named.
+        recorder: Its `modules` has the name and class of each that is running; its `note` is called
+            with inputs and outputs.
+    """
     handles = []
 
     def enter(name: str) -> Callable[..., None]:

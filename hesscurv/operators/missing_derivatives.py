@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from hesscurv.operators.batches import split
 from hesscurv.operators.failing_operation import FailingOperation, find_failing_operation
-
 from hesscurv.operators.tasks import require_parts
 from hesscurv.operators.wrong_dtypes import explain_dtype, first_sentence
 
@@ -281,5 +280,3 @@ def _after_the_model(model: nn.Module, hook: Callable[..., Any]) -> Iterator[Non
         yield
     finally:
         handle.remove()
-
-

@@ -158,9 +158,7 @@ def _names(batch: Any) -> list[tuple[str, Tensor]]:
     return [(found.get(id(t), f"tensor {i} of the batch"), t) for i, t in enumerate(tensors)]
 
 
-def _walk(
-    value: Any, name: str, note: Callable[[str, Tensor], Any], outer: frozenset[int]
-) -> None:
+def _walk(value: Any, name: str, note: Callable[[str, Tensor], Any], outer: frozenset[int]) -> None:
     if isinstance(value, Tensor):
         note(name, value)
         return
