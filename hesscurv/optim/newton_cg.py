@@ -117,7 +117,8 @@ class NewtonCG(Optimizer):
     refresh) and 12 D for vectors; with `damping_search` D for each iteration besides.
 
     Not supported: models wrapped in DDP or FSDP (NotImplementedError) and DTensors; sparse
-    gradients; operations without a second derivative; several devices. What a closure does to
+    gradients; several devices; operations without a second derivative, but for "gauss_newton", which
+    then takes a pass back for each residual in every step. What a closure does to
     ``.grad``, such as clipping, does not change the step, which is that of the loss itself; a
     weight decay belongs in the loss. In several processes each would make its own steps.
 
@@ -261,7 +262,8 @@ class NewtonCG(Optimizer):
             ValueError: If there is no scalar loss with a graph that reaches the parameters; if the
                 loss, its gradient or a product with the Hessian is not finite, or the gradient is
                 sparse.
-            NotImplementedError: If the model is wrapped in DDP or FSDP.
+            NotImplementedError: If the model is wrapped in DDP or FSDP; if an operation lacks a
+                derivative that is needed (a MissingDerivativeError), with its name and what to do.
 
         After an error, weights, ``.grad``, ``requires_grad``, random numbers and the state are as
         they were; buffers are the closure's own.
@@ -310,13 +312,14 @@ class NewtonCG(Optimizer):
     ) -> Any:
         least_squares = options["curvature"] == "gauss_newton"
         loss = ClosureLoss(closure, params, residuals=least_squares)
-        graph = loss.differentiate()
-        returned, moving = graph.returned, graph.params
         numbers = self._numbers(options)
-        numbers |= {"loss": graph.value, "step_length": 0.0, "ratio": 0.0}
         new_space = solved = None
-        if float(options["lr"]) > 0 and any(bool(slope.any()) for slope in graph.slopes):
-            solved, new_space = self._solve(graph, options, numbers)
+        with loss.explaining():
+            graph = loss.differentiate()
+            returned, moving = graph.returned, graph.params
+            numbers |= {"loss": graph.value, "step_length": 0.0, "ratio": 0.0}
+            if float(options["lr"]) > 0 and any(bool(slope.any()) for slope in graph.slopes):
+                solved, new_space = self._solve(graph, options, numbers)
         del graph  # before the line search builds others
         if solved is not None:
             take_step(solved, loss, moving, before, options, numbers)
