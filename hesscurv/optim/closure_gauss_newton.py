@@ -42,8 +42,9 @@ class ClosureGaussNewton(ClosureHessian):
             raise ValueError("expected a closure that returns residuals, got one with a loss")
         self._residuals = graph.residuals.values
         self._cotangent = graph.residuals.cotangent
-        self._by_rows = graph.residuals.pullback is None
-        self._slopes = graph.slopes if self._by_rows else graph.residuals.pullback
+        pullback = graph.residuals.pullback
+        self._by_rows = pullback is None
+        self._slopes = graph.slopes if pullback is None else pullback
         self._active = list(range(len(self._slopes)))
         self._rows: list[Tensor] | None = None
 

@@ -117,8 +117,8 @@ class NewtonCG(Optimizer):
     refresh) and 12 D for vectors; with `damping_search` D for each iteration besides.
 
     Not supported: models wrapped in DDP or FSDP (NotImplementedError) and DTensors; sparse
-    gradients; several devices; operations without a second derivative, but for "gauss_newton", which
-    then takes a pass back for each residual in every step. What a closure does to
+    gradients; several devices; operations without a second derivative, except with "gauss_newton",
+    which then takes a backward pass for each residual in every step. What a closure does to
     ``.grad``, such as clipping, does not change the step, which is that of the loss itself; a
     weight decay belongs in the loss. In several processes each would make its own steps.
 
