@@ -131,6 +131,20 @@ class CompensatedImportance(CurvatureImportance):
         """Return the names of the weights that are measured."""
         return set(self._rows_of)
 
+    def _why_unmeasured(self, names: list[str]) -> str:
+        kinds = []
+        for name in names:
+            module = self.model.get_submodule(name.rpartition(".")[0])
+            if not has_covariance(Weight(module, name.rpartition(".")[2])):
+                kinds.append(f"{name!r} of a {_describe(module)}")
+        if not kinds:
+            return super()._why_unmeasured(names)
+        return (
+            "layers that this importance fits anew are nn.Linear and nn.Conv2d without groups and "
+            f"with padding in numbers, not {', '.join(kinds)}; use FisherImportance, which scores "
+            "layers of any type"
+        )
+
     def _follow(self, changed: bool) -> None:
         if changed or not self._rows_of:
             self.refresh()
@@ -174,6 +188,16 @@ class CompensatedImportance(CurvatureImportance):
         return {
             g.root: place.float().repeat(g.parts) for g, place in zip(groups, places, strict=True)
         }
+
+
+def _describe(module: nn.Module) -> str:
+    """Name a layer's type, and the options that a layer of that type may not have."""
+    options = []
+    if getattr(module, "groups", 1) != 1:
+        options.append(f"groups={module.groups}")
+    if isinstance(getattr(module, "padding", None), str):
+        options.append(f"padding={module.padding!r}")
+    return type(module).__name__ + (f" with {' and '.join(options)}" if options else "")
 
 
 @dataclass

@@ -180,6 +180,10 @@ class CurvatureImportance(tp.importance.Importance):
     def _follow(self, changed: bool) -> None:
         """Come up to the model's present state, after a change or not."""
 
+    def _why_unmeasured(self, names: list[str]) -> str:
+        """Say why parameters were not measured, and what measures them."""
+        return "select them (`params`)"
+
     def _apart(self, scores: Tensor) -> Tensor:
         """Return scores without the ties that mean something; others are refused."""
         return scores
@@ -195,9 +199,11 @@ class CurvatureImportance(tp.importance.Importance):
         layers = [[part for part in layer if part.name in measured] for layer in found.layers]
         if not any(layers):
             missing = sorted({part.name for layer in found.layers for part in layer})
+            root = found.root.partition(" (")[0]
             raise ValueError(
                 f"none of the parameters {missing} of the group of {found.root} was measured; "
-                "select them (`params`), or add the layer to the pruner's ignored_layers"
+                f"{self._why_unmeasured(missing)}, or add {root!r}, whose channels these are, to "
+                "the pruner's ignored_layers"
             )
         return [layer for layer in layers if layer]
 

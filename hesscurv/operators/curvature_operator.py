@@ -21,7 +21,8 @@ from hesscurv.operators.compared_products import (
     multiply_compared,
     require_finite_product,
 )
-from hesscurv.operators.derivative_check import Slope, check_derivatives
+from hesscurv.operators.derivative_check import Slope
+from hesscurv.operators.embedding_gradients import check_gradients
 from hesscurv.operators.environment import differentiable
 from hesscurv.operators.linearizations import Linearization
 from hesscurv.operators.mean_check import MeanCheck
@@ -38,7 +39,6 @@ from hesscurv.operators.probe import (
 )
 from hesscurv.operators.references import explaining, on_batch, with_reference
 from hesscurv.operators.summed_operator import SummedOperator, device_of
-from hesscurv.operators.tasks import require_parts
 from hesscurv.operators.way_choice import EXPECTED, WayChoice
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,7 @@ class CurvatureOperator(SummedOperator):
                 may_be_empty=communicator.size > 1,
             )
             if self.needs_parts:
-                require_parts(objective.task_parts)
+                _ = objective.task_parts
         super().__init__(objective, communicator)
         self.layout = objective.layout
         self._cutter = BlockCutter(self.layout)
@@ -437,8 +437,7 @@ class CurvatureOperator(SummedOperator):
             with explaining(self, few):
                 check_dependent(objective, few)
             with_reference(self, lambda: check_symmetric(self, few))
-            few = micro_batches.few(8)
-            check_derivatives(objective, few, self._slope())
+            check_gradients(objective, micro_batches.few(8), self._slope())
 
     def _forget(self) -> None:
         self._drop_graphs()

@@ -143,12 +143,12 @@ def _without_cudnn() -> Iterator[None]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     # There is no reading this switch of torch's, which is on by default.
-    switch = torch._C._functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
-    switch(False)
+    functorch: Any = torch._C._functorch
+    functorch._set_vmap_fallback_warning_enabled(False)
     try:
         yield
     finally:
-        switch(True)
+        functorch._set_vmap_fallback_warning_enabled(True)
 
 
 @contextmanager

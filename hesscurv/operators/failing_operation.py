@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,7 @@ class FailingOperation:
         is_custom: Whether it is an `autograd.Function` of the model's own.
         upstream: The numbers of the leaves that it depends on.
         error: What was raised.
+        names: The names of parameters by id, where modules were found as they ran.
     """
 
     name: str
@@ -46,20 +47,22 @@ class FailingOperation:
     is_custom: bool
     upstream: frozenset[int]
     error: Exception
+    names: Mapping[int, str] = field(default_factory=dict)
 
     def describe(self) -> str:
         """Name the operation and its module."""
-        if not self.kind:
-            return f"{self.name} in the loss"
-        return (
-            f"{self.name} in "
-            + (f"module {self.module!r}" if self.module else "the model")
-            + (f" ({self.kind})")
-        )
+        return f"{self.name} {describe_place(self.module, self.kind)}"
+
+
+def describe_place(module: str, kind: str) -> str:
+    """Say where in a model something runs; see `FailingOperation`."""
+    if not kind:
+        return "in the loss"
+    return f"in {f'module {module!r}' if module else 'the model'} ({kind})"
 
 
 def find_failing_operation(
-    model: nn.Module,
+    model: nn.Module | Sequence[nn.Parameter],
     fn: Callable[[tuple[Tensor, ...]], Tensor],
     leaves: Sequence[Tensor],
     order: int,
@@ -69,20 +72,26 @@ def find_failing_operation(
     To be run where the function is differentiable, see `Objective.run`.
 
     Args:
-        model: Whose modules are named.
+        model: Whose modules are named; or some parameters, of which modules are looked for as they
+            run.
         fn: A function of the leaves; of its outputs random combinations are differentiated.
         leaves: Tensors that require grad.
         order: How often to differentiate, 1 or 2.
     """
     recorder = _Recorder()
     try:
-        with recorder, _following(model, recorder):
+        watched = (
+            following(model, recorder)
+            if isinstance(model, nn.Module)
+            else _following_owners(model, recorder)
+        )
+        with recorder, watched:
             out = fn(tuple(leaves))
             recorder.note(out)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return recorder.failed_in_forward(error, leaves)
+        return replace(recorder.failed_in_forward(error, leaves), names=recorder.names)
     if not out.requires_grad:
         return None
     watch = _Watch(recorder)
@@ -104,7 +113,8 @@ def find_failing_operation(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        return recorder.failed_in_backward(watch.current, error, done + 1, leaves)
+        failed = recorder.failed_in_backward(watch.current, error, done + 1, leaves)
+        return None if failed is None else replace(failed, names=recorder.names)
     finally:
         watch.remove()
     return None
@@ -116,6 +126,7 @@ class _Recorder(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self.modules: list[tuple[str, str]] = []
+        self.names: dict[int, str] = {}
         self._made: dict[Any, tuple[str, str, str]] = {}  # function, module, its class
         self._origin: dict[Any, Any] = {}  # a node of the backward pass -> of the forward pass
         self._last: tuple[str, Any] = ("", ())
@@ -200,8 +211,14 @@ class _Watch:
 
 
 @contextmanager
-def _following(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
-    """Tell the recorder which modules run; after an error, those stay in which it was raised."""
+def following(model: nn.Module, recorder: Any) -> Iterator[None]:
+    """Tell the recorder which modules run; after an error, those stay in which it was raised.
+
+    Args:
+        model: Whose modules are named.
+        recorder: Its `modules` has the name and class of each that is running; its `note` is called
+            with inputs and outputs.
+    """
     handles = []
 
     def enter(name: str) -> Callable[..., None]:
@@ -221,6 +238,44 @@ def _following(model: nn.Module, recorder: _Recorder) -> Iterator[None]:
                 continue
             handles.append(module.register_forward_pre_hook(enter(name), with_kwargs=True))
             handles.append(module.register_forward_hook(leave))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _following_owners(params: Sequence[nn.Parameter], recorder: _Recorder) -> Iterator[None]:
+    """As `following`, of the models that own some parameters, which are found as they run.
+
+    Modules without any, such as losses, count as no module.
+    """
+    own = {id(p) for p in params}
+    running: list[nn.Module] = []
+    names: dict[int, str] = {}
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if not running:
+            named = list(module.named_parameters())
+            if not any(id(p) in own for _, p in named):
+                return
+            recorder.names.update((id(p), name) for name, p in named)
+            names.update((id(m), name) for name, m in module.named_modules())
+        recorder.note(args)  # what was made before
+        running.append(module)
+        recorder.modules.append((names.get(id(module), ""), type(module).__name__))
+
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        recorder.note(out)
+        if running and running[-1] is module:
+            running.pop()
+            recorder.modules.pop()
+
+    handles = [
+        nn.modules.module.register_module_forward_pre_hook(enter),
+        nn.modules.module.register_module_forward_hook(leave),
+    ]
+    try:
         yield
     finally:
         for handle in handles:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from hesscurv.operators.wrong_dtypes import explain_dtype, first_sentence
 if TYPE_CHECKING:
     from hesscurv.operators.objective import Objective
 
-_NAMED = re.compile(r"derivative for '?(?:aten::)?(\w+)'? is not implemented")
 _MOST_NAMES = 6
 _MOST_TRIES = 32
 _FEW_SAMPLES = 4
@@ -282,21 +280,3 @@ def _after_the_model(model: nn.Module, hook: Callable[..., Any]) -> Iterator[Non
         yield
     finally:
         handle.remove()
-
-
-def explain_closure(error: Exception, kind: str, other: str) -> Exception:
-    """Return an error that names the operation which lacks a derivative, or the error as it is.
-
-    Args:
-        error: What torch raised.
-        kind: What needs the derivative.
-        other: What does not need it, for the remedy.
-    """
-    found = _NAMED.search(str(error))
-    if found is None or isinstance(error, torch.OutOfMemoryError):
-        return error
-    name = found.group(1).removeprefix("_").removesuffix("_backward")
-    return MissingDerivativeError(
-        f"{kind} needs a derivative that torch lacks: no second derivative of {name}, "
-        f"{first_sentence(error)!r}; replace it by an operation that has one, or {other}"
-    )

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hesscurv.operators.embedding_gradients import changed_gradients
 from hesscurv.operators.linearizations import NonFiniteLossError
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.references import AsymmetryError, WayError
@@ -130,11 +131,13 @@ def check_symmetric(operator: CurvatureOperator, batch: Any) -> None:
                     scale,
                 )
                 continue
+            cause = changed_gradients(operator.objective, batch) or (
+                "some function's backward is not its derivative (a custom autograd.Function, a "
+                "gradient that is changed on the way); replace it"
+            )
             error = AsymmetryError(
                 f"the operator is not symmetric: u.Hv = {left:.6g} but v.Hu = {right:.6g} for "
-                "random u, v; some function's backward is not its derivative (a custom "
-                "autograd.Function, a gradient that is changed on the way); replace it, or pass "
-                "check=False to go on at your own risk"
+                f"random u, v; {cause}, or pass check=False to go on at your own risk"
             )
             raise WayError(operator.ways[0], batch, error) from error
 

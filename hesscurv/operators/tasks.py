@@ -65,10 +65,9 @@ class Task:
         """
         n = outputs.shape[0]
         if n and select_listed(batch, n, [0]) is not None:
-            parts = [select_listed(batch, n, [i]) for i in range(n)]
-            return torch.stack(
-                [self.loss(z.unsqueeze(0), p) for z, p in zip(outputs, parts, strict=True)]
-            )
+            parts = (select_listed(batch, n, [i]) for i in range(n))
+            pairs = zip(outputs, parts, strict=True)
+            return torch.stack([self.loss(row.unsqueeze(0), part) for row, part in pairs])
 
         def has_rows(t: Tensor) -> bool:
             return t.ndim > 0 and t.shape[0] == n

@@ -17,8 +17,9 @@ from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 
 from hesscurv.operators.environment import compilation_suspended, differentiable
-from hesscurv.operators.linearizations import NonFiniteLossError
+from hesscurv.operators.linearizations import NonFiniteLossError, require_whole
 from hesscurv.operators.plain_embeddings import with_plain_arguments
+from hesscurv.optim.closure_derivatives import explain_closure, may_lack_derivative
 from hesscurv.optim.flat_parameters import FlatParameters
 from hesscurv.optim.snapshot import RandomState
 
@@ -33,12 +34,12 @@ class ResidualGraph:
         values: r, shape (N,), with its graph.
         cotangent: c, shape (N,), at the values of r; requires grad.
         pullback: :math:`J^T c`, one tensor for each parameter that r depends on, with the graph
-            that leads to c.
+            that leads to c; None where an operation has no derivative of its backward pass.
     """
 
     values: Tensor
     cotangent: Tensor
-    pullback: list[Tensor]
+    pullback: list[Tensor] | None
 
 
 @dataclass
@@ -169,6 +170,36 @@ class ClosureLoss:
             reader.value = float(_require_loss(returned).detach())
         return reader.value
 
+    @contextmanager
+    def explaining(self) -> Iterator[None]:
+        """Explain an error of a missing derivative inside; the closure runs again for that.
+
+        Raises:
+            MissingDerivativeError: In place of torch's error, with the operation and remedies.
+        """
+        try:
+            yield
+        except RuntimeError as error:  # NotImplementedError is one
+            if not may_lack_derivative(error):
+                raise
+            order = 1 if self._residuals else 2
+            try:
+                explained = explain_closure(self._run_again, self._params, order)
+            except Exception:  # the first error says most
+                raise error from None
+            if explained is None:
+                raise
+            raise explained from error
+
+    def _run_again(self) -> Tensor:
+        """Run the closure, and return the residuals, or what it calls backward on, in one sum."""
+        self._random.restore()
+        collector = _Collector(self._params)
+        returned = self._run(collector)
+        if self._residuals:
+            return _require_residuals(returned, collector.calls)
+        return collector.total if collector.total is not None else _require_loss(returned)
+
     def _run(self, mode: _Interception) -> Any:
         self.num_evaluations += 1
         with ExitStack() as stack:
@@ -258,6 +289,7 @@ class _Recorder(_Interception):
                 "torch.autograd.grad in the closure; call loss.backward() instead, or return the "
                 "loss alone"
             ) from error
+        require_whole(slopes)
         for i, (p, slope) in enumerate(zip(self.params, slopes, strict=True)):
             if slope is None:
                 continue
@@ -277,11 +309,34 @@ class _Recorder(_Interception):
         self.value = float(values.detach().square().sum())
         with torch.enable_grad():
             cotangent = values.detach().clone().requires_grad_()
-            parts = torch.autograd.grad(
-                values, self.params, cotangent, create_graph=True, allow_unused=True
-            )
+            try:
+                parts = torch.autograd.grad(
+                    values, self.params, cotangent, create_graph=True, allow_unused=True
+                )
+                require_whole(parts)
+                pullback = [part for part in parts if part is not None]
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:  # or an error that the next line raises too
+                parts = torch.autograd.grad(
+                    values, self.params, cotangent.detach(), retain_graph=True, allow_unused=True
+                )
+                pullback = None
         self.slopes = [None if part is None else 2 * part.detach() for part in parts]
-        return ResidualGraph(values, cotangent, [part for part in parts if part is not None])
+        return ResidualGraph(values, cotangent, pullback)
+
+
+class _Collector(_Interception):
+    """Sums up what backward is called on, with its graph."""
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params)
+        self.total: Tensor | None = None
+
+    def add(self, loss: Tensor, weight: Tensor | None, fill: bool = True) -> None:
+        """Add a tensor that backward was called on."""
+        term = loss.reshape(()) if weight is None else (loss * weight).sum()
+        self.total = term if self.total is None else self.total + term
 
 
 class _Reader(_Interception):

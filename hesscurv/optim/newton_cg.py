@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hesscurv.operators.missing_derivatives import explain_closure
 from hesscurv.operators.uncompiled import uncompiled
 from hesscurv.optim.closure_gauss_newton import ClosureGaussNewton
 from hesscurv.optim.closure_hessian import ClosureHessian
@@ -32,10 +31,6 @@ from hesscurv.optim.newton_eigenspace import (
 from hesscurv.optim.newton_options import check_options, check_parameters
 from hesscurv.optim.newton_steps import take_step
 from hesscurv.optim.snapshot import Snapshot
-
-_WITHOUT_SECOND = (
-    "train with PreconditionedOptimizer(..., curvature='ggn'), which differentiates the model once"
-)
 
 
 class NewtonCG(Optimizer):
@@ -122,7 +117,8 @@ class NewtonCG(Optimizer):
     refresh) and 12 D for vectors; with `damping_search` D for each iteration besides.
 
     Not supported: models wrapped in DDP or FSDP (NotImplementedError) and DTensors; sparse
-    gradients; operations without a second derivative; several devices. What a closure does to
+    gradients; several devices; operations without a second derivative, except with "gauss_newton",
+    which then takes a backward pass for each residual in every step. What a closure does to
     ``.grad``, such as clipping, does not change the step, which is that of the loss itself; a
     weight decay belongs in the loss. In several processes each would make its own steps.
 
@@ -266,8 +262,8 @@ class NewtonCG(Optimizer):
             ValueError: If there is no scalar loss with a graph that reaches the parameters; if the
                 loss, its gradient or a product with the Hessian is not finite, or the gradient is
                 sparse.
-            NotImplementedError: If the model is wrapped in DDP or FSDP, or an operation has no
-                second derivative.
+            NotImplementedError: If the model is wrapped in DDP or FSDP; if an operation lacks a
+                derivative that is needed (a MissingDerivativeError), with its name and what to do.
 
         After an error, weights, ``.grad``, ``requires_grad``, random numbers and the state are as
         they were; buffers are the closure's own.
@@ -281,14 +277,9 @@ class NewtonCG(Optimizer):
         before = Snapshot(params)
         try:
             return self._step(closure, params, options, before)
-        except BaseException as error:
+        except BaseException:
             before.restore()
-            if not isinstance(error, RuntimeError):
-                raise
-            explained = explain_closure(error, "NewtonCG", _WITHOUT_SECOND)
-            if explained is error:
-                raise
-            raise explained from error
+            raise
 
     def diagnostics(self) -> dict[str, float]:
         """Return numbers about the last step and all steps so far; empty before the first.
@@ -321,13 +312,14 @@ class NewtonCG(Optimizer):
     ) -> Any:
         least_squares = options["curvature"] == "gauss_newton"
         loss = ClosureLoss(closure, params, residuals=least_squares)
-        graph = loss.differentiate()
-        returned, moving = graph.returned, graph.params
         numbers = self._numbers(options)
-        numbers |= {"loss": graph.value, "step_length": 0.0, "ratio": 0.0}
         new_space = solved = None
-        if float(options["lr"]) > 0 and any(bool(slope.any()) for slope in graph.slopes):
-            solved, new_space = self._solve(graph, options, numbers)
+        with loss.explaining():
+            graph = loss.differentiate()
+            returned, moving = graph.returned, graph.params
+            numbers |= {"loss": graph.value, "step_length": 0.0, "ratio": 0.0}
+            if float(options["lr"]) > 0 and any(bool(slope.any()) for slope in graph.slopes):
+                solved, new_space = self._solve(graph, options, numbers)
         del graph  # before the line search builds others
         if solved is not None:
             take_step(solved, loss, moving, before, options, numbers)
