@@ -255,17 +255,18 @@ def _find_mismatch(point: _Point) -> _Mismatch | None:
                 (u - d) / (2 * step) for u, d in zip(up_slope, down_slope, strict=True)
             )
             # A random direction is nearly at right angles to a gradient: its length is the scale.
-            noise = 100 * eps * float(up.abs() + down.abs()) / step
+            # A loss of nearly 0 is a difference of numbers of size 1.
+            noise = 100 * eps * max(float(up.abs() + down.abs()), 1.0) / step
             size = max(abs(exact), 1e-2 * _norm(slope) * _norm(direction), noise, _TINY)
             gap = abs(difference - exact) / size
-            product_gap = _relative(differences, products) if point.twice else 0.0
+            product_gap = _relative(differences, products, 100 * noise) if point.twice else 0.0
             if max(gap, product_gap) <= scale.right:
                 return None
             if before is not None:
                 unsteady = (abs(difference - before[0]) + noise) / size
                 if gap > max(scale.wrong, scale.times_unsteady * unsteady):
                     return _Mismatch("the gradient", gap)
-                unsteady = _relative(differences, before[1]) if point.twice else 0.0
+                unsteady = _relative(differences, before[1], 100 * noise) if point.twice else 0.0
                 if product_gap > max(scale.wrong, scale.times_unsteady * unsteady):
                     return _Mismatch("the second derivative", product_gap)
             before = difference, differences
@@ -292,6 +293,6 @@ def _norm(a: Params) -> float:
     return _dot(a, a) ** 0.5
 
 
-def _relative(a: Params, b: Params) -> float:
+def _relative(a: Params, b: Params, least: float) -> float:
     gap = _norm(tuple(x - y for x, y in zip(a, b, strict=True)))
-    return gap / max(_norm(a), _norm(b), _TINY)
+    return gap / max(_norm(a), _norm(b), least, _TINY)

@@ -31,7 +31,6 @@ def flat(seed, factor=None, activation=nn.Tanh):
 
 
 # Differences of a loss that is 0.0 tell nothing of its gradient, and say so.
-@pytest.mark.filterwarnings("ignore:.*differs by .* from differences:UserWarning")
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("activation", [nn.Tanh, nn.ReLU])
 @pytest.mark.parametrize("kind", OPERATORS)
