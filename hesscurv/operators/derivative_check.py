@@ -42,10 +42,13 @@ class _Scale:
     # And by how many times as much as differences over two steps differ from each other.
     times_unsteady: float
     eps: float  # the coarsest rounding, anywhere in the function, that such steps are seen through
+    flat: float  # how many times the noise of the loss that of its gradient may be
 
 
-_FINE = _Scale((1e-6, 1e-7, 1e-8), right=1e-5, wrong=1e-4, times_unsteady=30.0, eps=1e-14)
-_COARSE = _Scale((3e-3, 1e-3), right=5e-2, wrong=0.3, times_unsteady=5.0, eps=1e-6)
+_FINE = _Scale(
+    (1e-6, 1e-7, 1e-8), right=1e-5, wrong=1e-4, times_unsteady=30.0, eps=1e-14, flat=100.0
+)
+_COARSE = _Scale((3e-3, 1e-3), right=5e-2, wrong=0.3, times_unsteady=5.0, eps=1e-6, flat=1.0)
 # The weights are moved by so much first: at zero biases, kinks lie right where they are.
 _MOVE = 1e-3
 _TINY = 1e-300
@@ -259,14 +262,18 @@ def _find_mismatch(point: _Point) -> _Mismatch | None:
             noise = 100 * eps * max(float(up.abs() + down.abs()), 1.0) / step
             size = max(abs(exact), 1e-2 * _norm(slope) * _norm(direction), noise, _TINY)
             gap = abs(difference - exact) / size
-            product_gap = _relative(differences, products, 100 * noise) if point.twice else 0.0
+            product_gap = (
+                _relative(differences, products, scale.flat * noise) if point.twice else 0.0
+            )
             if max(gap, product_gap) <= scale.right:
                 return None
             if before is not None:
                 unsteady = (abs(difference - before[0]) + noise) / size
                 if gap > max(scale.wrong, scale.times_unsteady * unsteady):
                     return _Mismatch("the gradient", gap)
-                unsteady = _relative(differences, before[1], 100 * noise) if point.twice else 0.0
+                unsteady = (
+                    _relative(differences, before[1], scale.flat * noise) if point.twice else 0.0
+                )
                 if product_gap > max(scale.wrong, scale.times_unsteady * unsteady):
                     return _Mismatch("the second derivative", product_gap)
             before = difference, differences
