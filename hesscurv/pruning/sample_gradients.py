@@ -24,6 +24,7 @@ from hesscurv.operators.environment import without_fallback_warnings
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.plain_embeddings import dense
 from hesscurv.operators.samples import map_tensors, num_samples, tensors_of
+from hesscurv.operators.tasks import Task
 
 Values = dict[str, Tensor]
 
@@ -34,7 +35,10 @@ _logger = logging.getLogger(__name__)
 class SampleGradients:
     """The samples' own gradients in some of an objective's parameters.
 
-    To be used inside ``objective.environment()``, after ``objective.refresh()``.
+    To be used inside ``objective.environment()``, after ``objective.refresh()``. Samples go through
+    together by vmap; a combination of their gradients is compared with the gradient of the same
+    combination from one backward pass over the whole batch. Batches on which these differ are taken
+    sample by sample, and all where vmap has no rule for an operation.
 
     Args:
         objective: The model, the task and the selected parameters.
@@ -52,6 +56,8 @@ class SampleGradients:
             batch: n samples.
             directions: None for the gradients of the samples' losses; otherwise shape (n, c), and
                 the gradients are those of ``directions . outputs``.
+
+        Cost: a backward pass for each sample, and one for the batch.
         """
         objective, task = self._objective, self._objective.task_parts
         everything = dict(zip(objective.layout.names, objective.parameters(), strict=True))
@@ -62,9 +68,35 @@ class SampleGradients:
                 return (out.flatten() * direction).sum()
             return one_loss(task.sample_losses(out, sample))
 
+        def together(values: Values, signs_n: Tensor) -> Tensor:
+            """Combine the samples' scalars, from the outputs of the batch, without vmap."""
+            out = objective.outputs(tuple((everything | values).values()), batch)
+            if directions is not None:
+                return signs_n @ (out.reshape(directions.shape) * directions).sum(1)
+            own = [
+                _plain_loss(task, row.unsqueeze(0), sample)
+                for row, sample in zip(out, split(batch, 1), strict=True)
+            ]
+            return signs_n @ torch.stack(own)
+
         with without_fallback_warnings():
             try:
-                return self._by_sample(scalar, params, batch, directions)
+                found = self._by_sample(scalar, params, batch, directions)
+                if self._by_sample is one_by_one:
+                    return found
+                gap = _gap(together, params, found)
+                if gap <= _tolerance(found):
+                    return found
+                # Where samples of a batch depend on each other, one by one they differ from the
+                # batch too, and agree with vmap.
+                single = one_by_one(scalar, params, batch, directions)
+                _logger.info(
+                    "a batch of %d samples is taken one by one, since what vmap returns differs "
+                    "by %.1e from the batch's gradient",
+                    num_samples(batch),
+                    gap,
+                )
+                return single
             except Exception as error:
                 if self._by_sample is one_by_one or isinstance(error, torch.OutOfMemoryError):
                     raise
@@ -72,6 +104,40 @@ class SampleGradients:
                 _logger.info("samples are taken one by one, since vmap failed: %s", error)
                 self._by_sample = one_by_one
                 return one_by_one(scalar, params, batch, directions)
+
+
+def _plain_loss(task: Any, row: Tensor, sample: Any) -> Tensor:
+    """Return a single sample's loss: the very loss, where `sample_losses` goes through vmap."""
+    if getattr(type(task), "sample_losses", None) is Task.sample_losses:
+        return task.loss(row, sample).reshape(())
+    return one_loss(task.sample_losses(row, sample))
+
+
+def _gap(together: Callable[[Values, Tensor], Tensor], params: Values, found: Values) -> float:
+    """Return how far a combination of samples' gradients is from the batch's, relative to them."""
+    rows = next(iter(found.values()))
+    # With random signs, which errors that cancel in the sum would have to have too.
+    signs_n = random_signs((len(rows),), rows, torch.Generator().manual_seed(0))
+    with torch.enable_grad():
+        leaves = {name: t.detach().requires_grad_() for name, t in params.items()}
+        slopes = torch.autograd.grad(
+            together(leaves, signs_n), list(leaves.values()), allow_unused=True
+        )
+    square = size = 0.0
+    for rows, slope in zip(found.values(), slopes, strict=True):
+        rows = rows.detach().flatten(1)
+        mine = signs_n.to(rows) @ rows
+        expected = torch.zeros_like(mine) if slope is None else dense(slope).reshape(-1)
+        square += float((mine - expected).double().square().sum())
+        size += float(rows.double().square().sum())
+    if not square + size < float("inf"):
+        return 0.0  # not finite: refused elsewhere, in its own words
+    return (square / size) ** 0.5 if size else square**0.5
+
+
+def _tolerance(found: Values) -> float:
+    # Rounding is some eps; what is wrong in a row is wrong by far more.
+    return max(torch.finfo(t.dtype).eps for t in found.values()) ** 0.5
 
 
 def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> Tensor:
