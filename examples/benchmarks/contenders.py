@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from models import Problem
+from timing import wait_for
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -96,16 +97,26 @@ def curvlinops_hessian(problem: Problem) -> Any:
 
 
 def fastest_width(operator: Any, most: int, rounds: int = 3) -> int:
-    """Return how many vectors at once, up to `most`, cost an operator the least per vector."""
+    """Return how many vectors at once, up to `most`, cost an operator the least per vector.
+
+    Those that the device has no memory for are left out, unless a single one is too many.
+    """
     best: dict[int, float] = {}
     for width in [w for w in WIDTHS if w < most] + [most]:
         block, chunked = block_of_vectors(operator, width), Counted(operator)
-        chunked @ block
-        times = []
-        while len(times) < rounds and sum(times) < 5:
-            start = time.perf_counter()
+        times: list[float] = []
+        try:
             chunked @ block
-            times.append(time.perf_counter() - start)
+            while len(times) < rounds and sum(times) < 5:
+                wait_for(operator.device)
+                start = time.perf_counter()
+                chunked @ block
+                wait_for(operator.device)
+                times.append(time.perf_counter() - start)
+        except torch.OutOfMemoryError:
+            if not best:
+                raise
+            break
         best[width] = min(times) / width
         if best[width] > 1.7 * min(best.values()):
             break  # wider is worse still
@@ -114,9 +125,10 @@ def fastest_width(operator: Any, most: int, rounds: int = 3) -> int:
 
 def block_of_vectors(operator: Any, width: int) -> Tensor:
     """Return random vectors (D, width), each contiguous: the order that suits all contenders."""
-    generator = torch.Generator().manual_seed(width)
-    rows = torch.randn(width, operator.shape[0], generator=generator, dtype=operator.dtype)
-    return rows.to(operator.device).mT
+    device = operator.device
+    generator = torch.Generator(device).manual_seed(width)
+    size = (width, operator.shape[0])
+    return torch.randn(size, generator=generator, dtype=operator.dtype, device=device).mT
 
 
 def fastest_operator(problem: Problem) -> tuple[str, Callable[[], Any], int | None]:

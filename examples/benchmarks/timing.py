@@ -15,6 +15,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+
+def wait_for(device: torch.device | str) -> None:
+    """Wait until a GPU has done what it was asked for, so that a clock sees it; elsewhere nothing.
+
+    Args:
+        device: Where the work goes on.
+    """
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize(device)
+
 
 @dataclass
 class Times:
