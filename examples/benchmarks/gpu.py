@@ -21,8 +21,8 @@ Parts (`--part`, all by default), each reported and appended to the file of resu
               steady, when measurements come as rarely as in a long training. Trainings take turns,
               with torch's own settings of TF32.
 
-Libraries that are not installed, or fail, are left out with the reason. Targets are judged on a real
-GPU at full size alone. What was measured on something else is printed with that device's name.
+Libraries that are not installed, or fail, are left out with the reason. Targets are judged on a
+real GPU at full size alone. What was measured on something else is printed with that device's name.
 """
 
 from __future__ import annotations

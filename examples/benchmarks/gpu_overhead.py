@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -164,7 +165,7 @@ def summary(training: Training, plain: list[float]) -> dict[str, Any]:
         interval = training.monitor.schedule.sparse
     elif len(training.measured_at) > 1:
         at = training.measured_at
-        interval = statistics.median(b - a for a, b in zip(at, at[1:], strict=False))
+        interval = statistics.median(b - a for a, b in pairwise(at))
         # A refresh pays for the interval that it begins: the last one's has not ended.
         later = statistics.median(taken[1:-1] or taken[:1])
     steady = None

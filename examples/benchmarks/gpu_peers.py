@@ -157,7 +157,7 @@ def with_eigenthings(problem: Problem, k: int) -> Pairs:
 
 
 def with_skerch(problem: Problem, k: int) -> Pairs:
-    """skerch's seigh by the recovery "hmt" from 2 k measurements of curvlinops' operator."""
+    """Run skerch's seigh by the recovery "hmt" from 2 k measurements of curvlinops' operator."""
     from skerch.algorithms import seigh
 
     peer = curvlinops_hessian(problem)
@@ -167,7 +167,7 @@ def with_skerch(problem: Problem, k: int) -> Pairs:
 
 
 def with_hesscurv(problem: Problem, k: int, tol: float) -> Pairs:
-    """hesscurv's eigsh as it comes, operator and calibration included."""
+    """Run our own eigsh as it comes, operator and calibration included."""
     task = hesscurv.supervised(problem.loss_fn)
     H = hesscurv.HessianOperator(problem.model, task, problem.batches)
     pairs = hesscurv.eigsh(H, k, tol=tol)

@@ -44,7 +44,7 @@ def test_products_by_any_way_do_not_warn(model, loss, targets, kind, capfd):
             for _ in range(4):
                 H @ torch.randn(H.shape[0], 8)
         except ValueError as error:
-            assert "cannot be used" in str(error)
+            assert "cannot be used" in str(error)  # noqa: PT017
     # Some are written by torch itself, past Python's warnings.
     assert "performance drop" not in capfd.readouterr().err
 
@@ -58,10 +58,10 @@ def test_outside_products_torch_warns_as_before():
 
 
 def test_other_warnings_of_the_model_come_through():
-    class Warning_(nn.Linear):
+    class Warns(nn.Linear):
         def forward(self, x):
             warnings.warn("of the model's own", stacklevel=2)
             return super().forward(x)
 
     with pytest.warns(UserWarning, match="of the model's own"):
-        HessianOperator(Warning_(4, 3), hesscurv.supervised(nn.CrossEntropyLoss()), [(X, Y)])
+        HessianOperator(Warns(4, 3), hesscurv.supervised(nn.CrossEntropyLoss()), [(X, Y)])
