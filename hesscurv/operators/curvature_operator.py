@@ -62,11 +62,12 @@ class CurvatureOperator(SummedOperator):
             training, None as found.
         compute_dtype: Dtype of computation and vectors; default the parameters' own, float32 for
             half-precision weights. float64 gives products free of float32 noise.
-        way: How to compute: "auto" measures and chooses; otherwise one of the class's `ways`.
-        memory_budget: Bytes for graphs and blocks of vectors; default an eighth of the machine's
-            memory, or a quarter of the GPU's. Batches that need more are cut into micro-batches.
-        check: Evaluate every batch once, test that a loss which is not one of torch's is a mean
-            over samples, and probe determinism and symmetry at construction.
+        way: "auto" measures and chooses; "reference" takes the first of `ways` that the model has
+            derivatives for; otherwise one of the class's `ways`.
+        memory_budget: Bytes for graphs and blocks of vectors, default an eighth of the machine's
+            memory or a quarter of the GPU's. Larger batches are cut into micro-batches.
+        check: At construction, evaluate every batch, test a loss that is not one of torch's for
+            being a mean over samples, and probe determinism and symmetry.
         process_group: The ranks that share the batches; default all where `torch.distributed` is
             initialised. A model that FSDP2 shards needs all ranks that hold its shards.
 
@@ -102,7 +103,7 @@ class CurvatureOperator(SummedOperator):
         communicator = Communicator.of(process_group, device_of(model))
         known = self.ways + self.extra_ways
         with communicator.together("reading the arguments"), torch.inference_mode(False):
-            if way != "auto" and way not in known:
+            if way not in ("auto", "reference", *known):
                 raise ValueError(f"expected way 'auto' or one of {known}, got {way!r}")
             objective = Objective(
                 model,
@@ -114,8 +115,7 @@ class CurvatureOperator(SummedOperator):
                 budget=memory_budget,
                 may_be_empty=communicator.size > 1,
             )
-            if self.needs_parts:
-                _ = objective.task_parts
+            _ = objective.task_parts if self.needs_parts else None
         super().__init__(objective, communicator)
         self.layout = objective.layout
         self._cutter = BlockCutter(self.layout)

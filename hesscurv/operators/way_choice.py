@@ -24,7 +24,7 @@ class WayChoice:
     caller of `calibrate` said, or else what was computed so far.
 
     Args:
-        operator: The operator, whose `way` may name one way for all.
+        operator: The operator, whose `way` may name one way for all, or the reference.
     """
 
     def __init__(self, operator: CurvatureOperator) -> None:
@@ -47,7 +47,7 @@ class WayChoice:
         operator = self._operator
         limit = max(1, min(width, operator.memory_plan.max_vectors))
         if operator.way != "auto":
-            return operator.way, limit
+            return operator.ways[0] if operator.way == "reference" else operator.way, limit
         calibration = self._calibrations.get(bucket_of(self._expected))
         if self._expected < _CALIBRATE_FROM or calibration is None or not calibration.seconds:
             return operator.ways[0], limit

@@ -194,9 +194,9 @@ class PreconditionedOptimizer(Optimizer):
         self._warned_capturable_if_run_uncaptured = True
         self.model, self._selection = model, resolve_selection(model, params)
         self._schedule = RefreshSchedule(max_fraction)
-        # "retained" is the fastest way for few products with the same weights, and a choice by
+        # The reference is the fastest way for few products with the same weights, and a choice by
         # measured seconds could end in other bits after a resumption.
-        options = {"training": training, "way": "retained", "process_group": process_group}
+        options = {"training": training, "way": "reference", "process_group": process_group}
         self._tracker = EigenspaceTracker(
             model,
             task,

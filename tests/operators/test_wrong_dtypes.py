@@ -31,7 +31,13 @@ TOKENS = torch.arange(18).view(6, 3) % 7
 CASES = {
     "int32 classes": (dense, CE, numbers, CLASSES.int(), ["batch[1].long()"]),
     "float classes": (dense, CE, numbers, CLASSES.float(), ["batch[1].long()"]),
-    "integer inputs": (dense, CE, lambda: torch.arange(24).view(6, 4), CLASSES, ["batch[0].float()"]),
+    "integer inputs": (
+        dense,
+        CE,
+        lambda: torch.arange(24).view(6, 4),
+        CLASSES,
+        ["batch[0].float()"],
+    ),
     "double inputs": (dense, CE, lambda: numbers().double(), CLASSES, ["batch[0].float()"]),
     "float tokens": (embedded, CE, lambda: TOKENS.float(), CLASSES, ["batch[0].long()"]),
     "long bits": (lambda: dense(1), BCE, numbers, CLASSES[:, None] % 2, ["batch[1].float()"]),
