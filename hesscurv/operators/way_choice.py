@@ -24,7 +24,7 @@ class WayChoice:
     caller of `calibrate` said, or else what was computed so far.
 
     Args:
-        operator: The operator, whose `way` may name one way for all.
+        operator: The operator, whose `way` may name one way for all, or the reference.
     """
 
     def __init__(self, operator: CurvatureOperator) -> None:
@@ -49,7 +49,7 @@ class WayChoice:
         if operator.way == "reference":
             return operator.ways[0], limit
         if operator.way != "auto":
-            return operator.way, limit
+            return operator.ways[0] if operator.way == "reference" else operator.way, limit
         calibration = self._calibrations.get(bucket_of(self._expected))
         if self._expected < _CALIBRATE_FROM or calibration is None or not calibration.seconds:
             return operator.ways[0], limit

@@ -66,7 +66,9 @@ def check_measured(
             f"expected operator_options among {list(_OPERATOR_OPTIONS)}, got {unknown}; other "
             "arguments of the operator are PreconditionedOptimizer's own"
         )
-    check_choice("way", options.get("way", "auto"), ("auto", *kind.ways, *kind.extra_ways))
+    check_choice(
+        "way", options.get("way", "auto"), ("auto", "reference", *kind.ways, *kind.extra_ways)
+    )
 
 
 def check_preconditioning(given: Mapping[str, Any], curvatures: tuple[str, ...]) -> None:

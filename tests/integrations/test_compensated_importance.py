@@ -13,6 +13,7 @@ from torch.func import functional_call
 import hesscurv
 from hesscurv.integrations import (
     CompensatedImportance,
+    FisherImportance,
     compensate_channels_,
     macs_per_entry,
     remove_channels_,
@@ -61,7 +62,7 @@ def effect(model, batches, state, function, step=1e-6):
 
 
 def losses(out, y):
-    return torch.nn.functional.cross_entropy(out, y, reduction="none")
+    return nn.functional.cross_entropy(out, y, reduction="none")
 
 
 @pytest.mark.parametrize(("network", "layer"), GROUPS)
@@ -202,6 +203,48 @@ def test_a_group_that_nothing_measured_reads_is_refused():
     importance = CompensatedImportance(model, TASK, data(), params="fc1")
     with pytest.raises(ValueError, match="was measured"):
         importance(whole(model, "conv1"))
+
+
+class Reading(nn.Module):
+    """A convolution whose channels a layer of any type reads."""
+
+    def __init__(self, reader):
+        super().__init__()
+        self.first, self.reader = nn.Conv2d(3, 8, 3, padding=1), reader
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.reader(torch.relu(self.first(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("reader", "named"),
+    [
+        (nn.ConvTranspose2d(8, 8, 2), "a ConvTranspose2d"),
+        (nn.Conv2d(8, 8, 3, groups=2), "a Conv2d with groups=2"),
+        (nn.Conv2d(8, 8, 3, padding="same"), "a Conv2d with padding='same'"),
+    ],
+)
+def test_a_reader_of_another_type_is_named_with_remedies_that_work(reader, named):
+    model = Reading(reader)
+    batches = [(torch.randn(4, 3, 6, 6), torch.tensor([0, 1, 2, 0]))]
+
+    def prune(importance, *ignored):
+        pruner = tp.pruner.BasePruner(
+            model, batches[0][0], importance, pruning_ratio=0.25, ignored_layers=[*ignored]
+        )
+        list(pruner.step(interactive=True))
+
+    importance = CompensatedImportance(model, TASK, batches)
+    with pytest.raises(ValueError, match="was measured") as caught:
+        prune(importance, model.head)
+    text = str(caught.value)
+    assert named in text
+    assert "select them" not in text
+    assert "FisherImportance" in text
+    assert "add 'first'" in text
+    prune(FisherImportance(model, TASK, batches), model.head)
+    prune(importance, model.head, model.first)
 
 
 def dense_pruner(model, batches, importance, **options):

@@ -223,3 +223,30 @@ def test_other_errors_of_a_model_stay_as_they_are():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         HessianOperator(Broken(), TASK, numbers())
     assert not isinstance(caught.value, MissingDerivativeError)
+
+
+class Letters(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(x).log_softmax(-1)
+
+
+def ctc(out, targets):
+    lengths = torch.full((len(out),), out.shape[1]), torch.full((len(out),), targets.shape[1])
+    return F.ctc_loss(out.transpose(0, 1), targets, *lengths)
+
+
+@pytest.mark.parametrize(
+    "task", [hesscurv.supervised(ctc), lambda model, b: ctc(model(b[0]), b[1])]
+)
+def test_a_loss_without_second_derivative_leaves_the_fisher_alone(task):
+    data = [(torch.randn(3, 8, 4), torch.randint(1, 5, (3, 3)))]
+    with pytest.raises(MissingDerivativeError, match="ctc_loss in the loss") as caught:
+        HessianOperator(Letters(), task, data)
+    assert "EmpiricalFisherOperator" in str(caught.value)
+    assert "GGNOperator" not in str(caught.value)
+    full = EmpiricalFisherOperator(Letters(), hesscurv.supervised(ctc), data)
+    assert torch.isfinite(full @ torch.ones(full.shape[0])).all()

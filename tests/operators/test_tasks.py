@@ -304,3 +304,56 @@ def test_sample_losses_of_another_shape_are_refused():
     problem = cases.build("mlp")
     with pytest.raises(ValueError, match=r"sample_losses of shape \(n,\), got \(\)"):
         EmpiricalFisherOperator(problem.model, Wrong(), problem.batches)
+
+
+class Whole(hesscurv.Task):
+    """A task that is called as a whole, and has no parts."""
+
+    def __call__(self, model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
+class Outputs(hesscurv.Task):
+    def outputs(self, model, batch):
+        return model(batch[0])
+
+
+@pytest.mark.parametrize("check", [True, False])
+@pytest.mark.parametrize("kind", [hesscurv.GGNOperator, hesscurv.EmpiricalFisherOperator])
+@pytest.mark.parametrize(
+    ("task", "missing"), [(Whole, "outputs"), (hesscurv.Task, "outputs"), (Outputs, "loss")]
+)
+def test_a_task_without_a_part_says_which_to_define(task, missing, kind, check):
+    batch = (torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(TypeError, match=rf"implements {missing}\(self.*got {task.__name__}"):
+        kind(nn.Linear(3, 3), task(), [batch], check=check) @ torch.ones(12)
+    if task is Whole:
+        assert hesscurv.HessianOperator(nn.Linear(3, 3), task(), [batch]).shape[0] == 12
+
+
+@pytest.mark.parametrize("weight", [None, "many", torch.ones(3)])
+def test_a_weight_that_is_no_number_is_refused(weight):
+    class Weighed(Whole):
+        def weight(self, batch):
+            return weight
+
+    batch = (torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(TypeError, match=r"expected Weighed\.weight\(batch\) to return a number"):
+        hesscurv.HessianOperator(nn.Linear(3, 3), Weighed(), [batch])
+
+
+def test_an_error_inside_weight_comes_out_as_it_is():
+    class Weighed(Whole):
+        def weight(self, batch):
+            raise TypeError("of the task's own")
+
+    batch = (torch.randn(4, 3), torch.tensor([0, 1, 2, 0]))
+    with pytest.raises(TypeError, match="of the task's own"):
+        hesscurv.HessianOperator(nn.Linear(3, 3), Weighed(), [batch])
+
+
+def test_data_whose_targets_are_all_ignored_are_refused_with_the_cause():
+    batch = (torch.randn(4, 3), torch.full((4,), -7))
+    task = hesscurv.supervised(nn.CrossEntropyLoss(ignore_index=-7))
+    with pytest.raises(ValueError, match=r"positive total weight, got 0.*is -7, .*ignore_index"):
+        hesscurv.HessianOperator(nn.Linear(3, 3), task, [batch, batch])

@@ -228,3 +228,57 @@ def test_a_loss_without_second_derivative_asks_for_rows_of_the_fisher():
     z, t = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
     with pytest.raises(ValueError, match="rows='fisher'"):
         output_roots(task, z, (z, t))
+
+
+class Doubled(torch.autograd.Function):
+    """Twice its input, and under vmap three times, as a wrong batching rule has it."""
+
+    generate_vmap_rule = False
+
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, slope):
+        return 2 * slope
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return 3 * x, in_dims[0]
+
+
+class Sometimes(nn.Module):
+    """Goes wrong under vmap on long batches alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x):
+        h = self.fc(x[:, :3])
+        return torch.tanh(Doubled.apply(h) if x.shape[1] > 3 else 2 * h)
+
+
+@pytest.mark.parametrize("combined", [False, True])
+def test_batches_that_vmap_gets_wrong_are_taken_one_by_one(combined, caplog):
+    good = (torch.randn(4, 3).double(), torch.randint(3, (4,)))
+    wrong = (torch.randn(4, 5).double(), torch.randint(3, (4,)))
+    p = cases.supervised(Sometimes().double(), [good, wrong])
+    objective = objective_of(p)
+    gradients = SampleGradients(objective)
+    directions = torch.randn(4, 3).double() if combined else None
+
+    def scalar(out, sample, i):
+        return (out.flatten() * directions[i]).sum() if combined else p.output_loss(out, sample)
+
+    for batch, lines in ((good, 0), (wrong, 1), (good, 1)):
+        with objective.environment(), caplog.at_level("INFO", "hesscurv.pruning"):
+            found = gradients(values_of(objective), batch, directions)
+        torch.testing.assert_close(flat(found, objective), by_loop(p, batch, scalar), **CLOSE)
+        said = [r for r in caplog.records if "differs" in r.getMessage()]
+        assert len(said) == lines
