@@ -49,7 +49,7 @@ class WayChoice:
         if operator.way == "reference":
             return operator.ways[0], limit
         if operator.way != "auto":
-            return operator.ways[0] if operator.way == "reference" else operator.way, limit
+            return operator.way, limit
         calibration = self._calibrations.get(bucket_of(self._expected))
         if self._expected < _CALIBRATE_FROM or calibration is None or not calibration.seconds:
             return operator.ways[0], limit

@@ -14,7 +14,7 @@ from hesscurv.operators.batches import Batches
 from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.operators.tasks import as_loss
 
-_OPERATOR_OPTIONS = ("memory_budget", "way", "compute_dtype", "check")
+_OPERATOR_OPTIONS = ("memory_budget", "way", "compute_dtype", "precision", "check")
 
 
 def check_model(model: Any, task: Any) -> None:
