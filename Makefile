@@ -11,7 +11,7 @@ IN_VENV := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-gpu test-oldest test-newest lint bench benchmarks clean
+.PHONY: help demo test test-slow test-gpu test-oldest test-newest lint bench benchmarks bench-gpu gpu-figures clean
 
 help:
 	@echo 'make demo       overlap of magnitude masks and Hessian eigenspace, on real digits'
@@ -21,6 +21,7 @@ help:
 	@echo 'make test-oldest, make test-newest   the same with the oldest versions allowed, and the newest'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make bench      products, eigensolves, spectra beside other libraries; memory, storage, scaling, pruning, optimizers, PINNs'
+	@echo 'make bench-gpu  on a CUDA device: products, 1000 eigenpairs of 3c3d and ResNet-18, overhead in training'
 	@echo 'make clean      remove the virtual environments, caches and build outputs'
 	@echo
 	@echo 'ARGS="..." is handed on to the command:  make demo ARGS="--quick"'
@@ -78,6 +79,14 @@ benchmarks: $(VENV)/.has-bench
 	@$(IN_VENV) examples/benchmarks/monitor.py $(ARGS)
 	@$(IN_VENV) examples/benchmarks/prune_when_stable.py $(or $(filter --quick,$(ARGS)),$(if $(findstring --data,$(ARGS)),$(ARGS),--quick))
 	@$(IN_VENV) examples/benchmarks/pinns.py $(ARGS)
+
+# In the same environment; with CONSTRAINTS=... for a torch that fits the GPU. What it measures where
+# there is none: make bench-gpu ARGS="--small --device cpu"
+bench-gpu:
+	@$(MAKE) --no-print-directory VENV=$(VENV)-bench gpu-figures
+
+gpu-figures: $(VENV)/.has-bench
+	@$(IN_VENV) examples/benchmarks/gpu.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-bench $(VENV)-oldest $(VENV)-newest build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -127,7 +127,7 @@ class Pairs:
 
 
 def with_scipy(problem: Problem, k: int) -> Pairs:
-    """SciPy's eigsh in float32 on the host, products of curvlinops' operator on the device."""
+    """Solve by SciPy's eigsh in float32 on the host, products of curvlinops' operator on the device."""
     import numpy as np
     from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -148,7 +148,7 @@ def with_scipy(problem: Problem, k: int) -> Pairs:
 
 
 def with_eigenthings(problem: Problem, k: int) -> Pairs:
-    """hessian-eigenthings' Lanczos, twice k steps, with reorthogonalisation."""
+    """Solve by hessian-eigenthings' Lanczos, twice k steps, with reorthogonalisation."""
     from hessian_eigenthings import lanczos
 
     result = lanczos(raw_eigenthings_hessian(problem), k=k, reorthogonalize=True, seed=0)
@@ -157,7 +157,7 @@ def with_eigenthings(problem: Problem, k: int) -> Pairs:
 
 
 def with_skerch(problem: Problem, k: int) -> Pairs:
-    """skerch's seigh by the recovery "hmt" from 2 k measurements of curvlinops' operator."""
+    """Decompose by skerch's seigh: recovery "hmt" from 2 k measurements of curvlinops' operator."""
     from skerch.algorithms import seigh
 
     peer = curvlinops_hessian(problem)
@@ -167,7 +167,7 @@ def with_skerch(problem: Problem, k: int) -> Pairs:
 
 
 def with_hesscurv(problem: Problem, k: int, tol: float) -> Pairs:
-    """hesscurv's eigsh as it comes, operator and calibration included."""
+    """Solve by hesscurv's eigsh as it comes, operator and calibration included."""
     task = hesscurv.supervised(problem.loss_fn)
     H = hesscurv.HessianOperator(problem.model, task, problem.batches)
     pairs = hesscurv.eigsh(H, k, tol=tol)
