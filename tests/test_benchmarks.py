@@ -6,8 +6,10 @@ import importlib.util
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,73 @@ def test_benchmark_runs(name, tmp_path):
     assert len(verdicts) >= (1 if name in ("checks", "missed_pairs") else 2)
     assert (kept.read_bytes() if kept.exists() else None) == before
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_benchmark_of_a_gpu_runs_on_a_cpu_and_judges_nothing(tmp_path):
+    done = subprocess.run(
+        [
+            *(sys.executable, str(FOLDER / "gpu.py"), "--small", "--device", "cpu"),
+            *("--results", "none", "--threads", "1"),
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    for part in ("products", "eigsh", "resnet18", "overhead"):
+        assert any(line.startswith(f"{part}: ") and "minutes" in line for line in lines)
+    assert not any(line.startswith(("PASS", "MISS")) for line in lines)
+    assert sum(line.startswith("n/a") for line in lines) > 10
+    assert "10 of 10 converged" in done.stdout  # the pairs of ResNet-18
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_time_limit_ends_the_work_and_no_other(load):
+    peers = load("gpu_peers")
+    before = signal.getsignal(signal.SIGALRM)
+    with pytest.raises(peers.TimeUpError, match="stopped after 0"), peers.time_limit(0.2):
+        time.sleep(60)
+    with peers.time_limit(60.0):
+        pass
+    assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+    assert signal.getsignal(signal.SIGALRM) is before
+
+
+def test_a_width_that_memory_is_short_of_is_left_out(load):
+    class Narrow:
+        shape, dtype, device = (5, 5), torch.float32, torch.device("cpu")
+
+        def __matmul__(self, V):
+            if V.shape[1] > most:
+                raise torch.OutOfMemoryError
+            return V
+
+    fastest_width, most = load("contenders").fastest_width, 4
+    assert fastest_width(Narrow(), 32) <= most
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        fastest_width(Narrow(), 32)
+
+
+def test_overhead_is_a_share_of_a_plain_training(load):
+    overhead = load("gpu_overhead")
+    training = object.__new__(overhead.Training)
+    training.network = argparse.Namespace(name="net")
+    training.kind, training.monitor, training.steps = "optimizer", None, 25
+    training.model = torch.nn.Linear(1, 1)
+    # Turns of 5 steps of 1 s each without; 5 % more with, and refreshes in the 2nd and 4th turn.
+    training.seconds = [9.0, 7.25, 5.25, 7.25, 5.25]
+    training.measuring = [0.0, 2.0, 0.0, 2.0, 0.0]
+    training.measured_at = [10, 20]
+    row = overhead.summary(training, [5.0] * 5)
+    assert row["between"] == pytest.approx(0.05)
+    assert (row["interval"], row["measuring_seconds"]) == (10, 2.0)
+    assert row["steady"] == pytest.approx(0.05 + 2.0 / 10)
+    assert row["whole"] == pytest.approx(34.0 / 25 - 1)
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ class Pairs:
 
 
 def with_scipy(problem: Problem, k: int) -> Pairs:
-    """SciPy's eigsh in float32 on the host, products of curvlinops' operator on the device."""
+    """Solve by SciPy's eigsh in float32 on the host, products of curvlinops' operator on the device."""
     import numpy as np
     from scipy.sparse.linalg import LinearOperator, eigsh
 
@@ -148,7 +148,7 @@ def with_scipy(problem: Problem, k: int) -> Pairs:
 
 
 def with_eigenthings(problem: Problem, k: int) -> Pairs:
-    """hessian-eigenthings' Lanczos, twice k steps, with reorthogonalisation."""
+    """Solve by hessian-eigenthings' Lanczos, twice k steps, with reorthogonalisation."""
     from hessian_eigenthings import lanczos
 
     result = lanczos(raw_eigenthings_hessian(problem), k=k, reorthogonalize=True, seed=0)

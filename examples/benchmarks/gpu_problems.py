@@ -6,7 +6,7 @@ Import it; it is not run. `make_problem` gives, in eval mode:
     mlp        the dense net of `models`, trained, 500 images    its smaller one, 200 images
     3c3d       3c3d, trained, 500 images                         the smallest conv net, 100 images
     resnet18   ResNet-18 at 224 px, 1000 classes, random         a quarter of its width at 64 px
-    gpt2       GPT-2 small at random weights, random tokens      4 layers of width 256
+    gpt2       GPT-2 small at random weights, random tokens      2 layers of width 128
 
 The weights of the last two, and their data, are random: the time of a product does not depend on
 them. Builders of networks are those of `models` and of examples/reproduce.
@@ -77,9 +77,9 @@ def random_images(options: argparse.Namespace, count: int) -> tuple[Tensor, Tens
 
 
 def gpt2(options: argparse.Namespace) -> nn.Module:
-    """Return GPT-2 small as it is initialised; with --small one of 3.7 million parameters."""
+    """Return GPT-2 small as it is initialised; with --small one of 0.5 million parameters."""
     if options.quick:
-        model = GPT2(depth=4, heads=4, width=256, vocabulary=2048, positions=128)
+        model = GPT2(depth=2, heads=4, width=128, vocabulary=1024, positions=32)
     else:
         model = GPT2()
     return model.initialise_().to(options.device)
@@ -87,7 +87,7 @@ def gpt2(options: argparse.Namespace) -> nn.Module:
 
 def random_tokens(options: argparse.Namespace, count: int) -> tuple[Tensor, Tensor]:
     """Return sequences of 128 tokens, 32 with --small, and what comes after each token."""
-    length, vocabulary = (32, 2048) if options.quick else (128, 50257)
+    length, vocabulary = (32, 1024) if options.quick else (128, 50257)
     tokens = torch.randint(vocabulary, (count, length + 1), device=options.device)
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from contenders import Counted, DoubleBackward, block_of_vectors, curvlinops_hessian, fastest_width
-from gpu_peers import CompiledCurvlinops, eigenthings_hessian, why_not
+from gpu_peers import CompiledCurvlinops, eigenthings_hessian, time_limit, why_not
 from gpu_problems import NAMES, make_problem
 from models import Problem
 from results import Report, print_table
@@ -22,6 +22,7 @@ from torch import Tensor
 import hesscurv
 
 AGREEMENT = 1e-3  # of the norm of a product, in float32
+MOST_SECONDS = 60.0  # of a library's first product, compiling included
 CHECKED = 2  # columns of a block that are compared: a block of GPT-2's takes 16 GB
 
 
@@ -81,7 +82,8 @@ def compare(
     gaps: dict[str, float] = {}
     for name, operator in peers(problem, b, options).items():
         try:
-            gaps[name] = difference(operator @ block, expected)
+            with time_limit(MOST_SECONDS):
+                gaps[name] = difference(operator @ block, expected)
         except Exception as error:  # whatever a library fails by, the others are measured
             left_out(name, problem, b, error)
             free_memory(options.device)

@@ -26,6 +26,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 DEFAULT_RESULTS = HERE / "results.jsonl"
 PACKAGES = ("torch", "numpy", "hesscurv", "curvlinops-for-pytorch", "skerch", "scipy")
+PACKAGES += ("hessian-eigenthings",)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
