@@ -11,7 +11,7 @@ IN_VENV := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-gpu test-oldest test-newest lint bench bench-gpu benchmarks benchmarks-gpu clean
+.PHONY: help demo test test-slow test-gpu test-oldest test-newest lint bench bench-gpu benchmarks clean
 
 help:
 	@echo 'make demo       overlap of magnitude masks and Hessian eigenspace, on real digits'
@@ -20,7 +20,6 @@ help:
 	@echo 'make test-gpu   the tests marked gpu, which a CUDA device has to be there for'
 	@echo 'make test-oldest, make test-newest   the same with the oldest versions allowed, and the newest'
 	@echo 'make lint       ruff and mypy'
-	@echo 'make bench-gpu  figures of a GPU, each part under eight minutes on an H100'
 	@echo 'make bench      products, eigensolves, spectra beside other libraries; memory, storage, scaling, pruning, optimizers, PINNs'
 	@echo 'make bench-gpu  on a CUDA device: products, 1000 eigenpairs of 3c3d and ResNet-18, overhead in training'
 	@echo 'make clean      remove the virtual environments, caches and build outputs'
@@ -63,13 +62,6 @@ lint: $(VENV)/.has-dev
 # not fit this torch, and then Lightning and Transformers, which the tests import, fail on it.
 bench:
 	@$(MAKE) --no-print-directory VENV=$(VENV)-bench benchmarks
-
-# On a machine with an NVIDIA GPU; ARGS="--small --device cpu" shows that it runs.
-bench-gpu:
-	@$(MAKE) --no-print-directory VENV=$(VENV)-bench benchmarks-gpu
-
-benchmarks-gpu: $(VENV)/.has-bench
-	@$(IN_VENV) examples/benchmarks/gpu.py $(ARGS)
 
 benchmarks: $(VENV)/.has-bench
 	@$(IN_VENV) examples/benchmarks/products.py $(ARGS)

@@ -127,7 +127,7 @@ class Pairs:
 
 
 def with_scipy(problem: Problem, k: int) -> Pairs:
-    """Solve by SciPy's eigsh in float32 on the host, products of curvlinops' operator on the device."""
+    """Solve by SciPy's eigsh in float32 on the host, with curvlinops' products on the device."""
     import numpy as np
     from scipy.sparse.linalg import LinearOperator, eigsh
 
