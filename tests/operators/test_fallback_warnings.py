@@ -1,5 +1,6 @@
 """torch's warnings of operations that vmap takes one by one stay inside; all others come out."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -38,13 +39,11 @@ def warn_once():
 @pytest.mark.parametrize(("model", "loss", "targets"), CASES)
 def test_products_by_any_way_do_not_warn(model, loss, targets, kind, capfd):
     for way in (*kind.ways, "auto"):
+        H = kind(model(), hesscurv.supervised(loss), [(X, targets)], way=way)
         # Some ways are refused, for want of a derivative; they may not warn either.
-        try:
-            H = kind(model(), hesscurv.supervised(loss), [(X, targets)], way=way)
+        with contextlib.suppress(ValueError):
             for _ in range(4):
                 H @ torch.randn(H.shape[0], 8)
-        except ValueError as error:
-            assert "cannot be used" in str(error)
     # Some are written by torch itself, past Python's warnings.
     assert "performance drop" not in capfd.readouterr().err
 
@@ -58,10 +57,10 @@ def test_outside_products_torch_warns_as_before():
 
 
 def test_other_warnings_of_the_model_come_through():
-    class Warning_(nn.Linear):
+    class Warns(nn.Linear):
         def forward(self, x):
             warnings.warn("of the model's own", stacklevel=2)
             return super().forward(x)
 
     with pytest.warns(UserWarning, match="of the model's own"):
-        HessianOperator(Warning_(4, 3), hesscurv.supervised(nn.CrossEntropyLoss()), [(X, Y)])
+        HessianOperator(Warns(4, 3), hesscurv.supervised(nn.CrossEntropyLoss()), [(X, Y)])
