@@ -1,5 +1,6 @@
 """torch's warnings of operations that vmap takes one by one stay inside; all others come out."""
 
+import contextlib
 import warnings
 
 import pytest
@@ -38,9 +39,9 @@ def warn_once():
 @pytest.mark.parametrize(("model", "loss", "targets"), CASES)
 def test_products_by_any_way_do_not_warn(model, loss, targets, kind, capfd):
     for way in (*kind.ways, "auto"):
+        H = kind(model(), hesscurv.supervised(loss), [(X, targets)], way=way)
         # Some ways are refused, for want of a derivative; they may not warn either.
-        try:
-            H = kind(model(), hesscurv.supervised(loss), [(X, targets)], way=way)
+        with contextlib.suppress(ValueError):
             for _ in range(4):
                 H @ torch.randn(H.shape[0], 8)
         except ValueError as error:
