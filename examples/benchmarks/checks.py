@@ -68,7 +68,7 @@ def without_comparisons() -> Iterator[None]:
     with (
         mock.patch.object(Agreement, "is_due", return_value=False),
         mock.patch.object(operator, "confirm"),
-        mock.patch.object(curvature_operator, "check_derivatives"),
+        mock.patch.object(curvature_operator, "check_gradients"),
     ):
         yield
 
