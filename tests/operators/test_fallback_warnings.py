@@ -44,8 +44,6 @@ def test_products_by_any_way_do_not_warn(model, loss, targets, kind, capfd):
         with contextlib.suppress(ValueError):
             for _ in range(4):
                 H @ torch.randn(H.shape[0], 8)
-        except ValueError as error:
-            assert "cannot be used" in str(error)  # noqa: PT017
     # Some are written by torch itself, past Python's warnings.
     assert "performance drop" not in capfd.readouterr().err
 
