@@ -1,5 +1,7 @@
 """Masks stay through training: by optimisers with state, compiled, and distributed."""
 
+import time
+
 import pytest
 import torch
 from mask_cases import OURS, linear, permuted_scores, two_layers
@@ -80,4 +82,5 @@ def test_masks_stay_through_distributed_training(tmp_path, wrapped_first):
             assert torch.equal(weight.module.weight != 0, mask)
             assert bool((weight.module.weight != before[weight])[mask].all())
     finally:
+        time.sleep(0.1)  # gloo's threads need the GIL once more, which the group's end would hold
         torch.distributed.destroy_process_group()
