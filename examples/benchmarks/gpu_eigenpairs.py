@@ -6,7 +6,6 @@ Import it; it is not run.
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import time
 import warnings
@@ -50,14 +49,17 @@ def true_residuals(problem: Problem, pairs: Pairs) -> tuple[float, float]:
     some = torch.linspace(0, count - 1, min(CHECKED, count)).round().long().unique()
     values = pairs.eigenvalues.detach().double().cpu()
     first = float(values.abs().max())
-    model = copy.deepcopy(problem.model).double()
     batches = [(x.double(), y) for x, y in problem.batches]
-    plain = DoubleBackward(replace(problem, model=model, batches=batches))
     residuals = []
-    for i in some.tolist():
-        v = pairs.vectors[:, i].to(plain.device, torch.float64)
-        v = v / v.norm()
-        residuals.append(float((plain @ v - float(values[i]) * v).norm()))
+    problem.model.double()
+    try:
+        plain = DoubleBackward(replace(problem, batches=batches))
+        for i in some.tolist():
+            v = pairs.vectors[:, i].to(plain.device, torch.float64)
+            v = v / v.norm()
+            residuals.append(float((plain @ v - float(values[i]) * v).norm()))
+    finally:
+        problem.model.float()  # the same bits as before
     relative = max(
         r / max(abs(float(values[i])), 1e-300)
         for r, i in zip(residuals, some.tolist(), strict=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import hesscurv
 
-LEAST_SECONDS = 2.0  # of a time limit
+LEAST_SECONDS, AGAIN = 2.0, 30.0  # of a time limit
 
 
 class TimeUpError(Exception):
@@ -30,14 +30,15 @@ class TimeUpError(Exception):
 def time_limit(seconds: float) -> Iterator[None]:
     """End the work within by `TimeUpError` when so many seconds have passed; for the main thread.
 
-    The error comes between two instructions of Python, so that one long kernel ends first.
+    The error comes between two instructions of Python, so that a long kernel ends first; and again
+    half a minute later, should a place that swallows errors have met the first.
     """
 
     def end(*_: object) -> None:
         raise TimeUpError(f"stopped after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, end)
-    signal.setitimer(signal.ITIMER_REAL, max(seconds, LEAST_SECONDS))
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, LEAST_SECONDS), AGAIN)
     try:
         yield
     finally:
@@ -127,7 +128,7 @@ class Pairs:
 
 
 def with_scipy(problem: Problem, k: int) -> Pairs:
-    """Solve by SciPy's eigsh in float32 on the host, with curvlinops' products on the device."""
+    """Solve by SciPy's eigsh, float32, on the host; products by curvlinops on the device."""
     import numpy as np
     from scipy.sparse.linalg import LinearOperator, eigsh
 
