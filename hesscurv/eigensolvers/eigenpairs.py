@@ -236,9 +236,8 @@ class Eigenpairs:
         """
         path = Path(path)
         if isinstance(map_location, (str, torch.device)):
-            torch.empty(
-                0, dtype=torch.uint8, device=map_location
-            )  # what is wrong with the device, not the file
+            # What is wrong with the device is not the file's error.
+            torch.empty(0, dtype=torch.uint8, device=map_location)
         try:
             data, lost = read_archive(path, _KIND, map_location)
         except ValueError as error:

@@ -18,7 +18,7 @@ from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.block_krylov import block_krylov
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.rayleigh_ritz import rayleigh_ritz
-from hesscurv.eigensolvers.residuals import ConvergenceWarning
+from hesscurv.eigensolvers.residuals import ConvergenceWarning, evenly_spaced
 from hesscurv.eigensolvers.single_pass import single_pass
 from hesscurv.linalg.integers import as_int
 from hesscurv.linalg.rayleigh_ritz import sides_of
@@ -160,8 +160,8 @@ def _with_product_errors(operator: LinearOperator, pairs: Eigenpairs, tol: float
     It is measured on a few of the pairs, and taken to be the same on the others: rounding inside a
     model does not know how small an eigenvalue is.
     """
-    few = torch.linspace(0, len(pairs) - 1, 4, dtype=torch.float64, device="cpu").long().unique()
-    errors = operator.product_errors(whole(pairs[few].eigenvectors)) if len(pairs) else None
+    few = pairs[evenly_spaced(4, len(pairs))]
+    errors = operator.product_errors(whole(few.eigenvectors))
     if errors is None:
         return pairs
     error = float(errors.max())

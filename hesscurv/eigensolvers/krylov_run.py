@@ -24,7 +24,7 @@ from hesscurv.eigensolvers.krylov_search import (
 )
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
 from hesscurv.eigensolvers.progress import Progress
-from hesscurv.eigensolvers.residuals import ConvergenceWarning, measured_residuals
+from hesscurv.eigensolvers.residuals import ConvergenceWarning, evenly_spaced, measured_residuals
 from hesscurv.linalg.block_norms import column_norms
 
 # Vectors that a search starts from, at most.
@@ -336,8 +336,7 @@ class KrylovRun:
         # Where restarts have dropped what residuals are made of, none of them is known.
         unknown = space.lost > _MOST_LOST
         size = space.k if unknown else min(space.block, space.k, _MOST_MEASURED)
-        sample = torch.linspace(0, space.k - 1, size, dtype=torch.float64, device="cpu")
-        sample = sample.round().long().unique()
+        sample = evenly_spaced(size, space.k)
         if self._affordable(len(sample)) == len(sample):
             measured = measured_residuals(
                 H, values[sample].to(H.dtype), V_Dk[:, sample.to(V_Dk.device)]

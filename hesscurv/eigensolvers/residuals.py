@@ -13,6 +13,12 @@ class ConvergenceWarning(UserWarning):
     """Some of the returned eigenpairs have not converged."""
 
 
+def evenly_spaced(count: int, total: int) -> Tensor:
+    """Return about so many of the numbers 0 to total - 1, first and last among them, ascending."""
+    spread = torch.linspace(0, total - 1, count, dtype=torch.float64, device="cpu")
+    return spread.round().long().unique()
+
+
 def measured_residuals(
     H: LinearOperator, eigenvalues: Tensor, V_Dk: Tensor, block_size: int = 32
 ) -> Tensor:

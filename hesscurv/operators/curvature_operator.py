@@ -127,7 +127,8 @@ class CurvatureOperator(SummedOperator):
                 budget=memory_budget,
                 may_be_empty=communicator.size > 1,
             )
-            _ = objective.task_parts if self.needs_parts else None
+            if self.needs_parts:
+                _ = objective.task_parts
         super().__init__(objective, communicator)
         self.layout = objective.layout
         self._cutter = BlockCutter(self.layout)

@@ -42,6 +42,14 @@ def changed_gradients(objective: Objective, batch: Any) -> str:
     return "; ".join(dict.fromkeys(calls.found))
 
 
+def cause_of_wrong_gradients(objective: Objective, batch: Any) -> str:
+    """Say what makes gradients none of the loss: embeddings, or else a function's backward."""
+    return changed_gradients(objective, batch) or (
+        "some function's backward is not its derivative (a custom autograd.Function, a gradient "
+        "that is changed on the way); replace it"
+    )
+
+
 def check_gradients(objective: Objective, batch: Any, slope: Slope) -> None:
     """Check derivatives as `check_derivatives` does; warnings and errors name embeddings.
 

@@ -39,7 +39,7 @@ from hesscurv.operators.parameters import (
     unwrap,
 )
 from hesscurv.operators.plain_embeddings import PlainEmbeddings, dense, makes_plain
-from hesscurv.operators.tasks import Task, as_loss
+from hesscurv.operators.tasks import Task, as_loss, weight_of
 from hesscurv.operators.value_changes import differ, read_values
 
 # A loss of many terms, summed in another order, comes out within so many units of rounding.
@@ -239,8 +239,7 @@ class Objective:
 
     def weight(self, batch: Any) -> float:
         """Return the batch's weight in the mean, its number of samples unless the task says."""
-        own = getattr(self.task, "weight", None)
-        return float(own(batch)) if callable(own) else Task.weight(self.task, batch)  # type: ignore[arg-type]
+        return weight_of(self.task, batch)
 
     def loss(
         self, params: tuple[Tensor, ...], batch: Any, constants: dict[str, Tensor] | None = None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from hesscurv.operators.embedding_gradients import changed_gradients
+from hesscurv.operators.embedding_gradients import cause_of_wrong_gradients
 from hesscurv.operators.linearizations import NonFiniteLossError
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.references import AsymmetryError, WayError
@@ -131,10 +131,7 @@ def check_symmetric(operator: CurvatureOperator, batch: Any) -> None:
                     scale,
                 )
                 continue
-            cause = changed_gradients(operator.objective, batch) or (
-                "some function's backward is not its derivative (a custom autograd.Function, a "
-                "gradient that is changed on the way); replace it"
-            )
+            cause = cause_of_wrong_gradients(operator.objective, batch)
             error = AsymmetryError(
                 f"the operator is not symmetric: u.Hv = {left:.6g} but v.Hu = {right:.6g} for "
                 f"random u, v; {cause}, or pass check=False to go on at your own risk"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from hesscurv.operators.embedding_gradients import changed_gradients
+from hesscurv.operators.embedding_gradients import cause_of_wrong_gradients
 from hesscurv.operators.linearizations import LinearMap, NonFiniteLossError
 from hesscurv.operators.missing_derivatives import MissingDerivativeError, explain
 
@@ -153,10 +153,7 @@ def check_by_differences(operator: GaussNewtonOperator, batch: Any, way: str) ->
         got = float(v_D.double() @ product_D.double())
         tolerance = eps**0.25 * abs(expected) + noise * float(curved.double().norm())
         if not abs(got - expected) <= tolerance:
-            cause = changed_gradients(operator.objective, batch) or (
-                "some function's backward is not its derivative (a custom autograd.Function, a "
-                "gradient that is changed on the way); replace it"
-            )
+            cause = cause_of_wrong_gradients(operator.objective, batch)
             raise AsymmetryError(
                 f"the derivatives are not those of the outputs: v.Gv = {got:.6g}, but "
                 f"{expected:.6g} by differences of the outputs; {cause}"

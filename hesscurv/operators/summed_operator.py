@@ -17,7 +17,6 @@ from hesscurv.operators.descriptions import Words, brief
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.parameters import ParameterLayout
-from hesscurv.operators.tasks import weigh_batch
 
 _MOST_NAMES = 3  # of parameters that are printed
 _SAME_VECTORS = "draw them with the same seed on all ranks, or broadcast them"
@@ -142,7 +141,7 @@ class SummedOperator(LinearOperator):
             self._add_weight(i, batch)
 
     def _add_weight(self, index: int, batch: Any) -> float:
-        weight = weigh_batch(self.objective.weight, self.objective.task, batch)
+        weight = self.objective.weight(batch)
         if not 0 <= weight < math.inf:
             raise ValueError(f"expected a batch weight >= 0, got {weight} for batch {index}")
         self.own_weight += weight

@@ -269,26 +269,19 @@ def require_parts(task: Any) -> None:
             raise TypeError(_unimplemented(task, name))
 
 
-def weigh_batch(weigh: Callable[[Any], float], task: Any, batch: Any) -> float:
-    """Return what a batch counts in the mean.
-
-    Args:
-        weigh: `Objective.weight`, which calls the task's.
-        task: The task.
-        batch: The batch.
+def weight_of(task: Any, batch: Any) -> float:
+    """Return what a batch counts in the mean, its number of samples unless the task says.
 
     Raises:
         TypeError: If the task's `weight` returns something else than a number.
     """
+    own = getattr(task, "weight", None)
+    if not callable(own):
+        return Task.weight(task, batch)
+    got = own(batch)
     try:
-        return weigh(batch)
+        return float(got)
     except (TypeError, ValueError, RuntimeError) as error:
-        own = getattr(task, "weight", None)
-        if not callable(own):
-            raise
-        got = own(batch)  # an error of its own says what is wrong
-        if isinstance(got, (int, float)):
-            raise
         what = describe(got) if isinstance(got, Tensor) else repr(got)
         raise TypeError(
             f"expected {type(task).__name__}.weight(batch) to return a number, what the batch "

@@ -12,7 +12,6 @@ from torch import Tensor
 from hesscurv.operators.batches import Batches, part_of, split
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.samples import num_samples
-from hesscurv.operators.tasks import weigh_batch
 
 _END = object()
 
@@ -47,9 +46,7 @@ class CalibrationLoss:
             self.num_samples += num_samples(part)
             if self.num_samples >= most:
                 break
-        self._weights = [
-            weigh_batch(objective.weight, objective.task, batch) for batch in self.batches
-        ]
+        self._weights = [objective.weight(batch) for batch in self.batches]
         if not 0 < sum(self._weights) < math.inf:
             raise ValueError(
                 "expected a positive total weight of the calibration samples, got "

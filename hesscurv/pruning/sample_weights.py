@@ -18,7 +18,6 @@ from torch import Tensor
 from hesscurv.operators.batches import select, split
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.samples import num_samples
-from hesscurv.operators.tasks import weigh_batch
 from hesscurv.pruning.sample_gradients import one_loss
 
 # A batch, and its samples' weights, shape (n,), float64 and positive.
@@ -110,7 +109,7 @@ def count_samples(samples: Iterable[WeighedBatch]) -> int:
 
 
 def _weight(objective: Objective, batch: Any) -> float:
-    weight = weigh_batch(objective.weight, objective.task, batch)
+    weight = objective.weight(batch)
     if not (math.isfinite(weight) and weight >= 0):
         raise ValueError(f"expected a batch weight >= 0, got {weight}; look at task.weight")
     return weight
