@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.distributed.sharded import own_shard
-from hesscurv.operators.samples import plain_values_of, tensors_of
+from hesscurv.operators.samples import leaves_of
 
 
 class Written:
@@ -43,12 +43,9 @@ class Written:
 
 def marks_of_batches(batches: Iterable[Any]) -> Written:
     """Return the marks of a list of batches."""
-    tensors: list[Tensor] = []
-    values: list[Any] = []
-    for batch in batches:
-        tensors += tensors_of(batch)
-        values += plain_values_of(batch)
-    return Written(tensors, values)
+    leaves = [leaf for batch in batches for leaf in leaves_of(batch)]
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    return Written(tensors, [leaf for leaf in leaves if not isinstance(leaf, Tensor)])
 
 
 def marks_of_task(task: Any) -> Written:

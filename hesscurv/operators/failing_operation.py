@@ -22,6 +22,7 @@ from hesscurv.operators.tasks import tensors_of
 
 # Nodes that stand for a missing derivative: their error says of what.
 _NAMELESS = ("NotImplemented", "Error")
+_MOST_TRIES = 32
 CUT = "a function that is marked with @once_differentiable is differentiated twice"
 
 
@@ -52,6 +53,31 @@ class FailingOperation:
     def describe(self) -> str:
         """Name the operation and its module."""
         return f"{self.name} {describe_place(self.module, self.kind)}"
+
+
+def find_unaffected(
+    find: Callable[[list[int]], FailingOperation | None], found: FailingOperation, count: int
+) -> tuple[list[int], FailingOperation]:
+    """Return leaves with which alone nothing fails, tried out; none where there are none.
+
+    Args:
+        find: Returns what fails where only the leaves of these numbers are differentiated.
+        found: What fails with all of them.
+        count: How many there are.
+
+    Returns:
+        The numbers, and what failed last.
+    """
+    left = list(range(count))
+    for _ in range(_MOST_TRIES):
+        left = [i for i in left if i not in found.upstream]
+        if not left or not found.upstream:
+            break
+        again = find(left)
+        if again is None:
+            return left, found
+        found = replace(again, upstream=frozenset(left[i] for i in again.upstream))
+    return [], found
 
 
 def describe_place(module: str, kind: str) -> str:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from hesscurv.operators.batches import split
-from hesscurv.operators.failing_operation import FailingOperation, find_failing_operation
+from hesscurv.operators.failing_operation import (
+    FailingOperation,
+    find_failing_operation,
+    find_unaffected,
+)
 from hesscurv.operators.tasks import require_parts
 from hesscurv.operators.wrong_dtypes import explain_dtype, first_sentence
 
@@ -19,7 +23,6 @@ if TYPE_CHECKING:
     from hesscurv.operators.objective import Objective
 
 _MOST_NAMES = 6
-_MOST_TRIES = 32
 _FEW_SAMPLES = 4
 
 
@@ -144,19 +147,15 @@ def _missing(
 
 def _without(objective: Objective, need: Differentiation, found: FailingOperation) -> str:
     """Return a selection of parameters such that nothing fails that depends on them, tried out."""
-    left = list(range(len(need.leaves)))
     values = [p.detach() for p in need.leaves]
-    for _ in range(_MOST_TRIES):
-        left = [i for i in left if i not in found.upstream]
-        if not left or not found.upstream:
-            return ""
+
+    def find(left: list[int]) -> FailingOperation | None:
         chosen = tuple(values[i].detach().requires_grad_() for i in left)
         fn = _restricted(need.fn, values, left)
-        again = find_failing_operation(objective.model, fn, chosen, need.order)
-        if again is None:
-            return _selection(objective, left)
-        found = replace(again, upstream=frozenset(left[i] for i in again.upstream))
-    return ""
+        return find_failing_operation(objective.model, fn, chosen, need.order)
+
+    left, _ = find_unaffected(find, found, len(values))
+    return _selection(objective, left) if left else ""
 
 
 def _restricted(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from hesscurv.operators.samples import is_cuttable, tensors_of
+from hesscurv.operators.samples import is_cuttable, mapping_like, tensors_of
 
 
 def select_listed(batch: Any, n: int, which: Sequence[int]) -> Any | None:
@@ -46,13 +45,7 @@ def _select(value: Any, n: int, which: Sequence[int]) -> Any:
             return type(value)([value[i] for i in which])
         return type(value)([_select(v, n, which) for v in value])
     if isinstance(value, Mapping):
-        items = {key: _select(v, n, which) for key, v in value.items()}
-        if type(value) is dict or not isinstance(value, MutableMapping):
-            return items
-        out = copy.copy(value)
-        for key, item in items.items():
-            out[key] = item
-        return out
+        return mapping_like(value, {key: _select(v, n, which) for key, v in value.items()})
     return value
 
 

@@ -91,15 +91,13 @@ def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
 
 def tensors_of(value: Any) -> list[Tensor]:
     """Return every tensor that `map_tensors` finds, in order."""
-    found: list[Tensor] = []
-    _collect(value, found, frozenset())
-    return found
+    return [leaf for leaf in leaves_of(value) if isinstance(leaf, Tensor)]
 
 
-def plain_values_of(value: Any) -> list[Any]:
-    """Return the numbers and texts in a batch, in order."""
+def leaves_of(value: Any) -> list[Any]:
+    """Return the tensors of a batch, as `tensors_of` does, and its numbers and texts, in order."""
     found: list[Any] = []
-    _collect_plain(value, found, frozenset())
+    _collect(value, found, frozenset())
     return found
 
 
@@ -219,24 +217,13 @@ def _map(value: Any, fn: Callable[[Tensor], Any], outer: frozenset[int]) -> Any:
     return rebuild([_map(child, fn, outer | {id(value)}) for child in children])
 
 
-def _collect(value: Any, found: list[Tensor], outer: frozenset[int]) -> None:
-    if isinstance(value, Tensor):
+def _collect(value: Any, found: list[Any], outer: frozenset[int]) -> None:
+    if isinstance(value, (Tensor, *_PLAIN)):
         found.append(value)
         return
     opened = None if id(value) in outer else _open(value)
     for child in () if opened is None else opened[0]:
         _collect(child, found, outer | {id(value)})
-
-
-def _collect_plain(value: Any, found: list[Any], outer: frozenset[int]) -> None:
-    if isinstance(value, Tensor) or value is None:
-        return
-    if isinstance(value, _PLAIN):
-        found.append(value)
-        return
-    opened = None if id(value) in outer else _open(value)
-    for child in () if opened is None else opened[0]:
-        _collect_plain(child, found, outer | {id(value)})
 
 
 def _open(value: Any) -> _Opened | None:
@@ -250,7 +237,7 @@ def _open(value: Any) -> _Opened | None:
         return [value.data], lambda new: value._replace(data=new[0])
     if isinstance(value, Mapping):
         keys = list(value)
-        return [value[k] for k in keys], lambda new: _mapping(
+        return [value[k] for k in keys], lambda new: mapping_like(
             value, dict(zip(keys, new, strict=True))
         )
     if isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -269,7 +256,8 @@ def _is_code(value: Any) -> bool:
     return isinstance(value, (type, types.ModuleType, nn.Module)) or inspect.isroutine(value)
 
 
-def _mapping(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+def mapping_like(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
+    """Return a mapping of the kind of another one, with other items."""
     if type(like) is dict or not isinstance(like, MutableMapping):
         return items
     out = copy.copy(like)  # a Hugging Face BatchEncoding stays one

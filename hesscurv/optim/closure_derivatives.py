@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from hesscurv.operators.failing_operation import FailingOperation, find_failing_operation
+from hesscurv.operators.failing_operation import (
+    FailingOperation,
+    find_failing_operation,
+    find_unaffected,
+)
 from hesscurv.operators.missing_derivatives import MissingDerivativeError
 from hesscurv.operators.wrong_dtypes import first_sentence
 
@@ -17,7 +20,6 @@ from hesscurv.operators.wrong_dtypes import first_sentence
 _OF_DERIVATIVES = re.compile(
     r"derivative|differentia|not implemented|autograd formula|no autograd", re.I
 )
-_MOST_TRIES = 32
 _MOST_NAMES = 6
 
 
@@ -69,16 +71,15 @@ def _kept(
     fn: Callable[[], Tensor], params: Sequence[nn.Parameter], order: int, found: FailingOperation
 ) -> str:
     """Return parameters such that nothing fails that depends on them, tried out, as a text."""
-    left = list(range(len(params)))
-    for _ in range(_MOST_TRIES):
-        left = [i for i in left if i not in found.upstream]
-        if not left or not found.upstream:
-            return ""
+
+    def find(left: list[int]) -> FailingOperation | None:
         chosen = [params[i] for i in left]
-        again = find_failing_operation(chosen, lambda _: fn(), chosen, order)
-        if again is None:
-            names = [found.names.get(id(p), f"one of shape {tuple(p.shape)}") for p in chosen]
-            more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
-            return f"{names[:_MOST_NAMES]}{more}"
-        found = replace(again, upstream=frozenset(left[i] for i in again.upstream))
-    return ""
+        return find_failing_operation(chosen, lambda _: fn(), chosen, order)
+
+    left, last = find_unaffected(find, found, len(params))
+    if not left:
+        return ""
+    chosen = [params[i] for i in left]
+    names = [last.names.get(id(p), f"one of shape {tuple(p.shape)}") for p in chosen]
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return f"{names[:_MOST_NAMES]}{more}"
