@@ -1,4 +1,4 @@
-r"""Whether an operator is the one that a stored Krylov space was grown with, by one product.
+r"""Comparison of an operator with the one that a stored Krylov space was grown with.
 
 A fingerprint knows weights, batches and settings, and neither the loss function nor the model's
 code. The projected matrix :math:`T = E^T H E` knows the operator itself: for a random c,

@@ -1,4 +1,4 @@
-"""How large blocks of long vectors are: norms, and the largest entry.
+"""Norms and largest entries of blocks of long vectors.
 
 Blocks are row-contiguous, (b, D), one vector in each row.
 """

@@ -18,7 +18,6 @@ from hesscurv.distributed.sharded import (
     reshard,
     whole,
 )
-from hesscurv.linalg.precision import require_float64
 from hesscurv.operators.batches import Batches
 from hesscurv.operators.changes import marks_of_model, marks_of_task
 from hesscurv.operators.environment import (
@@ -34,8 +33,11 @@ from hesscurv.operators.parameters import (
     ParameterLayout,
     ParamSelection,
     broadcasts_buffers,
+    common_device,
     layout_of,
+    resolve_compute_dtype,
     select_parameters,
+    signature_of,
     unwrap,
 )
 from hesscurv.operators.plain_embeddings import PlainEmbeddings, dense, makes_plain
@@ -97,10 +99,10 @@ class Objective:
         with exclusive(self.model):  # another thread may have substitutes in it
             reshard(self.model)
             self._selected = select_parameters(self.model, params)
-        self._signatures = {name: _signature(p) for name, p in self._selected.items()}
+        self._signatures = {name: signature_of(p) for name, p in self._selected.items()}
         self.layout: ParameterLayout = layout_of(self._selected)
-        self.device = _common_device(self.model, self._selected)
-        self.dtype = _compute_dtype(self._selected, compute_dtype)
+        self.device = common_device(self.model, self._selected)
+        self.dtype = resolve_compute_dtype(self._selected, compute_dtype)
         own = {p.dtype for p in self._selected.values()}
         self._cast = None if own == {self.dtype} else self.dtype
         self.training = training
@@ -401,7 +403,7 @@ class Objective:
         """Find the selected parameters again: assigning to a model replaces them."""
         found = dict(self._named())
         for name, expected in self._signatures.items():
-            got = _signature(found[name]) if name in found else "none"
+            got = signature_of(found[name]) if name in found else "none"
             if got != expected:
                 raise ValueError(
                     f"expected parameter {name!r} as this operator was built for, {expected}, got "
@@ -450,36 +452,3 @@ class _Wrapper(nn.Module):
 
     def forward(self, fn: Callable[..., Any], batch: Any) -> Any:
         return fn(self.model, batch)
-
-
-def _signature(p: Tensor) -> tuple[Any, ...]:
-    return tuple(p.shape), p.dtype, p.device
-
-
-def _common_device(model: nn.Module, params: dict[str, nn.Parameter]) -> torch.device:
-    spread = getattr(model, "hf_device_map", None) or {}
-    places = sorted({str(device) for device in spread.values()})
-    how = f" (loaded with device_map, over {places})" if places else ""
-    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
-        raise ValueError(
-            f"expected a model with values, got parameters on the meta device{how}; load it whole, "
-            "without offloading any part"
-        )
-    devices = {p.device for p in params.values()}
-    if len(devices) > 1:
-        raise ValueError(
-            f"expected the selected parameters on one device, got {sorted(map(str, devices))}"
-            f"{how}; move the model to one device, or select parameters of one with params="
-        )
-    device = devices.pop()
-    require_float64(device)
-    return device
-
-
-def _compute_dtype(params: dict[str, nn.Parameter], wanted: torch.dtype | None) -> torch.dtype:
-    if wanted is not None:
-        if not wanted.is_floating_point:
-            raise TypeError(f"expected a floating compute_dtype, got {wanted}")
-        return wanted
-    dtypes = {torch.float32 if p.itemsize < 4 else p.dtype for p in params.values()}
-    return max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hesscurv.linalg.precision import require_float64
 from hesscurv.operators.descriptions import brief
 
 ParamSelection = (
@@ -284,3 +285,49 @@ def _shorten(names: Iterable[str], limit: int = 8) -> str:
     names = list(names)
     rest = f", ... ({len(names)} in all)" if len(names) > limit else ""
     return "[" + ", ".join(repr(n) for n in names[:limit]) + rest + "]"
+
+
+def signature_of(p: Tensor) -> tuple[Any, ...]:
+    """Return what an operator that was built for a parameter needs to stay as it is."""
+    return tuple(p.shape), p.dtype, p.device
+
+
+def common_device(model: nn.Module, params: dict[str, nn.Parameter]) -> torch.device:
+    """Return the device of the selected parameters.
+
+    Raises:
+        ValueError: If there are several, one without float64, or parts without values.
+    """
+    spread = getattr(model, "hf_device_map", None) or {}
+    places = sorted({str(device) for device in spread.values()})
+    how = f" (loaded with device_map, over {places})" if places else ""
+    if any(t.is_meta for t in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            f"expected a model with values, got parameters on the meta device{how}; load it whole, "
+            "without offloading any part"
+        )
+    devices = {p.device for p in params.values()}
+    if len(devices) > 1:
+        raise ValueError(
+            f"expected the selected parameters on one device, got {sorted(map(str, devices))}"
+            f"{how}; move the model to one device, or select parameters of one with params="
+        )
+    device = devices.pop()
+    require_float64(device)
+    return device
+
+
+def resolve_compute_dtype(
+    params: dict[str, nn.Parameter], wanted: torch.dtype | None
+) -> torch.dtype:
+    """Return the dtype to compute in: as wanted, or the widest of the parameters, from float32 on.
+
+    Raises:
+        TypeError: If what is wanted is no floating dtype.
+    """
+    if wanted is not None:
+        if not wanted.is_floating_point:
+            raise TypeError(f"expected a floating compute_dtype, got {wanted}")
+        return wanted
+    dtypes = {torch.float32 if p.itemsize < 4 else p.dtype for p in params.values()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).bits)

@@ -1,4 +1,4 @@
-r"""How large the rounding of products is where a loss is flat, as that of an overfit network.
+r"""Rounding of products where a loss is flat, as that of an overfit network.
 
 The curvature of a cross-entropy in the outputs is :math:`C = diag(p) - p p^T`. Where one class has
 all the probability its entries are the differences of numbers near 1, of which eps is left: each

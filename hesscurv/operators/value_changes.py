@@ -1,4 +1,4 @@
-"""Whether a model's values have changed, by one look at each device."""
+"""Changes of a model's values, by one look at each device."""
 
 from __future__ import annotations
 
