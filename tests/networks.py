@@ -11,6 +11,20 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 
+class Once(torch.autograd.Function):
+    """The sine, by a backward pass that torch lets nobody differentiate."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, slope):
+        return slope * ctx.saved_tensors[0].cos()
+
+
 class ConvNet(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -30,6 +30,20 @@ def load(monkeypatch):
             del sys.modules[name]
 
 
+def run(name, *arguments, folder, timeout):
+    """What a benchmark prints, with no results written."""
+    done = subprocess.run(
+        [sys.executable, str(FOLDER / f"{name}.py"), *arguments, "--results", "none"],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
@@ -46,16 +60,8 @@ def test_benchmark_runs(name, tmp_path):
         pytest.skip("needs the extra hesscurv[bench]")
     kept = FOLDER / "results.jsonl"
     before = kept.read_bytes() if kept.exists() else None
-    done = subprocess.run(
-        [sys.executable, str(FOLDER / f"{name}.py"), "--quick", "--results", "none"],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    verdicts = [line for line in done.stdout.splitlines() if line.startswith(("PASS", "MISS"))]
+    printed = run(name, "--quick", folder=tmp_path, timeout=300)
+    verdicts = [line for line in printed.splitlines() if line.startswith(("PASS", "MISS"))]
     assert len(verdicts) >= (1 if name in ("checks", "missed_pairs") else 2)
     assert (kept.read_bytes() if kept.exists() else None) == before
     assert list(tmp_path.iterdir()) == []
@@ -63,24 +69,14 @@ def test_benchmark_runs(name, tmp_path):
 
 @pytest.mark.slow
 def test_benchmark_of_a_gpu_runs_on_a_cpu_and_judges_nothing(tmp_path):
-    done = subprocess.run(
-        [
-            *(sys.executable, str(FOLDER / "gpu.py"), "--small", "--device", "cpu"),
-            *("--results", "none", "--threads", "1"),
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = done.stdout.splitlines()
+    sizes = ("--small", "--device", "cpu", "--threads", "1")
+    printed = run("gpu", *sizes, folder=tmp_path, timeout=600)
+    lines = printed.splitlines()
     for part in ("products", "eigsh", "resnet18", "overhead"):
         assert any(line.startswith(f"{part}: ") and "minutes" in line for line in lines)
     assert not any(line.startswith(("PASS", "MISS")) for line in lines)
     assert sum(line.startswith("n/a") for line in lines) > 10
-    assert "10 of 10 converged" in done.stdout  # the pairs of ResNet-18
+    assert "10 of 10 converged" in printed  # the pairs of ResNet-18
     assert list(tmp_path.iterdir()) == []
 
 

@@ -144,3 +144,36 @@ def fastest_operator(problem: Problem) -> tuple[str, Callable[[], Any], int | No
     if min(seconds, key=lambda name: seconds[name]) == "curvlinops":
         return "curvlinops", lambda: curvlinops_hessian(problem), width
     return "double backward", lambda: DoubleBackward(problem), None
+
+
+def scipy_eigenpairs(
+    problem: Problem, k: int, dtype: type | None = None, ncv: int | None = None
+) -> tuple[Tensor, Tensor, int]:
+    """Solve by SciPy's eigsh on the host, with products of curvlinops' operator, which are counted.
+
+    Args:
+        problem: The problem.
+        k: The number of pairs.
+        dtype: NumPy's dtype of the vectors; None for the operator's own.
+        ncv: The number of Lanczos vectors; None for SciPy's choice.
+
+    Returns:
+        Eigenvalues (k,) and vectors (D, k), by magnitude, and the number of products.
+    """
+    import numpy as np
+    from scipy.sparse.linalg import LinearOperator, eigsh
+
+    operator = curvlinops_hessian(problem).to_scipy(dtype=dtype)
+    products = 0
+
+    def multiply(v: Any) -> Any:
+        nonlocal products
+        products += 1
+        return operator.matvec(v)
+
+    counted = LinearOperator(operator.shape, matvec=multiply, dtype=operator.dtype)
+    start = np.random.default_rng(0).standard_normal(problem.size).astype(operator.dtype)
+    values, vectors = eigsh(counted, k, which="LM", tol=1e-3, ncv=ncv, v0=start)
+    order = np.argsort(-np.abs(values))
+    vectors = torch.from_numpy(np.ascontiguousarray(vectors[:, order]))
+    return torch.from_numpy(values[order].copy()), vectors, products

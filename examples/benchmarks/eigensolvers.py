@@ -44,9 +44,9 @@ import torch
 from contenders import (
     Counted,
     DoubleBackward,
-    curvlinops_hessian,
     fastest_operator,
     is_installed,
+    scipy_eigenpairs,
 )
 from models import Problem, build
 from results import Report, parser, print_table
@@ -103,25 +103,9 @@ def hesscurv_contenders(
 
 def curvlinops_contenders(problem: Problem, k: int) -> dict[str, Callable[[], Pairs]]:
     import numpy as np
-    from scipy.sparse.linalg import LinearOperator, eigsh
-
-    start = np.random.default_rng(0).standard_normal(problem.size)
 
     def solve(dtype: type | None, ncv: int | None) -> Pairs:
-        operator = curvlinops_hessian(problem).to_scipy(dtype=dtype)
-        products = 0
-
-        def multiply(v: Any) -> Any:
-            nonlocal products
-            products += 1
-            return operator.matvec(v)
-
-        counted = LinearOperator(operator.shape, matvec=multiply, dtype=operator.dtype)
-        v0 = start.astype(operator.dtype)
-        values, vectors = eigsh(counted, k, which="LM", tol=1e-3, ncv=ncv, v0=v0)
-        order = np.argsort(-np.abs(values))
-        vectors = torch.from_numpy(np.ascontiguousarray(vectors[:, order]))
-        return Pairs(torch.from_numpy(values[order]), vectors, products)
+        return Pairs(*scipy_eigenpairs(problem, k, dtype, ncv))
 
     return {
         "curvlinops + eigsh": lambda: solve(None, None),

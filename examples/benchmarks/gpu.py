@@ -34,7 +34,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -43,6 +43,8 @@ from gpu_overhead import measure_overhead
 from gpu_problems import NAMES
 from gpu_products import free_memory, measure_products
 from results import Report, parser
+
+from hesscurv.linalg.precision import full_precision
 
 PARTS: dict[str, Callable[[Report, argparse.Namespace, str], None]] = {
     "products": measure_products,
@@ -67,7 +69,9 @@ def main() -> None:
         print(f"measured on {where}, {size}", flush=True)
         start = time.perf_counter()
         try:
-            with full_float32() if part in FULL_PRECISION else contextlib.nullcontext():
+            device = torch.device(options.device)
+            # TF32 off, which cuDNN's convolutions run in by default: the same digits for all.
+            with full_precision(device) if part in FULL_PRECISION else contextlib.nullcontext():
                 PARTS[part](report, options, where)
         except Exception:
             traceback.print_exc()
@@ -85,17 +89,6 @@ def device_name(device: str, report: Report) -> str:
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{report.environment['processor']} ({report.environment['threads']} threads)"
-
-
-@contextlib.contextmanager
-def full_float32() -> Iterator[None]:
-    """Switch TF32 off, which cuDNN's convolutions run in by default: the same digits for all."""
-    before = torch.backends.cudnn.allow_tf32
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.backends.cudnn.allow_tf32 = before
 
 
 def parse() -> argparse.Namespace:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from contenders import Counted, curvlinops_hessian, fastest_width
+from contenders import Counted, curvlinops_hessian, fastest_width, scipy_eigenpairs
 from models import Problem
 from torch import Tensor
 
@@ -130,22 +130,8 @@ class Pairs:
 def with_scipy(problem: Problem, k: int) -> Pairs:
     """Solve by SciPy's eigsh, float32, on the host; products by curvlinops on the device."""
     import numpy as np
-    from scipy.sparse.linalg import LinearOperator, eigsh
 
-    operator = curvlinops_hessian(problem).to_scipy(dtype=np.float32)
-    products = 0
-
-    def multiply(v: Any) -> Any:
-        nonlocal products
-        products += 1
-        return operator.matvec(v)
-
-    counted = LinearOperator(operator.shape, matvec=multiply, dtype=operator.dtype)
-    start = np.random.default_rng(0).standard_normal(problem.size).astype(operator.dtype)
-    values, vectors = eigsh(counted, k, which="LM", tol=1e-3, ncv=int(1.6 * k) + 2, v0=start)
-    order = np.argsort(-np.abs(values))
-    vectors = torch.from_numpy(np.ascontiguousarray(vectors[:, order]))
-    return Pairs(torch.from_numpy(values[order].copy()), vectors, products)
+    return Pairs(*scipy_eigenpairs(problem, k, np.float32, int(1.6 * k) + 2))
 
 
 def with_eigenthings(problem: Problem, k: int) -> Pairs:

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from networks import Once
 from torch import nn
 from torch.nn import functional as F
 
@@ -24,18 +25,6 @@ class Numpy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, slope):
         return torch.from_numpy(slope.numpy() * np.cos(ctx.saved_tensors[0].numpy()))
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, slope):
-        return slope * ctx.saved_tensors[0].cos()
 
 
 class Detached(torch.autograd.Function):

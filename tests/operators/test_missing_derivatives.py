@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from networks import Once
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -64,18 +65,6 @@ class Flex(nn.Module):
     def forward(self, x):
         h = self.before(x).view(len(x), 1, 1, 16)
         return self.head(flex_attention(h, h, h).flatten(1))
-
-
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, slope):
-        return slope * ctx.saved_tensors[0].cos()
 
 
 class Custom(nn.Module):
