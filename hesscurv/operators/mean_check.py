@@ -10,16 +10,16 @@ statistics inside the model do not matter, and otherwise through the model.
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hesscurv.operators.batches import select_rows
+from hesscurv.operators.mean_dimensions import OtherDimensions
+from hesscurv.operators.mean_findings import Finding, judge
 from hesscurv.operators.memory import coarser, losses_of_parts, moved_parameters
 from hesscurv.operators.objective import Objective
 from hesscurv.operators.samples import (
@@ -37,23 +37,6 @@ from hesscurv.operators.tasks import SupervisedTask, Task, split_batch
 
 _MOST_JOINED = 2  # of batches that go through the model together
 _MOST_MOVED = 4  # of batches that go through it at other weights
-
-
-@dataclass(frozen=True)
-class _Finding:
-    """How the loss of a batch compares with that of its parts.
-
-    Args:
-        holds: Whether the loss is the weighted mean of the parts'.
-        is_sum: Whether it is their sum instead.
-        loss: The loss of the whole.
-        mean: The weighted mean.
-    """
-
-    holds: bool
-    is_sum: bool = False
-    loss: float = 0.0
-    mean: float = 0.0
 
 
 class MeanCheck:
@@ -77,11 +60,11 @@ class MeanCheck:
             and isinstance(self._task, Task)
             and type(self._task).__call__ is Task.__call__
         )
-        self._failure: tuple[int, Any, _Finding] | None = None
+        self._failure: tuple[int, Any, Finding] | None = None
         self._before: tuple[Any, Tensor | None] | None = None  # a batch, and its outputs
         self._uncut: tuple[int, Any] | None = None
         self._layouts: set[tuple[int, ...]] = set()
-        self._first: tuple[Tensor | None, Any] | None = None  # outputs and batch
+        self._others = OtherDimensions(objective)
         self._along: tuple[int, Any, int] | None = None  # another dimension that it averages over
         self._seen = self._joined = 0
 
@@ -107,7 +90,7 @@ class MeanCheck:
             found = self._through_the_model(batch) or found
         self._note(index, batch, found)
         if self._along is None and (found is None or found.holds):
-            size = self._averages_along_another(out, batch)
+            size = self._others.look_at(out, batch)
             self._along = None if size is None else (index, batch, size)
         if found is None and num_rows(batch) > 1:
             self._uncut = self._uncut or (index, batch)
@@ -153,7 +136,7 @@ class MeanCheck:
 
     # -- the tests ------------------------------------------------------------------------------
 
-    def _on_fixed_outputs(self, out: Tensor, batch: Any) -> _Finding | None:
+    def _on_fixed_outputs(self, out: Tensor, batch: Any) -> Finding | None:
         """Compare the loss of some outputs with that of their rows; None where it cannot be cut."""
         n = len(out) if out.ndim else 1
         if n < 2 or not is_cuttable(batch) or not self._has_rows(batch, n):
@@ -168,7 +151,7 @@ class MeanCheck:
                 return also
         return found
 
-    def _on_rows(self, out: Tensor, batch: Any) -> _Finding | None:
+    def _on_rows(self, out: Tensor, batch: Any) -> Finding | None:
         n = len(out)
         generator = torch.Generator("cpu").manual_seed(0)
         order = torch.randperm(n, generator=generator, device="cpu").to(out.device)
@@ -184,7 +167,7 @@ class MeanCheck:
                 break
         return found
 
-    def _through_the_model(self, batch: Any) -> _Finding | None:
+    def _through_the_model(self, batch: Any) -> Finding | None:
         """Compare the loss of a batch with that of its halves; None where it cannot be cut."""
         n = num_rows(batch)
         if n < 2 or not is_cuttable(batch):
@@ -198,7 +181,7 @@ class MeanCheck:
                 got = losses_of_parts(objective, batch, half, params)
                 if got is None:
                     break
-                judged = _judge(got.loss, got.weights, got.losses, got.dtype)
+                judged = judge(got.loss, got.weights, got.losses, got.dtype)
                 found = judged or found
                 if judged is not None and not judged.holds:
                     break
@@ -206,7 +189,7 @@ class MeanCheck:
             return None
         return self._unless_of_batch(found)
 
-    def _on_union(self, batch: Any, out: Tensor | None) -> _Finding | None:
+    def _on_union(self, batch: Any, out: Tensor | None) -> Finding | None:
         """Compare two batches with both in one; None where they cannot be joined."""
         assert self._before is not None
         objective, (before, out_before) = self._objective, self._before
@@ -230,63 +213,9 @@ class MeanCheck:
             return None
         dtype = coarser(losses[0].dtype, objective.dtype)
         whole, *parts = map(float, losses)
-        return self._unless_of_batch(_judge(whole, weights, parts, dtype))
+        return self._unless_of_batch(judge(whole, weights, parts, dtype))
 
-    def _averages_along_another(self, out: Tensor | None, batch: Any) -> int | None:
-        """Return the size of a dimension beside the first that the loss is a mean over, too.
-
-        Looked for among those in which this batch differs from the first one: sequences first,
-        images of other sizes. Only there does it matter which one is counted.
-        """
-        if not is_cuttable(batch):
-            return None
-        if self._first is None:
-            self._first = out, batch
-            return None
-        shapes, before = self._shapes(batch), self._shapes(self._first[1])
-        if list(map(len, shapes)) != list(map(len, before)):
-            return None
-        differing = {
-            sizes
-            for shape, old in zip(shapes, before, strict=True)
-            for sizes in zip(shape, old, strict=True)
-            if sizes[0] != sizes[1]
-        }
-        for now, then in sorted(differing):
-            if self._is_mean_along(now, out, batch) or self._is_mean_along(then, *self._first):
-                return now
-        return None
-
-    def _shapes(self, batch: Any) -> list[tuple[int, ...]]:
-        """Return what follows the first dimension, of targets or of everything in a batch."""
-        targets = split_batch(batch)[1] if isinstance(self._task, SupervisedTask) else batch
-        n = num_rows(batch)
-        return [tuple(t.shape[1:]) for t in tensors_of(targets) if t.ndim and len(t) == n]
-
-    def _is_mean_along(self, size: int, out: Tensor | None, batch: Any) -> bool:
-        n, middle = num_rows(batch), size // 2
-        if n < 2 or size < 2 or size == n:
-            return False
-        whole = out, batch
-        parts = [_cut_along(whole, size, 0, middle), _cut_along(whole, size, middle, size)]
-        objective = self._objective
-        try:
-            with objective.environment(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                losses = [self._loss_of(*part).detach() for part in (whole, *parts)]
-        except Exception:  # what the model or the loss does not take
-            return False
-        dtype = coarser(losses[0].dtype, objective.dtype)
-        loss, *others = map(float, losses)
-        judged = _judge(loss, [float(middle), float(size - middle)], others, dtype)
-        return judged is not None and judged.holds
-
-    def _loss_of(self, out: Tensor | None, batch: Any) -> Tensor:
-        if out is not None:
-            return self._task.loss(out, batch)
-        return self._objective.loss(self._objective.parameters(), batch)
-
-    def _compare(self, pairs: list[tuple[Tensor, Any]]) -> _Finding | None:
+    def _compare(self, pairs: list[tuple[Tensor, Any]]) -> Finding | None:
         """Compare the first of some outputs and batches with the others, which make it up.
 
         In float64, where rounding of a loss that is a small difference does not pass for another
@@ -301,7 +230,7 @@ class MeanCheck:
                     float(self._task.loss(*pair).detach()) if w > 0 else 0.0
                     for w, pair in zip(weights, found[1:], strict=True)
                 ]
-                return _judge(float(whole), weights, losses, whole.dtype)
+                return judge(float(whole), weights, losses, whole.dtype)
             except torch.OutOfMemoryError:
                 return None
             except Exception:  # rows that are no samples, in whatever way the loss says so
@@ -314,7 +243,7 @@ class MeanCheck:
         tensors = tensors_of(split_batch(batch)[1] if is_pair else batch)
         return any(t.ndim > 0 and len(t) == n for t in tensors)
 
-    def _unless_of_batch(self, found: _Finding | None) -> _Finding | None:
+    def _unless_of_batch(self, found: Finding | None) -> Finding | None:
         """Drop a finding that batch statistics explain: batches are averaged as training has them.
 
         A sum remains one with them.
@@ -333,13 +262,13 @@ class MeanCheck:
 
     # -- the outcome ----------------------------------------------------------------------------
 
-    def _note(self, index: int, batch: Any, found: _Finding | None) -> None:
+    def _note(self, index: int, batch: Any, found: Finding | None) -> None:
         if found is None or found.holds:
             return
         if self._failure is None or (found.is_sum and not self._failure[2].is_sum):
             self._failure = index, batch, found
 
-    def _explain(self, found: _Finding) -> tuple[str, str]:
+    def _explain(self, found: Finding) -> tuple[str, str]:
         own = "define weight(batch) in a subclass of hesscurv.Task"
         if found.is_sum:
             return (
@@ -391,45 +320,12 @@ def says_its_weight(task: Any) -> bool:
     return getattr(own, "__func__", None) not in (Task.weight, SupervisedTask.weight)
 
 
-def _judge(
-    loss: float, weights: list[float], losses: list[float], dtype: torch.dtype
-) -> _Finding | None:
-    """Compare a loss with the weighted mean of its parts', and with their sum."""
-    kept = [(w, x) for w, x in zip(weights, losses, strict=True) if w > 0]
-    total = sum(w for w, _ in kept)
-    if not total > 0:
-        return None
-    mean, added = sum(w * x for w, x in kept) / total, sum(x for _, x in kept)
-    size = max(abs(loss), *(abs(x) for _, x in kept))
-    if not math.isfinite(size):  # refused elsewhere, in its own words
-        return None
-    if all(x == loss for _, x in kept):  # whatever it is a mean of, or nothing was cut
-        return None
-    # Far above the rounding of a sum over samples, far below what another weight makes. A part of
-    # a model may compute in float32, whatever it is given.
-    tolerance = max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) ** 0.5 * size
-    if abs(loss - mean) <= tolerance:
-        return _Finding(True)
-    return _Finding(False, abs(loss - added) <= tolerance, loss, mean)
-
-
 def _other_outputs(out: Tensor) -> Iterator[Tensor]:
     """Yield outputs that differ from row to row; the second are in the range of those given."""
     generator = torch.Generator("cpu").manual_seed(1)
     draw = torch.randn(out.shape, generator=generator, dtype=torch.float32, device="cpu").to(out)
     yield out + draw * out.square().mean().sqrt().clamp(min=1)
     yield out * (0.5 + 0.5 * draw.sigmoid())
-
-
-def _cut_along(value: Any, size: int, start: int, stop: int) -> Any:
-    """Cut each tensor along its first dimension of a size, beside the first of all."""
-
-    def cut(t: Tensor) -> Tensor:
-        if size not in t.shape[1:]:
-            return t
-        return t.narrow(1 + t.shape[1:].index(size), start, stop - start)
-
-    return map_tensors(value, cut)
 
 
 def _double(value: Any) -> Any:
