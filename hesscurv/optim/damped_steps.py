@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hesscurv.distributed.sharded import own_shard
 from hesscurv.optim.flat_parameters import FlatParameters
-from hesscurv.optim.joint_launches import apply_jointly, cast_alike
+from hesscurv.optim.foreach import apply_foreach, cast_alike
 from hesscurv.optim.low_rank_preconditioner import LowRankPreconditioner
 
 _LARGE = 8192  # entries, above which an operation more costs less than to write and read them
@@ -71,33 +71,28 @@ class DampedUpdate:
     def finish(self, P: LowRankPreconditioner) -> None:
         """Multiply by P what has changed since; once."""
         flat, less_D = self.flat, self._before_D
-        weights: list[Tensor] = []
-        parts: list[Tensor] = []
-        offsets: list[int] = []
-        still: list[Tensor] = []
-        for p, had, part, first in zip(
-            flat.parameters, self._had, flat.split(less_D), flat.offsets, strict=True
-        ):
-            if had or (self._within and _has_dense_gradient(p)):
-                weights.append(own_shard(p))
-                parts.append(part)
-                offsets.append(first)
-            elif self._within:
-                still.append(part)
-        if not weights:
+        moves = [
+            had or (self._within and _has_dense_gradient(p))
+            for p, had in zip(flat.parameters, self._had, strict=True)
+        ]
+        moved = [i for i, does in enumerate(moves) if does]
+        if not moved:
             return
-        if still:
-            torch._foreach_zero_(still)
+        everywhere = flat.split(less_D)
+        if self._within and len(moved) < len(moves):
+            torch._foreach_zero_([everywhere[i] for i, does in enumerate(moves) if not does])
+        weights = [own_shard(flat.parameters[i]) for i in moved]
+        parts = [everywhere[i] for i in moved]
         # What was there less what is: the update's negative.
-        apply_jointly(torch._foreach_sub_, parts, cast_alike(weights, parts))
+        apply_foreach(torch._foreach_sub_, parts, cast_alike(weights, parts))
         coefficients_r = P.coefficients(less_D)
         if self._is_added_in_place(weights):
             coefficients_r.neg_()
-            for w, first in zip(weights, offsets, strict=True):
-                P.add_(w.view(-1), coefficients_r, first)
+            for w, i in zip(weights, moved, strict=True):
+                P.add_(w.view(-1), coefficients_r, flat.offsets[i])
             return
-        P.inside(coefficients_r, out=less_D)
-        apply_jointly(torch._foreach_sub_, weights, cast_alike(parts, weights))
+        P.combine(coefficients_r, out=less_D)
+        apply_foreach(torch._foreach_sub_, weights, cast_alike(parts, weights))
 
     def _is_added_in_place(self, weights: Sequence[Tensor]) -> bool:
         """Whether U c is added parameter by parameter where it belongs, without a buffer.

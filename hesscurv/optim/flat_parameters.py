@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from hesscurv.distributed import Communicator
 from hesscurv.distributed.sharded import is_sharded, own_shard
-from hesscurv.optim.joint_launches import apply_jointly
+from hesscurv.optim.foreach import apply_foreach
 
 
 class FlatParameters:
@@ -95,7 +95,7 @@ class FlatParameters:
         new = torch.empty if len(given) == len(shards) else torch.zeros
         flat = new(self.numel, dtype=self.dtype, device=self.device)
         parts = zip(flat.split(self.sizes), shards, strict=True)
-        apply_jointly(torch._foreach_copy_, [part for part, s in parts if s is not None], given)
+        apply_foreach(torch._foreach_copy_, [part for part, s in parts if s is not None], given)
         return flat
 
     def split(self, flat: Tensor) -> list[Tensor]:

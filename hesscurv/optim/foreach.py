@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @torch.no_grad()
-def apply_jointly(
+def apply_foreach(
     operation: Callable[[Any, Any], Any], targets: Sequence[Tensor], others: Sequence[Tensor]
 ) -> None:
     """Apply an operation of torch's ``_foreach_*`` family, in place, to pairs of tensors.
@@ -47,5 +47,5 @@ def cast_alike(tensors: Sequence[Tensor], models: Sequence[Tensor]) -> list[Tens
     ]
     for i in odd:
         out[i] = torch.empty_like(models[i])
-    apply_jointly(torch._foreach_copy_, [out[i] for i in odd], [tensors[i] for i in odd])
+    apply_foreach(torch._foreach_copy_, [out[i] for i in odd], [tensors[i] for i in odd])
     return out
