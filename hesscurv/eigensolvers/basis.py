@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Protocol
 
 import torch
@@ -131,7 +132,7 @@ class Basis:
         read = prefetched(
             (view[:, columns] for columns in ranges for view in views), like.device, self._dtype
         )
-        with full_precision(self._device):
+        with full_precision(self._device), closing(read):
             for columns in ranges:
                 new_kC = parts[0] @ next(read)
                 for part in parts[1:]:
@@ -140,7 +141,6 @@ class Basis:
                     targets, new_kC.split([len(t) for t in targets]), strict=True
                 ):
                     target[:, columns] = piece
-        read.close()
         if k < n:
             moved = [row for view in self.slabs(stop) for row in view]
             rows = [row for view in self._views(start + k, start + k + len(moved)) for row in view]

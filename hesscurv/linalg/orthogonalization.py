@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 
 import torch
 from torch import Tensor
@@ -209,17 +210,14 @@ def _products(A_mD: Tensor, B_bD: Tensor) -> Tensor:
         slice(start, min(start + per_chunk * _SUM_LENGTH, whole))
         for start in range(0, whole, per_chunk * _SUM_LENGTH)
     ]
-    ranges.append(slice(whole, dim))  # of another length
-    parts = prefetched((A_mD[:, columns] for columns in ranges), B_bD.device, B_bD.dtype)
-    with full_precision(B_bD.device):
-        for columns, A_mC in zip(ranges, parts, strict=True):
-            B_bC = B_bD[:, columns]
-            if columns.start == whole:
-                total_mb += A_mC @ B_bC.mT
-                continue
-            A_nms = A_mC.unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
-            B_nbs = B_bC.unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
+    ranges.append(slice(whole, dim))
+    read = prefetched((A_mD[:, columns] for columns in ranges), B_bD.device, B_bD.dtype)
+    with full_precision(B_bD.device), closing(read):
+        for columns in ranges[:-1]:
+            A_nms = next(read).unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
+            B_nbs = B_bD[:, columns].unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
             total_mb += (A_nms @ B_nbs.mT).sum(dim=0, dtype=torch.float64)
+        total_mb += next(read) @ B_bD[:, whole:].mT
     return total_mb
 
 
@@ -276,9 +274,10 @@ def _subtract_(W_bD: Tensor, slab_mD: Tensor, C_mb: Tensor) -> None:
     entries = chunk_entries(W_bD.device, _CHUNK_NUMEL)
     chunk = max(_SUM_LENGTH, entries // max(slab_mD.shape[0], 1))
     ranges = [slice(start, start + chunk) for start in range(0, W_bD.shape[1], chunk)]
-    parts = prefetched((slab_mD[:, columns] for columns in ranges), W_bD.device, W_bD.dtype)
-    for columns, slab_mC in zip(ranges, parts, strict=True):
-        W_bD[:, columns].addmm_(C_bm, slab_mC, alpha=-1)
+    read = prefetched((slab_mD[:, columns] for columns in ranges), W_bD.device, W_bD.dtype)
+    with closing(read):
+        for columns in ranges:
+            W_bD[:, columns].addmm_(C_bm, next(read), alpha=-1)
 
 
 def _subtract_known_(

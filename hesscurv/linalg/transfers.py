@@ -127,7 +127,8 @@ def prefetched(
 
     Yields:
         Each chunk in turn, to be used on the stream that was current at the first. It is valid
-        until the next is asked for.
+        until the next is asked for, or the iterator is closed: close it (`contextlib.closing`)
+        where an error may end its use early.
 
     Cost: two buffers of the largest chunk on the device; the host waits for no copy.
     """

@@ -12,6 +12,8 @@ from hesscurv.linalg.device_memory import free_memory
 
 logger = logging.getLogger(__name__)
 
+_SHARE = 0.9  # of what is free: the system cannot swap it to make room for anything else
+
 
 def pinned_if_possible(
     shape: tuple[int, ...], dtype: torch.dtype, *, beside: int = 0, sharing: int = 1
@@ -32,11 +34,11 @@ def pinned_if_possible(
     """
     nbytes = math.prod(shape) * dtype.itemsize
     rounded = 1 << max(0, nbytes - 1).bit_length()
-    free = free_memory(torch.device("cpu"))
+    free = int(_SHARE * free_memory(torch.device("cpu")))
     if sharing * (rounded + beside) > free:
         logger.debug(
-            "%.3g GB of a basis are not pinned: %.3g GB of the host's memory are free, "
-            "%.3g GB would be needed in all",
+            "%.3g GB of a basis are not pinned: %.3g GB of the host's memory are to be "
+            "had, %.3g GB would be needed in all",
             nbytes / 1e9,
             free / 1e9,
             sharing * (rounded + beside) / 1e9,
