@@ -54,7 +54,7 @@ def test_projections_are_those_of_the_device_and_wait_no_more(pretended, stored)
     assert more_waits == 0
 
 
-@pytest.mark.parametrize("options", [{}, {"max_basis": 26, "block_size": 5, "verify": False}])
+@pytest.mark.parametrize("options", [{}, {"max_basis": 30, "block_size": 5, "verify": False}])
 def test_pairs_are_those_of_the_device(pretended, options):
     near = pretended.run(programs.solve, "device", options)
     far = pretended.run(programs.solve, "host", options)
@@ -66,10 +66,11 @@ def test_pairs_are_those_of_the_device(pretended, options):
         torch.testing.assert_close(found["chunked"], near["values"], rtol=1e-12, atol=1e-14)
         assert found["products"] == near["products"]
         assert found["residual"] < 1e-8 * float(near["values"].abs().max())
-    # In pageable memory, there is one for each chunk and stored block. Here, one before the slabs
-    # are read, and a few for each rotation, of which this small problem has one a block.
-    assert far["waits"] < plain["waits"] / 3
-    assert far["waits"] <= near["waits"] + 3 * far["blocks"] + 10
+    # In pageable memory, the host waits for each chunk and stored block. Here, once before slabs are
+    # read, and a few times for a rotation, of which there is one in a restart and one in most
+    # blocks of so small a problem.
+    assert far["waits"] < plain["waits"]
+    assert far["waits"] <= near["waits"] + 3 * far["blocks"] + 6 * far["restarts"] + 10
 
 
 @pytest.mark.parametrize("storage", ["host", "device"])

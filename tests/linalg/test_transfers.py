@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from hesscurv.linalg import transfers
-from hesscurv.linalg.transfers import pipelined, prefetched
+from hesscurv.linalg.transfers import CopyStream, pipelined, prefetched
 
 CPU = torch.device("cpu")
 REUSED = -7.0  # what the memory of freed buffers is filled with
@@ -204,3 +204,34 @@ def test_without_pinned_memory_there_are_no_buffers():
     assert transfers._buffers([torch.randn(2, 3)], CPU) == []
     assert transfers._buffers([torch.randn(2, 0)], CPU) == []
     assert transfers._buffers([], CPU) == []
+
+
+class Rows(torch.Tensor):
+    """Rows that note which streams their memory is kept for."""
+
+    def record_stream(self, stream):
+        self.kept_for = [*getattr(self, "kept_for", []), stream]
+
+
+def test_rows_are_stored_after_they_were_computed(monkeypatch):
+    main, side = Noting(), Noting()
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: side)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(
+        CopyStream, "copy_", lambda self, target, source: side.copy_(target, source)
+    )
+    copies = CopyStream(torch.device("cuda", 0))
+    rows = torch.zeros(3, 4).as_subclass(Rows)
+    targets = [torch.zeros(1, 4), torch.zeros(2, 4)]
+    main.launch(lambda: rows.fill_(1))
+    copies.store_(targets, rows)
+    main.launch(lambda: None)  # the next product
+    found = list(orders(main, side))
+    assert len(found) == 3  # it may come before, between and after the two copies
+    for order in found:
+        for each in (rows, *targets):
+            each.zero_()
+        for function in order:
+            function()
+        assert all(bool((target == 1).all()) for target in targets)
+    assert rows.kept_for == [side]
