@@ -151,8 +151,12 @@ def steps(stored):
         turn(2, 6, 0)
         whole("none of them kept")
         append(3)
-        turn(0, near.size, 6)
-        append(1)
+        for basis in (near, far):
+            basis.truncate(basis.size - 3)
+        append(3, device="cpu")  # over vectors that are on their way
+        whole("overwritten")
+        turn(0, near.size, 4)
+        append(2)
         compare("shrunk", near.shrink(), far.shrink())
     return found
 
