@@ -5,7 +5,8 @@
 // device among the arguments, generators of the CPU. After it, the result says "cuda" again.
 // Counted are kernel launches, copies to and from the host, waits and allocations.
 //
-// It cannot show: speed, streams (all work is in order), cuDNN and its precision (TF32), kernels that
+// It cannot show: speed, streams (all work is in order, but copies of other streams than the default one
+// run as late as they may: streams.py), cuDNN and its precision (TF32), kernels that
 // add in another order on every run, dtypes that CUDA lacks.
 //
 // The library must be loaded before torch looks for CUDA (LD_PRELOAD): torch asks once. It talks to
@@ -86,6 +87,8 @@ Tensor copy_from_and_resize(const Tensor& self, const Tensor& to) {
   auto out = to;
   return copy_(out, self, false);
 }
+
+void record_stream(Tensor&, c10::Stream) {}  // memory is given away when nobody has it any more
 
 at::Scalar local_scalar_dense(const Tensor& tensor) {
   wait_for("item_reads", "item");
@@ -316,6 +319,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("_local_scalar_dense", local_scalar_dense);
+  m.impl("record_stream", record_stream);
   m.impl("view", view);
   m.impl("as_strided", as_strided);
   m.impl("_reshape_alias", reshape_alias);
@@ -360,6 +364,10 @@ TORCH_LIBRARY(pretended_cuda, m) {
     limit_bytes = bytes > 0 ? bytes : kBytes;
   });
   m.def("limit", [] { return limit_bytes; });
+  m.def("set_pinnable", [](int64_t bytes) {
+    std::lock_guard<std::mutex> guard(mutex);
+    pinnable_bytes = bytes >= 0 ? bytes : kBytes;
+  });
   m.def("synchronize", [] { wait_for("synchronizations", "synchronize"); });
   m.def("set_sync_debug_mode", [](int64_t mode) { sync_debug_mode = mode; });
   m.def("sync_debug_mode", [] { return sync_debug_mode.load(); });
