@@ -34,3 +34,19 @@ def pytest_configure(config):
 def seeded():
     """Seed torch's generator, so that a test's data does not depend on the tests before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def compiler():
+    """Skip where torch 2.6 compiles nothing any more: it may, after threads have differentiated."""
+    torch.compiler.reset()
+    runs = []
+
+    def backend(graph, _):
+        return lambda *args: runs.append(1) or graph(*args)
+
+    torch.compile(torch.nn.Linear(2, 2), backend=backend)(torch.ones(1, 2))
+    torch.compiler.reset()
+    if not runs:
+        assert torch.__version__ < "2.7"
+        pytest.skip("this torch has lost its compiler to threads before")

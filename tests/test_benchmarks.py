@@ -72,7 +72,7 @@ def test_benchmark_of_a_gpu_runs_on_a_cpu_and_judges_nothing(tmp_path):
     sizes = ("--small", "--device", "cpu", "--threads", "1")
     printed = run("gpu", *sizes, folder=tmp_path, timeout=600)
     lines = printed.splitlines()
-    for part in ("products", "eigsh", "resnet18", "overhead"):
+    for part in ("products", "eigsh", "resnet18", "storage", "overhead"):
         assert any(line.startswith(f"{part}: ") and "minutes" in line for line in lines)
     assert not any(line.startswith(("PASS", "MISS")) for line in lines)
     assert sum(line.startswith("n/a") for line in lines) > 10

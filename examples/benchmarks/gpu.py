@@ -16,6 +16,8 @@ Parts (`--part`, all by default), each reported and appended to the file of resu
     resnet18  milliseconds a sample and product at 224 px, and 1000 eigenpairs of 11.2 million
               parameters on 500 images, tol 1e-2, within --minutes. With --folder, the same
               command goes on where it has stopped; the folder takes up to 100 GB.
+    storage   300 eigenpairs of 3c3d with the basis on the device, and in the host's memory with
+              copies beside the work (pinned) and in turns (pageable)
     overhead  of PreconditionedOptimizer and CurvatureMonitor at default settings, on ResNet-18 and
               GPT-2 small, in percent of a training without: between measurements, in all, and
               steady, when measurements come as rarely as in a long training. Trainings take turns,
@@ -42,6 +44,7 @@ from gpu_eigenpairs import measure_eigsh, measure_resnet18
 from gpu_overhead import measure_overhead
 from gpu_problems import NAMES
 from gpu_products import free_memory, measure_products
+from gpu_storage import measure_storage
 from results import Report, parser
 
 from hesscurv.linalg.precision import full_precision
@@ -50,9 +53,10 @@ PARTS: dict[str, Callable[[Report, argparse.Namespace, str], None]] = {
     "products": measure_products,
     "eigsh": measure_eigsh,
     "resnet18": measure_resnet18,
+    "storage": measure_storage,
     "overhead": measure_overhead,
 }
-FULL_PRECISION = ("products", "eigsh", "resnet18")
+FULL_PRECISION = ("products", "eigsh", "resnet18", "storage")
 
 
 def main() -> None:

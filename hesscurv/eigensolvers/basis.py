@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from typing import Protocol
 
 import torch
@@ -9,7 +10,8 @@ from torch import Tensor
 
 from hesscurv.linalg.device_memory import chunk_entries
 from hesscurv.linalg.precision import full_precision
-from hesscurv.linalg.transfers import to_device_of
+from hesscurv.linalg.transfers import CopyStream, copy_stream, prefetched, to_device_of
+from hesscurv.storage.pinned_memory import release_pinned
 from hesscurv.storage.placement import Placement
 
 # Entries of the temporaries in `rotate_`: 16 MiB in float32. Where vectors come from a file or over
@@ -37,6 +39,9 @@ class Basis:
     vectors are appended, so that a run that ends early never takes the memory of its cap. All
     sums are in the dtype and on the device of the computation, whatever the storage's own are.
 
+    In pinned memory, vectors that are appended arrive beside the work that comes next. Until then
+    `block` has them from the device; what `slabs` and `shrink` return has arrived.
+
     Args:
         placement: Where the vectors live, their dtype, length and largest number.
         first: Rows of the first slab: the number of vectors that are wanted in the end.
@@ -51,10 +56,18 @@ class Basis:
         self.journal: Journal | None = None
         self._dtype, self._device = dtype, placement.device
         self._grow = max(1, grow)
-        self._slabs = [placement.allocate(min(first, self.capacity))]
+        self._copies: CopyStream | None = None  # where slabs are pinned
+        # The vectors appended last, as they are stored, and the first one's index.
+        self._recent: tuple[int, Tensor] | None = None
+        self._slabs: list[Tensor] = []
+        self._add_slab(min(first, self.capacity))
 
     def slabs(self, start: int = 0, stop: int | None = None) -> list[Tensor]:
         """Return views of vectors start, ..., stop - 1, slab by slab."""
+        self._finish_copies()
+        return self._views(start, stop)
+
+    def _views(self, start: int, stop: int | None = None) -> list[Tensor]:
         stop = self.size if stop is None else stop
         out: list[Tensor] = []
         offset = 0
@@ -67,6 +80,10 @@ class Basis:
 
     def block(self, start: int, stop: int) -> Tensor:
         """Return a copy of a few vectors, (b, D), for the computation."""
+        if self._recent is not None and start >= self._recent[0]:
+            first, rows_rD = self._recent
+            self._recent = None  # most often read once, and their memory is needed
+            return rows_rD[start - first : stop - first].to(self._dtype, copy=True)
         out_bD = torch.empty(stop - start, self.dim, dtype=self._dtype, device=self._device)
         self._fill(self.slabs(start, stop), out_bD, from_slabs=True)
         return out_bD
@@ -84,11 +101,14 @@ class Basis:
             )
         while self.size + len(Q_rD) > sum(map(len, self._slabs)):
             left = self.capacity - sum(map(len, self._slabs))
-            self._slabs.append(self.placement.allocate(min(self._grow, left)))
-        views = self.slabs(self.size, self.size + len(Q_rD))
-        self._fill(views, Q_rD, from_slabs=False)
+            self._add_slab(min(self._grow, left))
+        views = self._views(self.size, self.size + len(Q_rD))
+        if views and not self._store_beside(views, Q_rD):
+            self._finish_copies()
+            self._fill(views, Q_rD, from_slabs=False)
         self.size += len(Q_rD)
         if self.journal is not None:
+            self._finish_copies()
             self.journal.append(views)
 
     def rotate_(self, start: int, stop: int, Y_nk: Tensor) -> None:
@@ -100,26 +120,30 @@ class Basis:
         n, k = Y_nk.shape
         if n != stop - start or k > n:
             raise ValueError(f"expected coefficients ({stop - start}, k), got {(n, k)}")
-        views, targets = self.slabs(start, stop), self.slabs(start, start + k)
+        views, targets = self.slabs(start, stop), self._views(start, start + k)
         like = torch.empty(0, device=self._device, dtype=self._dtype)
         Y_kn = to_device_of(Y_nk.mT, like).contiguous()
         parts = Y_kn.split([len(v) for v in views], dim=1)
         far = self.placement.kind == "disk" or self._slabs[0].device != self._device
         numel = _FAR_TEMPORARY_NUMEL if far else _TEMPORARY_NUMEL
         chunk = max(1024, chunk_entries(self._device, numel) // max(k, 1))
-        with full_precision(self._device):
-            for low in range(0, self.dim, chunk):
-                columns = slice(low, low + chunk)
-                new_kC = parts[0] @ views[0][:, columns].to(self._device, self._dtype)
-                for part, view in zip(parts[1:], views[1:], strict=True):
-                    new_kC.addmm_(part, view[:, columns].to(self._device, self._dtype))
+        ranges = [slice(low, low + chunk) for low in range(0, self.dim, chunk)]
+        # The columns that are copied ahead are not those that are written meanwhile.
+        read = prefetched(
+            (view[:, columns] for columns in ranges for view in views), like.device, self._dtype
+        )
+        with full_precision(self._device), closing(read):
+            for columns in ranges:
+                new_kC = parts[0] @ next(read)
+                for part in parts[1:]:
+                    new_kC.addmm_(part, next(read))
                 for target, piece in zip(
                     targets, new_kC.split([len(t) for t in targets]), strict=True
                 ):
                     target[:, columns] = piece
         if k < n:
             moved = [row for view in self.slabs(stop) for row in view]
-            rows = [row for view in self.slabs(start + k, start + k + len(moved)) for row in view]
+            rows = [row for view in self._views(start + k, start + k + len(moved)) for row in view]
             for row, source in zip(rows, moved, strict=True):
                 row.copy_(source)
             self.size -= n - k
@@ -134,9 +158,39 @@ class Basis:
 
     def shrink(self) -> Tensor:
         """Free all slabs but the first and return its filled rows, (k, D)."""
+        self._finish_copies()
         del self._slabs[1:]
+        if self._copies is not None:
+            release_pinned()
         self.size = min(self.size, len(self._slabs[0]))
         return self._slabs[0][: self.size]
+
+    def _add_slab(self, rows: int) -> None:
+        self._slabs.append(self.placement.allocate(rows))
+        on_host = self._slabs[-1].device.type == "cpu" and self._device.type == "cuda"
+        if on_host and self._slabs[-1].is_pinned():
+            self._copies = copy_stream(self._device)
+
+    def _store_beside(self, views: list[Tensor], Q_rD: Tensor) -> bool:
+        """Let vectors of the device be stored while it goes on, where they can be; say whether."""
+        if self._copies is None or Q_rD.device.type != "cuda":
+            return False
+        if not all(view.is_pinned() for view in views):
+            return False
+        try:
+            # A copy: whoever has Q may write to it at once.
+            stored_rD = Q_rD.to(self.placement.dtype, copy=True)
+        except torch.OutOfMemoryError:
+            return False
+        self._copies.store_(views, stored_rD)
+        self._recent = self.size, stored_rD
+        return True
+
+    def _finish_copies(self) -> None:
+        """Wait for copies from and to the slabs: before the host reads them, or writes to them."""
+        self._recent = None
+        if self._copies is not None:
+            self._copies.synchronize()
 
     def _fill(self, slabs: list[Tensor], block_bD: Tensor, *, from_slabs: bool) -> None:
         done = 0

@@ -85,9 +85,11 @@ def block_krylov(
             block_size + 30, or fewer where memory is short. Memory is taken as the basis grows.
         verify: Whether to look for missed eigenvectors at the end, usually 8 to 25 products. If
             not, residuals alone decide what has converged.
-        storage: Where the basis lives: "device", the operator's; "cpu", the host's memory; or a
-            folder on a disk, for files that are mapped into memory and go with the result. By
-            default chosen from what is free: see `hesscurv.storage.placement.choose_placement`.
+        storage: Where the basis lives: "device", the operator's; "host" (or "cpu", the same), the
+            host's memory, pinned where there is room for that, from and to which vectors are
+            copied while a CUDA device computes; or a folder on a disk, for files that are mapped
+            into memory and go with the result. By default chosen from what is free: see
+            `hesscurv.storage.placement.choose_placement`.
         storage_dtype: H's dtype, or torch.float16 or torch.bfloat16: half the memory, at the price
             of vectors rounded by 2^-12 or 2^-9 of their norm, more of which shows in residuals the
             further down the spectrum; sums are in H's dtype all the same. By default H's, or
@@ -171,7 +173,7 @@ def block_krylov(
             with ranks.together("looking at the disk"):
                 check_disk(checkpoint, placement, k, block, ranks.size)
         space = KrylovSpace(H, k, tol, block, placement, generator, which)
-        with Progress(k, progress) as bar:
+        with H.solving(), Progress(k, progress) as bar:
             bar.say(str(placement), unusual=placement.is_unusual(H.dtype))
             most = 20 * k + 1000 if max_matvecs is None else max_matvecs
             run = KrylovRun(space, most, verify, bar, journal)

@@ -75,8 +75,9 @@ def eigsh(
         generator: Source of random numbers; default a new one with seed 0, so that the same call
             gives the same result. The global generator is never used.
         initial: A space (D, k0), or Eigenpairs, to start from; not for "single_pass".
-        storage: Where the basis lives, "device", "cpu" or a folder on a disk; by default chosen
-            from what memory is free. With "block_krylov" also `storage_dtype`.
+        storage: Where the basis lives, "device", "host" (or "cpu", the same) or a folder on a
+            disk; by default chosen from what memory is free. With "block_krylov" also
+            `storage_dtype`.
         checkpoint: A folder to save the work in, so that the same call goes on after a kill; for
             "block_krylov". The single pass is saved by `measure` and `assemble`.
         progress: Whether to show a progress bar.

@@ -60,8 +60,9 @@ def single_pass(
             ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
         max_matvecs: The most products, those for residuals included: bounds the defaults of
             outer and inner.
-        storage: Where the basis lives: "device", or for an operator on the CPU a folder on a disk,
-            for a file that is mapped into memory; by default a temporary one where memory is short.
+        storage: Where the basis lives: "device", or for an operator on the CPU, where "host" and
+            "cpu" say the same, a folder on a disk, for a file that is mapped into memory; by
+            default a temporary one where memory is short.
         progress: Whether to show a progress bar over the products.
 
     Returns:

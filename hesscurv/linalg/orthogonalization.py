@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from hesscurv.linalg.block_norms import BlockSize, Reduction, block_size, column
 from hesscurv.linalg.device_memory import chunk_entries
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.rayleigh_ritz import rotate_
-from hesscurv.linalg.transfers import to_device_of
+from hesscurv.linalg.transfers import prefetched, to_device_of
 
 _CHUNK_NUMEL = 2**23  # entries of one chunk of a basis: bounds what a cast to W's dtype takes
 _SUM_LENGTH = 4096  # products summed in W's dtype before the sum goes on in float64
@@ -298,13 +299,18 @@ def _products(A_mD: Tensor, B_bD: Tensor) -> Tensor:
     entries = chunk_entries(B_bD.device, _CHUNK_NUMEL)
     per_chunk = max(1, entries // (_SUM_LENGTH * max(m, b, 1)))
     whole = dim - dim % _SUM_LENGTH
-    with full_precision(B_bD.device):
-        for start in range(0, whole, per_chunk * _SUM_LENGTH):
-            stop = min(start + per_chunk * _SUM_LENGTH, whole)
-            A_nms = A_mD[:, start:stop].to(B_bD).unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
-            B_nbs = B_bD[:, start:stop].unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
+    ranges = [
+        slice(start, min(start + per_chunk * _SUM_LENGTH, whole))
+        for start in range(0, whole, per_chunk * _SUM_LENGTH)
+    ]
+    ranges.append(slice(whole, dim))
+    read = prefetched((A_mD[:, columns] for columns in ranges), B_bD.device, B_bD.dtype)
+    with full_precision(B_bD.device), closing(read):
+        for columns in ranges[:-1]:
+            A_nms = next(read).unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
+            B_nbs = B_bD[:, columns].unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
             total_mb += (A_nms @ B_nbs.mT).sum(dim=0, dtype=torch.float64)
-        total_mb += A_mD[:, whole:].to(B_bD) @ B_bD[:, whole:].mT
+        total_mb += next(read) @ B_bD[:, whole:].mT
     return total_mb
 
 
@@ -364,9 +370,11 @@ def _subtract_(
         C_bm = C_bm * factor.to(C_bm.dtype)
     entries = chunk_entries(W_bD.device, _CHUNK_NUMEL)
     chunk = max(_SUM_LENGTH, entries // max(slab_mD.shape[0], 1))
-    for start in range(0, W_bD.shape[1], chunk):
-        columns = slice(start, start + chunk)
-        W_bD[:, columns].addmm_(C_bm, slab_mD[:, columns].to(W_bD), alpha=-1)
+    ranges = [slice(start, start + chunk) for start in range(0, W_bD.shape[1], chunk)]
+    read = prefetched((slab_mD[:, columns] for columns in ranges), W_bD.device, W_bD.dtype)
+    with closing(read):
+        for columns in ranges:
+            W_bD[:, columns].addmm_(C_bm, next(read), alpha=-1)
 
 
 def _subtract_known_(

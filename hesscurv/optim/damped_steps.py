@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from hesscurv.distributed.sharded import own_shard
 from hesscurv.optim.flat_parameters import FlatParameters
+from hesscurv.optim.foreach import apply_foreach, cast_alike
 from hesscurv.optim.low_rank_preconditioner import LowRankPreconditioner
+
+_LARGE = 8192  # entries, above which an operation more costs less than to write and read them
 
 
 def damp_gradient(flat: FlatParameters, P: LowRankPreconditioner, step: Callable[[], Any]) -> Any:
@@ -29,11 +32,13 @@ def damp_gradient(flat: FlatParameters, P: LowRankPreconditioner, step: Callable
     """
     found = [p.grad for p in flat.parameters]
     dense = [None if g is None or g.is_sparse else g for g in found]
-    damped = flat.split(P.multiply_(flat.flatten(dense)))
+    has = [(i, own_shard(g)) for i, g in enumerate(dense) if g is not None]
+    parts = flat.split(P.multiply_(flat.flatten(dense)))
+    # In the gradients' memory format too: a base that takes all parameters at once needs that.
+    damped = cast_alike([parts[i] for i, _ in has], [g for _, g in has])
     try:
-        for i, (p, g) in enumerate(zip(flat.parameters, dense, strict=True)):
-            if g is not None:
-                p.grad = flat.like(i, damped[i].to(g.dtype))
+        for (i, _), part in zip(has, damped, strict=True):
+            flat.parameters[i].grad = flat.like(i, part)
         return step()
     finally:
         for p, g in zip(flat.parameters, found, strict=True):
@@ -66,28 +71,40 @@ class DampedUpdate:
     def finish(self, P: LowRankPreconditioner) -> None:
         """Multiply by P what has changed since; once."""
         flat, less_D = self.flat, self._before_D
-        moved: list[tuple[Tensor, Tensor, int]] = []
-        for p, had, part, first in zip(
-            flat.parameters, self._had, flat.split(less_D), flat.offsets, strict=True
-        ):
-            if had or (self._within and _has_dense_gradient(p)):
-                moved.append((own_shard(p), part, first))
-            elif self._within:
-                part.zero_()
+        moves = [
+            had or (self._within and _has_dense_gradient(p))
+            for p, had in zip(flat.parameters, self._had, strict=True)
+        ]
+        moved = [i for i, does in enumerate(moves) if does]
         if not moved:
             return
+        everywhere = flat.split(less_D)
+        if self._within and len(moved) < len(moves):
+            torch._foreach_zero_([everywhere[i] for i, does in enumerate(moves) if not does])
+        weights = [own_shard(flat.parameters[i]) for i in moved]
+        parts = [everywhere[i] for i in moved]
         # What was there less what is: the update's negative.
-        torch._foreach_sub_([part for _, part, _ in moved], [w for w, _, _ in moved])
-        coefficients_r = P.coefficients(less_D).neg_()
-        # Added where they belong; a GPU would have to be told of each parameter.
-        if flat.device.type == "cpu" and all(
-            w.is_contiguous() and w.dtype == flat.dtype for w, _, _ in moved
-        ):
-            for w, _, first in moved:
-                P.add_(w.view(-1), coefficients_r, first)
+        apply_foreach(torch._foreach_sub_, parts, cast_alike(weights, parts))
+        coefficients_r = P.coefficients(less_D)
+        if self._is_added_in_place(weights):
+            coefficients_r.neg_()
+            for w, i in zip(weights, moved, strict=True):
+                P.add_(w.view(-1), coefficients_r, flat.offsets[i])
             return
-        P.add_(less_D.zero_(), coefficients_r)
-        torch._foreach_add_([w for w, _, _ in moved], [part.to(w.dtype) for w, part, _ in moved])
+        P.combine(coefficients_r, out=less_D)
+        apply_foreach(torch._foreach_sub_, weights, cast_alike(parts, weights))
+
+    def _is_added_in_place(self, weights: Sequence[Tensor]) -> bool:
+        """Whether U c is added parameter by parameter where it belongs, without a buffer.
+
+        A GPU would have to be told of each, and on a CPU it pays for large ones alone.
+        """
+        flat = self.flat
+        return (
+            flat.device.type == "cpu"
+            and sum(w.numel() for w in weights) >= _LARGE * len(weights)
+            and all(w.is_contiguous() and w.dtype == flat.dtype for w in weights)
+        )
 
 
 def _has_dense_gradient(p: Tensor) -> bool:

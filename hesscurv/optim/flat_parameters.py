@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hesscurv.distributed import Communicator
 from hesscurv.distributed.sharded import is_sharded, own_shard
+from hesscurv.optim.foreach import apply_foreach
 
 
 class FlatParameters:
@@ -78,14 +79,24 @@ class FlatParameters:
         return bool(self.sum_(torch.tensor(float(found), device=self.device)))
 
     def flatten(self, tensors: Iterable[Tensor | None]) -> Tensor:
-        """Return one vector of a tensor for each parameter, zeros for None."""
-        parts = []
-        for tensor, size in zip(tensors, self.sizes, strict=True):
-            if tensor is None:
-                parts.append(torch.zeros(size, dtype=self.dtype, device=self.device))
-            else:
-                parts.append(own_shard(tensor).reshape(-1))
-        return torch.cat(parts).to(self.dtype)
+        """Return one vector of a tensor for each parameter, zeros for None.
+
+        Of tensors in memory order, one kernel in the vector's dtype, or one for each of theirs.
+        """
+        shards = [None if t is None else own_shard(t).reshape(-1) for t in tensors]
+        given = [shard for shard in shards if shard is not None]
+        if all(shard.dtype == self.dtype for shard in given):
+            if len(given) < len(shards):
+                longest = max(n for n, s in zip(self.sizes, shards, strict=True) if s is None)
+                zeros = torch.zeros(longest, dtype=self.dtype, device=self.device)
+                pairs = zip(shards, self.sizes, strict=True)
+                given = [zeros[:n] if shard is None else shard for shard, n in pairs]
+            return torch.cat(given)
+        new = torch.empty if len(given) == len(shards) else torch.zeros
+        flat = new(self.numel, dtype=self.dtype, device=self.device)
+        parts = zip(flat.split(self.sizes), shards, strict=True)
+        apply_foreach(torch._foreach_copy_, [part for part, s in parts if s is not None], given)
+        return flat
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Return a vector's parts in the parameters' own shapes, as views."""

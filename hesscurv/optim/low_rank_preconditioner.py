@@ -98,6 +98,7 @@ class LowRankPreconditioner:
         ]
         less = torch.tensor([gain - 1.0 for gain in self.gains], dtype=torch.float64, device="cpu")
         self._less_r = less.to(self.basis_mD)
+        self._zeros_r = torch.zeros_like(self._less_r)
 
     @property
     def largest_after(self) -> float:
@@ -122,8 +123,14 @@ class LowRankPreconditioner:
         inside_r = self.basis_mD[: self.rank] @ flat_D
         if self._sum is not None:
             inside_r = self._sum(inside_r)
-        # Without a look at the values, for which a GPU would have to be waited for.
-        return torch.where(inside_r.isfinite().all(), inside_r * self._less_r, 0.0)
+        # Without a look at the values, for which a GPU would have to be waited for, and in three
+        # kernels: the products with zero sum to NaN where any value is NaN or inf, and to 0 else.
+        undefined = torch.dot(inside_r, self._zeros_r)
+        return torch.addcmul(undefined, inside_r, self._less_r).nan_to_num_(nan=0.0)
+
+    def combine(self, coefficients_r: Tensor, out: Tensor | None = None) -> Tensor:
+        """Return U c, of shape (D,), in place of what `out` has if that is given."""
+        return torch.mv(self.basis_mD[: self.rank].mT, coefficients_r, out=out)
 
     def add_(self, part_n: Tensor, coefficients_r: Tensor, first: int = 0) -> Tensor:
         """Add the entries of U c from the one numbered `first` on to a vector (n,), in place."""

@@ -132,7 +132,8 @@ class PreconditionedOptimizer(Optimizer):
     `curvature_refresh_every`, and may be changed there; the first group's count. Another rank is
     a refresh. All keys of ours in a group begin with ``curvature_``.
 
-    Cost: a step reads the basis twice, 4 r D operations. A refresh takes about r + 5 products while
+    Cost: a step reads the basis twice, 4 r D operations, in 6 to 10 kernels on a GPU whatever the
+    number of parameters, of one dtype and contiguous. A refresh takes about r + 5 products while
     the space stays within `tol`, else two to five times as many. Memory: (r + 2) D numbers, with
     the automatic rate D more; during a step 2 D more, during a refresh 2 r + 60 vectors at most;
     and the samples. Where the model is sharded (FSDP2), each process has its shards of the basis,

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.func import grad, jacrev, vmap
+from torch.func import grad, vjp, vmap
 
 from hesscurv.operators.batches import split
 from hesscurv.operators.environment import without_fallback_warnings
@@ -153,12 +153,7 @@ def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> 
         refuse_outputs(c)
     try:
         # Backward over backward: forward mode would compile decompositions that torch deprecates.
-        curvature = _of_own_loss(
-            lambda loss, size: jacrev(jacrev(loss, chunk_size=size), chunk_size=size),
-            task,
-            outputs,
-            batch,
-        )
+        curvature = _of_own_loss(_hessian_of, task, outputs, batch)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
@@ -173,6 +168,19 @@ def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> 
         )
     eigenvalues, vectors = torch.linalg.eigh(curvature.detach().reshape(-1, c, c))
     return vectors * (eigenvalues.clamp(min=0) + floor).sqrt()[:, None, :]
+
+
+def _hessian_of(loss: Callable[..., Tensor], size: int | None) -> Callable[..., Tensor]:
+    """Return the Hessian of a loss in its first argument z, flat: shape (z.numel(), *z.shape)."""
+
+    def hessian(z: Tensor, *parts: Tensor) -> Tensor:
+        _, pull = vjp(lambda z: grad(loss)(z, *parts), z)
+        # `jacrev` makes its unit vectors on the default device (torch 2.6), which may be another.
+        basis = torch.eye(z.numel(), dtype=z.dtype, device=z.device).view(-1, *z.shape)
+        columns: Tensor = vmap(lambda e: pull(e)[0], chunk_size=size)(basis)
+        return columns
+
+    return hessian
 
 
 def refuse_outputs(count: int) -> NoReturn:

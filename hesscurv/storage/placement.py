@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hesscurv.linalg.device_memory import device_memory, free_memory
 from hesscurv.storage.mapped_files import mapped_tensor
+from hesscurv.storage.pinned_memory import pinned_if_possible
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Placement:
         chosen: Whether nobody asked for it.
         capacity: The most vectors that are planned for.
         dim: Their length.
+        sharing: How many processes of the job share the host's memory.
     """
 
     kind: str
@@ -44,6 +46,7 @@ class Placement:
     dim: int
     folder: Path | None = None
     chosen: bool = False
+    sharing: int = 1
 
     @property
     def nbytes(self) -> int:
@@ -70,14 +73,21 @@ class Placement:
     def allocate(self, rows: int) -> Tensor:
         """Return uninitialised storage (rows, D).
 
+        For a CUDA device, the host's memory is pinned where there is room for that.
+
         Raises:
             DiskFullError: If it is to be a file, and the disk is full.
         """
         if self.kind == "disk":
             assert self.folder is not None
             return mapped_tensor(self.folder, (rows, self.dim), self.dtype)
+        shape = rows, self.dim
+        if self.kind == "cpu" and self.device.type == "cuda":
+            # The rest of the plan must fit beside it.
+            beside = max(0, self.capacity - rows) * self.dim * self.dtype.itemsize
+            return pinned_if_possible(shape, self.dtype, beside=beside, sharing=self.sharing)
         device = self.device if self.kind == "device" else torch.device("cpu")
-        return torch.empty(rows, self.dim, dtype=self.dtype, device=device)
+        return torch.empty(shape, dtype=self.dtype, device=device)
 
     def pieces(self, block_mD: Tensor) -> Sequence[Tensor]:
         """Return a block in pieces that are best read one after the other.
@@ -108,7 +118,7 @@ def choose_placement(
     three quarters of the wanted vectors, or else the first that holds as many as are needed.
 
     Args:
-        storage: "device", "cpu", or a folder; None chooses.
+        storage: "device"; "host" or "cpu", the host's memory; or a folder. None chooses.
         storage_dtype: The operator's dtype, float16 or bfloat16; None chooses.
         dim: Length of a vector, on this process.
         dtype: The operator's dtype.
@@ -140,7 +150,9 @@ def choose_placement(
                 room = max(0, room - reserved)
             fits = room // (max(dim, 1) * stored.itemsize)
             chosen = storage is None and storage_dtype is None
-            option = Placement(kind, stored, device, min(fits, wanted), dim, folder, chosen)
+            option = Placement(
+                kind, stored, device, min(fits, wanted), dim, folder, chosen, sharing
+            )
             options.append((option, room))
     for enough in (max(least, 3 * wanted // 4), least):
         for option, _ in options:
@@ -160,8 +172,8 @@ def allocate_basis(
     """Return uninitialised storage for a basis of fixed size, in memory or in a file.
 
     Args:
-        storage: "device", "cpu" or a folder, the last two for operators on the CPU; None takes
-            memory, or there, where that is short, a temporary folder.
+        storage: "device", "host" (or "cpu", the same) or a folder, the last two for operators on
+            the CPU; None takes memory, or there, where that is short, a temporary folder.
         rows: The number of vectors.
         dim: Their length.
         dtype: Theirs and the operator's.
@@ -205,8 +217,9 @@ def _kinds(
             kinds.append(("cpu", None))
         folder = Path(tempfile.gettempdir())
         return [*kinds, ("disk", folder)] if not _is_memory(folder) else kinds
-    if storage in ("device", "cpu"):
-        return [("device" if device.type == "cpu" else str(storage), None)]
+    if storage in ("device", "host", "cpu"):
+        on_device = storage == "device" or device.type == "cpu"
+        return [("device" if on_device else "cpu", None)]
     folder = Path(storage)
     folder.mkdir(parents=True, exist_ok=True)
     return [("disk", folder)]
@@ -238,14 +251,14 @@ def _is_memory(folder: Path) -> bool:
 def _check(
     storage: str | os.PathLike[str] | None, storage_dtype: torch.dtype | None, dtype: torch.dtype
 ) -> None:
-    if storage in ("cuda", "gpu", "host", "ram", "disk"):
+    if storage in ("cuda", "gpu", "ram", "disk"):
         raise ValueError(
-            f"expected storage 'device', 'cpu' or a folder, got {storage!r}; for a folder of that "
-            f"name say './{storage}'"
+            f"expected storage 'host', 'device', 'cpu' or a folder, got {storage!r}; for a folder "
+            f"of that name say './{storage}'"
         )
     if storage is not None and not isinstance(storage, (str, os.PathLike)):
         raise TypeError(
-            f"expected storage 'device', 'cpu' or a folder, got a {type(storage).__name__}"
+            f"expected storage 'host', 'device', 'cpu' or a folder, got a {type(storage).__name__}"
         )
     if storage_dtype is None:
         return

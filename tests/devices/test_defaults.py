@@ -179,6 +179,8 @@ def call(name, tmp_path):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_the_default_device_is_nobodys_device(name, tmp_path, monkeypatch):
+    if name == "AdamW" and torch.__version__ < "2.7":
+        pytest.skip("that AdamW counts its steps on the default device")
     expected = call(name, tmp_path / "without")
     # What makes the model and the data is not on trial.
     monkeypatch.setattr(f"{__name__}.net", outside(net))

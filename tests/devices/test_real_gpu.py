@@ -1,5 +1,6 @@
 """What only a real CUDA device can show; skipped without one. Run by `make test-gpu`."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import nn
 
 import hesscurv
+from hesscurv.linalg.transfers import prefetched
 
 pytestmark = [
     pytest.mark.gpu,
@@ -92,7 +94,7 @@ def test_recurrent_networks(kind):
     assert relative_error(H @ V.cuda(), expected @ V.double()) < FLOAT32
 
 
-@pytest.mark.parametrize("storage", ["device", "cpu", "disk"])
+@pytest.mark.parametrize("storage", ["device", "host", "cpu", "disk"])
 def test_pairs_called_converged_have_small_residuals(storage, tmp_path):
     net, batch = network(), data()
     H64 = hesscurv.HessianOperator(net, TASK, [batch], compute_dtype=torch.float64)
@@ -101,6 +103,67 @@ def test_pairs_called_converged_have_small_residuals(storage, tmp_path):
     assert pairs.converged.all()
     # A half more than the tolerance: residuals are measured in float32.
     assert float(residuals_in_double(H64, pairs).max()) < 1.5e-3
+
+
+class SlowDiagonal(hesscurv.LinearOperator):
+    """A known spectrum in float64, with products that keep the device busy for a while.
+
+    So the host is far ahead of the device, and copies of one stream meet work of the other.
+    """
+
+    def __init__(self, dim):
+        super().__init__(dim, torch.float64, torch.device("cuda"))
+        self.values_D1 = (1 / torch.arange(1, dim + 1, dtype=torch.float64)).cuda()[:, None]
+        self.values_D1[1::2] *= -1
+        self.load = torch.randn(1024, 1024, device="cuda")
+
+    def _matmat(self, vectors_DB):
+        for _ in range(20):
+            self.load = (self.load @ self.load).clamp(-1, 1)
+        return self.values_D1 * vectors_DB
+
+
+@pytest.mark.parametrize("max_basis", [None, 60])
+@pytest.mark.parametrize("pinned", [True, False])
+def test_a_basis_on_the_host_gives_the_pairs_of_one_on_the_device(
+    max_basis, pinned, monkeypatch, tmp_path
+):
+    if not pinned:
+        monkeypatch.setattr(
+            "hesscurv.storage.placement.pinned_if_possible",
+            lambda shape, dtype, **_: torch.empty(shape, dtype=dtype),
+        )
+    # Many chunks: usually one is of 2^27 entries.
+    monkeypatch.setattr("hesscurv.linalg.orthogonalization.chunk_entries", lambda *_: 2**17)
+    monkeypatch.setattr("hesscurv.eigensolvers.basis.chunk_entries", lambda *_: 2**17)
+    H, options = SlowDiagonal(300_000), {"tol": 1e-9, "max_basis": max_basis, "block_size": 8}
+    near = hesscurv.eigsh(H, 30, storage="device", **options)
+    for turn in range(3):  # a race need not show at once
+        checkpoint = tmp_path / "work" if turn == 2 else None
+        far = hesscurv.eigsh(H, 30, storage="host", checkpoint=checkpoint, **options)
+        assert far.info["storage"] == "cpu"
+        assert far.eigenvectors.is_pinned() == pinned
+        # Float64 sums in another order, over some hundred blocks.
+        torch.testing.assert_close(far.eigenvalues, near.eigenvalues, rtol=1e-12, atol=1e-14)
+        V = far.eigenvectors.cuda()
+        gaps = (H @ V - V * far.eigenvalues.cuda()).norm(dim=0)
+        assert bool((gaps <= 2e-9 * far.eigenvalues.cuda().abs()).all())
+        assert float((V.mT @ V - torch.eye(30, device="cuda").double()).abs().max()) < 1e-12
+
+
+def test_columns_fetched_ahead_are_whole():
+    """Chunks are used by work that is far slower than the copies, and much faster."""
+    pinned = torch.randn(40, 200_000).pin_memory()
+    chunks = [pinned[:, i : i + 9000] for i in range(0, 200_000, 9000)]
+    load = torch.randn(2048, 2048, device="cuda")
+    for slow in (True, False):
+        found = []
+        with contextlib.closing(prefetched(chunks, load.device, torch.float64)) as parts:
+            for part in parts:
+                if slow:
+                    load = (load @ load).clamp(-1, 1)
+                found.append(part.clone())
+        assert torch.equal(torch.cat(found, dim=1).cpu(), pinned.double())
 
 
 def test_sixty_pairs_of_a_known_spectrum():

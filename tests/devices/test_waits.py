@@ -1,4 +1,4 @@
-"""The host waits for a CUDA device no more often than these bounds say, in any use.
+"""The host waits for a CUDA device, and launches kernels, no more often than these bounds say.
 
 A wait empties the device's queue; between two waits the host can be ahead of it. The bounds are
 what the algorithms need at present, exact where they are a constant.
@@ -40,6 +40,14 @@ def test_a_density_waits_a_few_times_a_step(pretended):
 def test_a_step_between_refreshes_never_waits(pretended, base, mode):
     found = pretended.run(programs.optimizer_step, base, mode)
     assert found["waits"] == found["copies"] == 0
+
+
+@pytest.mark.parametrize(("mode", "launches"), [("update", 8), ("gradient", 6)])
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_a_step_between_refreshes_launches_the_same_few_kernels(pretended, base, mode, launches):
+    # The vector, two products with the basis, the guard, and a subtraction before and after.
+    for hidden in (1, 29):
+        assert 5 <= pretended.run(programs.added_launches, base, mode, hidden) <= launches
 
 
 def test_a_monitor_that_is_not_due_never_waits(pretended):

@@ -75,16 +75,18 @@ def density():
     return counted(use) | {"blocks": len(widths) // 2}
 
 
-def wrapped(base, mode):
-    found = problem("mlp", "cuda")
-    model, batch = found.model, tuple(t.cuda() for t in found.batches[0])
+def wrapped(base, mode, hidden=1):
+    """An optimizer of a net of 2 (hidden + 1) parameters, with a gradient, between refreshes."""
+    layers = [part for _ in range(hidden) for part in (torch.nn.Linear(6, 6), torch.nn.Tanh())]
+    model = torch.nn.Sequential(*layers, torch.nn.Linear(6, 4)).cuda()
+    batch = torch.randn(16, 6, device="cuda"), torch.randint(4, (16,)).cuda()
     inner = {
         "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9),
         "adam": lambda: torch.optim.AdamW(model.parameters(), lr=0.01),
     }[base]()
     warnings.simplefilter("ignore", hesscurv.optim.CurvatureWarning)
     optimizer = hesscurv.optim.PreconditionedOptimizer(
-        inner, model, TASK, found.batches, rank=2, refresh_every=1000, mode=mode
+        inner, model, TASK, [batch], rank=2, refresh_every=1000, mode=mode
     )
 
     def gradient():
@@ -104,6 +106,12 @@ def optimizer_step(base, mode):
     with torch_cuda.waits_refused():
         optimizer.step()
     return counted(optimizer.step)
+
+
+def added_launches(base, mode, hidden):
+    """Kernels of a step between refreshes, less those of the base's own."""
+    optimizer = wrapped(base, mode, hidden)
+    return counted(optimizer.step)["launches"] - counted(optimizer.base.step)["launches"]
 
 
 def monitor_step(due):

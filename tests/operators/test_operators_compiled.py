@@ -49,6 +49,7 @@ def test_a_compiled_model_gives_the_uncompiled_ones_matrix(how, backend):
     assert torch.equal(problem.model(inputs), before)
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("how", HOW)
 def test_a_compiled_model_runs_compiled_afterwards(how):
     torch.compiler.reset()

@@ -35,6 +35,8 @@ SIZES = {"tf32": (1e-5, 2e-2), "bf16": (1e-4, 2e-1)}
 def test_products_have_fewer_digits_and_the_process_its_settings(precision, kind):
     least, most = SIZES[precision]
     for way in ("auto", *KINDS[kind].ways):
+        if way == "linearized_batched" and torch.__version__ < "2.7":
+            continue  # its vmap cannot look at the bits that the pretended cores round
         with TensorCores():
             H = problem().operator(KINDS[kind], precision=precision, way=way)
             try:

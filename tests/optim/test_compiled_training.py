@@ -152,6 +152,7 @@ def test_a_compiled_newton_step_is_one_without_a_compiler():
     assert losses[0] == losses[1]
 
 
+@pytest.mark.usefixtures("compiler")
 def test_a_graph_without_breaks_is_refused_by_name():
     model = net()
     optimizer = precondition(BASES["SGD"](model.parameters()), model)

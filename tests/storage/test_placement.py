@@ -1,5 +1,7 @@
 """Where a basis goes by itself, what is refused, and what the files are."""
 
+import logging
+import math
 import os
 import resource
 import subprocess
@@ -9,8 +11,9 @@ import pytest
 import torch
 
 from hesscurv.linalg.device_memory import device_memory, free_memory
-from hesscurv.storage import placement
+from hesscurv.storage import pinned_memory, placement
 from hesscurv.storage.mapped_files import DiskFullError, mapped_tensor
+from hesscurv.storage.pinned_memory import pinned_if_possible
 from hesscurv.storage.placement import choose_placement
 
 CPU = torch.device("cpu")
@@ -106,6 +109,85 @@ def test_what_was_asked_for_is_not_replaced(machine, tmp_path):
     assert choose(tmp_path, torch.bfloat16).dtype == torch.bfloat16
     with pytest.raises(ValueError, match="at least 200 vectors"):
         choose("cpu", least=200, wanted=200)
+
+
+def test_the_host_has_two_names(machine):
+    machine(host=1000, gpu=1000)
+    for device, kind in ((torch.device("cuda"), "cpu"), (CPU, "device")):
+        places = [choose(name, device=device) for name in ("host", "cpu")]
+        assert places[0] == places[1]
+        assert places[0].kind == kind
+        assert not places[0].chosen
+
+
+@pytest.mark.parametrize("storage", ["cuda", "gpu", "ram", "disk"])
+def test_what_looks_like_no_folder_is_refused(storage):
+    with pytest.raises(ValueError, match=rf"'host', 'device', 'cpu' .* say './{storage}'"):
+        choose(storage)
+
+
+@pytest.fixture
+def pins(monkeypatch):
+    """Pretend that so many bytes are free, and note which tensors are to be pinned."""
+    noted = []
+
+    def noting(shape, *, dtype, device, pin_memory=False):
+        noted.append(pin_memory)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    def set_free(nbytes):
+        noted.clear()
+        monkeypatch.setattr(pinned_memory, "free_memory", lambda device: nbytes)
+        return noted
+
+    monkeypatch.setattr(pinned_memory.torch, "empty", noting)
+    return set_free
+
+
+@pytest.mark.parametrize(
+    ("rows", "beside", "sharing", "needed"),
+    [
+        (8, 0, 1, 32 * 1024),  # 32,000 bytes, rounded up to a power of two
+        (9, 0, 1, 64 * 1024),
+        (8, 1000, 1, 32 * 1024 + 1000),
+        (8, 1000, 3, 3 * (32 * 1024 + 1000)),
+    ],
+)
+def test_as_much_is_pinned_as_leaves_room_for_the_rest(pins, caplog, rows, beside, sharing, needed):
+    def allocate():
+        return pinned_if_possible((rows, DIM), torch.float32, beside=beside, sharing=sharing).shape
+
+    with caplog.at_level(logging.DEBUG, "hesscurv"):
+        noted = pins(math.ceil(needed / 0.9) + 1)
+        assert allocate() == (rows, DIM)
+        assert (noted, caplog.records) == ([True], [])
+        noted = pins(int(needed / 0.9) - 10)
+        assert allocate() == (rows, DIM)
+    assert noted == [False]
+    assert [record.levelname for record in caplog.records] == ["DEBUG"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine that cannot pin memory")
+def test_where_nothing_can_be_pinned_memory_is_pageable(caplog):
+    with caplog.at_level(logging.DEBUG, "hesscurv"):
+        assert not pinned_if_possible((2, 3), torch.float32).is_pinned()
+    assert "not pinned" in caplog.text
+
+
+def test_the_slabs_for_a_gpu_leave_room_for_the_rest_of_the_plan(monkeypatch):
+    asked = []
+
+    def noting(shape, dtype, **options):
+        asked.append((shape, options))
+        return torch.zeros(shape, dtype=dtype)
+
+    monkeypatch.setattr(placement, "pinned_if_possible", noting)
+    place = placement.Placement("cpu", torch.float16, torch.device("cuda"), 10, DIM, sharing=2)
+    place.allocate(4)
+    assert asked == [((4, DIM), {"beside": 6 * DIM * 2, "sharing": 2})]
+    placement.Placement("cpu", torch.float32, CPU, 10, DIM).allocate(4)
+    placement.Placement("device", torch.float32, CPU, 10, DIM).allocate(4)
+    assert len(asked) == 1
 
 
 def test_what_products_take_is_left_free(machine):

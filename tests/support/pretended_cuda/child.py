@@ -148,6 +148,7 @@ def serve() -> None:
             answer = (False, traceback.format_exc())
         finally:
             torch_cuda.set_limit(None)
+            torch_cuda.set_pinnable(None)
             torch.cuda.set_sync_debug_mode("default")
         pickle.dump(answer, answers)
         answers.flush()

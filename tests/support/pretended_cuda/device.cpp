@@ -5,7 +5,8 @@
 // device among the arguments, generators of the CPU. After it, the result says "cuda" again.
 // Counted are kernel launches, copies to and from the host, waits and allocations.
 //
-// It cannot show: speed, streams (all work is in order), cuDNN and its precision (TF32), kernels that
+// It cannot show: speed, streams (all work is in order, but copies of other streams than the default one
+// run as late as they may: streams.py), cuDNN and its precision (TF32), kernels that
 // add in another order on every run, dtypes that CUDA lacks.
 //
 // The library must be loaded before torch looks for CUDA (LD_PRELOAD): torch asks once. It talks to
@@ -86,6 +87,8 @@ Tensor copy_from_and_resize(const Tensor& self, const Tensor& to) {
   auto out = to;
   return copy_(out, self, false);
 }
+
+void record_stream(Tensor&, c10::Stream) {}  // memory is given away when nobody has it any more
 
 at::Scalar local_scalar_dense(const Tensor& tensor) {
   wait_for("item_reads", "item");
@@ -253,16 +256,31 @@ class Call {
   std::vector<std::pair<Tensor, Tensor>> grown_;
 };
 
+// Of operations on lists (_foreach_add_, ...): one kernel for all, if each list has one dtype and the
+// tensors that belong together have the same strides; else one a tensor, as CUDA falls back to.
+int64_t launches_of(const std::vector<std::vector<Tensor>>& lists) {
+  for (const auto& list : lists)
+    for (size_t i = 0; i < list.size(); ++i) {
+      const bool one_dtype = list[i].scalar_type() == list[0].scalar_type();
+      if (!one_dtype || (i < lists[0].size() && list[i].numel() > 1 && list[i].strides() != lists[0][i].strides()))
+        return static_cast<int64_t>(lists[0].size());
+    }
+  return 1;
+}
+
 void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& arguments = op.schema().arguments();
   const auto begin = stack->size() - arguments.size();
   Call call(op);
+  std::vector<std::vector<Tensor>> lists;
   for (auto i = begin; i < stack->size(); ++i) {
     const auto& value = (*stack)[i];
     if (value.isTensor()) call.find_device(value.toTensor());
     if (value.isDevice()) call.find_device(value.toDevice());
-    if (value.isTensorList())
-      for (const Tensor& tensor : value.toTensorVector()) call.find_device(tensor);
+    if (value.isTensorList()) {
+      lists.push_back(value.toTensorVector());
+      for (const Tensor& tensor : lists.back()) call.find_device(tensor);
+    }
     if (value.isOptionalTensorList())
       for (const OptionalTensor& tensor : value.toOptionalTensorVector())
         if (tensor) call.find_device(*tensor);
@@ -271,7 +289,8 @@ void run_on_host(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     (*stack)[begin + i] = call.exchange((*stack)[begin + i], arguments[i]);
   const auto& name = op.schema().name();
   if (kWait.count(name)) wait_for("waiting_operations", name);
-  count("launches");
+  const bool on_lists = name.rfind("aten::_foreach_", 0) == 0;
+  count("launches", on_lists ? launches_of(lists) : 1);
   count(name);
   op.redispatchBoxed(c10::DispatchKeySet(c10::DispatchKey::CPU), stack);
   call.resize_grown();
@@ -300,6 +319,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   m.impl("_copy_from", copy_from);
   m.impl("_copy_from_and_resize", copy_from_and_resize);
   m.impl("_local_scalar_dense", local_scalar_dense);
+  m.impl("record_stream", record_stream);
   m.impl("view", view);
   m.impl("as_strided", as_strided);
   m.impl("_reshape_alias", reshape_alias);
@@ -316,6 +336,12 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
   // As a whole on the host: their parts choose kernels of CUDA that have no CPU kernel of the same name.
   m.impl("convolution", torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
   m.impl("convolution_backward", torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+  // Likewise operations on lists, whose parts would each be counted.
+  for (const auto& op : c10::Dispatcher::singleton().getAllOpNames())
+    if (op.name.rfind("aten::_foreach_", 0) == 0 && op.overload_name.find("out") == std::string::npos) {
+      const auto name = op.name.substr(6) + (op.overload_name.empty() ? "" : "." + op.overload_name);
+      m.impl(name.c_str(), torch::CppFunction::makeFromBoxedFunction<&run_on_host>());
+    }
 }
 
 TORCH_LIBRARY(pretended_cuda, m) {
@@ -338,6 +364,10 @@ TORCH_LIBRARY(pretended_cuda, m) {
     limit_bytes = bytes > 0 ? bytes : kBytes;
   });
   m.def("limit", [] { return limit_bytes; });
+  m.def("set_pinnable", [](int64_t bytes) {
+    std::lock_guard<std::mutex> guard(mutex);
+    pinnable_bytes = bytes >= 0 ? bytes : kBytes;
+  });
   m.def("synchronize", [] { wait_for("synchronizations", "synchronize"); });
   m.def("set_sync_debug_mode", [](int64_t mode) { sync_debug_mode = mode; });
   m.def("sync_debug_mode", [] { return sync_debug_mode.load(); });

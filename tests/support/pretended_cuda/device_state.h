@@ -29,7 +29,7 @@ c10::DeviceIndex index_of(c10::Device device) {
 
 std::mutex mutex;
 std::map<std::string, int64_t> counts;
-int64_t limit_bytes = kBytes, used_bytes = 0, peak_bytes = 0;
+int64_t limit_bytes = kBytes, used_bytes = 0, peak_bytes = 0, pinnable_bytes = kBytes;
 std::atomic<int64_t> sync_debug_mode{0};  // as torch.cuda.set_sync_debug_mode: 0, 1 warn, 2 error
 
 void count(const std::string& what, int64_t n = 1) {
@@ -85,9 +85,50 @@ struct DeviceAllocator final : c10::Allocator {
 };
 DeviceAllocator allocator;
 
+// Page-locked memory of the host: ordinary memory, whose addresses are known.
+struct PinnedAllocator final : c10::Allocator {
+  static std::map<const char*, int64_t>& blocks() {  // bytes by their first address
+    static auto* all = new std::map<const char*, int64_t>;  // outlives every tensor
+    return *all;
+  }
+  static void release(void* pointer) {
+    {
+      std::lock_guard<std::mutex> guard(mutex);
+      blocks().erase(static_cast<const char*>(pointer));
+    }
+    free(pointer);
+  }
+  static bool has(const void* pointer) {
+    const auto* at_byte = static_cast<const char*>(pointer);
+    std::lock_guard<std::mutex> guard(mutex);
+    auto next = blocks().upper_bound(at_byte);
+    if (next == blocks().begin()) return false;
+    const auto& [begin, bytes] = *std::prev(next);
+    return at_byte < begin + bytes;
+  }
+  c10::DataPtr allocate(size_t n) override {
+    const auto bytes = static_cast<int64_t>(n);
+    void* pointer = n ? aligned_alloc(64, (n + 63) / 64 * 64) : nullptr;
+    if (pointer) {
+      memset(pointer, 0xff, n);
+      std::lock_guard<std::mutex> guard(mutex);
+      int64_t pinned = bytes;
+      for (const auto& block : blocks()) pinned += block.second;
+      if (pinned > pinnable_bytes) free(pointer);
+      TORCH_CHECK(pinned <= pinnable_bytes, "CUDA error: out of memory (pretended), pinning ", bytes, " bytes");
+      blocks()[static_cast<const char*>(pointer)] = bytes;
+    }
+    return {pointer, pointer, &release, c10::DeviceType::CPU};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return nullptr; }
+  void copy_data(void* to, const void* from, std::size_t n) const override { memcpy(to, from, n); }
+};
+PinnedAllocator pinned_allocator;
+
 // -- the device and its generators ---------------------------------------------------------------
 
 // One stream in which everything is done when the call returns: events and streams have nothing to do.
+// (Copies on other streams are held back in Python, see streams.py.)
 struct DeviceGuard final : c10::impl::DeviceGuardImplInterface {
   using Device = c10::Device;
   using Stream = c10::Stream;
@@ -101,6 +142,7 @@ struct DeviceGuard final : c10::impl::DeviceGuardImplInterface {
   void setDevice(Device device) const override { current_device = device.index(); }
   void uncheckedSetDevice(Device device) const noexcept override { current_device = device.index(); }
   Stream getStream(Device device) const override { return Stream(Stream::DEFAULT, device); }
+  Stream getNewStream(Device device, int) const override { return getStream(device); }
   Stream getDefaultStream(Device device) const override { return getStream(device); }
   Stream exchangeStream(Stream stream) const override { return getStream(stream.device()); }
   c10::DeviceIndex deviceCount() const noexcept override { return kDevices; }
@@ -164,8 +206,8 @@ struct CUDAHooks final : at::CUDAHooksInterface {
   int getNumGPUs() const override { return kDevices; }
   c10::DeviceIndex current_device() const override { return ::current_device; }
   c10::DeviceIndex getCurrentDevice() const override { return ::current_device; }
-  bool isPinnedPtr(const void*) const override { return false; }
-  at::Allocator* getPinnedMemoryAllocator() const override { return c10::GetCPUAllocator(); }
+  bool isPinnedPtr(const void* pointer) const override { return PinnedAllocator::has(pointer); }
+  at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_allocator; }
   at::Device getDeviceFromPtr(void*) const override { return {c10::DeviceType::CUDA, ::current_device}; }
   const at::Generator& getDefaultGenerator(c10::DeviceIndex index) const override { return default_generator(index); }
   at::Generator getNewGenerator(c10::DeviceIndex index) const override {

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from support.pretended_cuda import streams
 
 NAME = "pretended CUDA device"
 
@@ -73,6 +74,11 @@ def set_limit(bytes_: int | None) -> None:
         bytes_: Of both devices together; None sets the 8 GiB that it begins with.
     """
     _device().set_limit(bytes_ or 0)
+
+
+def set_pinnable(bytes_: int | None) -> None:
+    """Set how much host memory can be pinned in all; None sets the 8 GiB that it begins with."""
+    _device().set_pinnable(-1 if bytes_ is None else bytes_)
 
 
 @contextmanager
@@ -164,11 +170,16 @@ def _replacements() -> dict[str, Any]:
         "is_current_stream_capturing": lambda: False,
         "device_count": device.device_count,
         "current_device": device.current_device,
+        "Stream": streams.Stream,
+        "Event": streams.Event,
+        "stream": streams.stream,
+        "current_stream": streams.current_stream,
+        "default_stream": streams.default_stream,
         "set_device": lambda index: device.exchange_device(_index(index)),
         "get_device_name": lambda _=None: NAME,
         "get_device_capability": lambda _=None: (8, 0),
         "get_device_properties": properties,
-        "synchronize": lambda _=None: device.synchronize(),
+        "synchronize": streams.synchronize,
         "empty_cache": lambda: None,
         "mem_get_info": lambda _=None: (free(), device.limit()),
         "memory_allocated": lambda _=None: used(),
