@@ -82,7 +82,7 @@ def block_size(W_bD: Tensor, across: Reduction | None = None) -> BlockSize:
         zeros = torch.zeros(2 + len(W_bD), dtype=torch.float64, device="cpu")
         return BlockSize(zeros, across)
     bounds = torch.stack(W_bD.aminmax()).double()
-    return BlockSize(torch.cat([bounds, _norms(W_bD)]), across)
+    return BlockSize(torch.cat([bounds, norms_on_device(W_bD)]), across)
 
 
 def column_norms(W_bD: Tensor, across: Reduction | None = None) -> Tensor:
@@ -92,11 +92,12 @@ def column_norms(W_bD: Tensor, across: Reduction | None = None) -> Tensor:
         W_bD: Shape (b, D).
         across: Where every process holds some entries of all vectors: how they sum up.
     """
-    norms = _norms(W_bD).cpu()
+    norms = norms_on_device(W_bD).cpu()
     return norms if across is None else across.sum_(norms.square_()).sqrt_()
 
 
-def _norms(W_bD: Tensor) -> Tensor:
+def norms_on_device(W_bD: Tensor) -> Tensor:
+    """Return the norms of long vectors, shape (b,), float64 where the vectors are: no wait."""
     # One at a time: in another dtype than the vectors', a norm takes a copy of what it is given.
     rows = [torch.linalg.vector_norm(w_D, dtype=torch.float64) for w_D in W_bD]
     return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.float64, device=W_bD.device)

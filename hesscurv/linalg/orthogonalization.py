@@ -205,11 +205,12 @@ def _begin_ahead_(
     T_bb = torch.linalg.solve_triangular(L_bb, eye_bb, upper=False) / norms_b
     rotate_(W_bD, torch.where(safe, T_bb, eye_bb).mT)
     R_bb = torch.where(safe, L_bb.mT * norms_b, eye_bb)
+    measured_pb = measured_pb.to(device)
     correction_mb = measured_pb[:0]
     if slabs:
         with full_precision(device):
             correction_mb = _subtract_projection_(W_bD, slabs, None)
-    small = [measured_pb.to(device), R_bb, correction_mb, _products(W_bD, W_bD)]
+    small = [measured_pb, R_bb, correction_mb, _products(W_bD, W_bD)]
     decided = torch.stack([exponent.double(), safe.double()])
     numbers = torch.cat([size.numbers, decided, *(t.flatten() for t in small)]).cpu()
     size.take(numbers[: 2 + b])
@@ -362,9 +363,7 @@ def _subtract_projection_(
     return C_mb
 
 
-def _subtract_(
-    W_bD: Tensor, slab_mD: Tensor, C_mb: Tensor, factor: Tensor | None = None
-) -> None:
+def _subtract_(W_bD: Tensor, slab_mD: Tensor, C_mb: Tensor, factor: Tensor | None = None) -> None:
     C_bm = to_device_of(C_mb.mT, W_bD)
     if factor is not None:
         C_bm = C_bm * factor.to(C_bm.dtype)
