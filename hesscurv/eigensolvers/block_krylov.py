@@ -173,7 +173,7 @@ def block_krylov(
             with ranks.together("looking at the disk"):
                 check_disk(checkpoint, placement, k, block, ranks.size)
         space = KrylovSpace(H, k, tol, block, placement, generator, which)
-        with Progress(k, progress) as bar:
+        with H.solving(), Progress(k, progress) as bar:
             bar.say(str(placement), unusual=placement.is_unusual(H.dtype))
             most = 20 * k + 1000 if max_matvecs is None else max_matvecs
             run = KrylovRun(space, most, verify, bar, journal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
@@ -30,10 +31,12 @@ class CountedOperator(LinearOperator):
         super().__init__(H.shape[0], H.dtype, H.device)
         self.layout = getattr(H, "layout", None)
         self._operator, self._in_range = H, False
+        self._solve = ExitStack()
         self._bar = tqdm(total=total, desc=description, unit=" products", disable=not progress)
 
     def __enter__(self) -> CountedOperator:
-        """Return the operator."""
+        """Return the operator; products are looked at here, for NaN and inf."""
+        self._solve.enter_context(self._operator.solving())
         return self
 
     def __exit__(
@@ -44,6 +47,7 @@ class CountedOperator(LinearOperator):
     ) -> None:
         """Close the bar; at the end of a solve that went well, have its products confirmed."""
         self._bar.close()
+        self._solve.close()
         if kind is None:
             self._operator.confirm()
 
@@ -52,10 +56,6 @@ class CountedOperator(LinearOperator):
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
         out = self._operator @ vectors_DB
-        # An operator that looks at its vectors within a product has looked at the product as well.
-        if self._operator.checks_late and self._in_range:
-            self._bar.update(out.shape[1])
-            return out
         # One reading of the block finds NaN as well as inf, without a mask of its size.
         largest = float(torch.stack(out.aminmax()).abs().max())  # NaN propagates
         if not math.isfinite(largest):

@@ -49,7 +49,8 @@ def is_bounded_by_filter(
 
     def multiply(y_1D: Tensor) -> Tensor:
         """Return (B - center) y / half."""
-        out_1D, _ = space.multiply(y_1D)
+        out_1D, size = space.multiply(y_1D)
+        space.require_usable(size, space.scale)
         project_out_(out_1D, space.basis.slabs(0, m), across=space.across)
         out_1D *= side
         if len(S):

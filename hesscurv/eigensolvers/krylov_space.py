@@ -246,34 +246,39 @@ class KrylovSpace:
     # -- steps ----------------------------------------------------------------------------------
 
     def multiply(self, block_bD: Tensor) -> tuple[Tensor, BlockSize]:
-        """Return H times vectors (b, D), of which this process has its entries; count them."""
-        W_bD, size = self.product(block_bD, self._scale)
-        self.num_matvecs += len(block_bD)
-        return W_bD, size
+        """Return H times vectors (b, D), of which this process has its entries; count them.
 
-    def product(self, block_bD: Tensor, scale: float = 0.0) -> tuple[Tensor, BlockSize]:
-        """Return H times vectors (b, D), of which this process has its entries, uncounted.
+        The caller passes their size to `require_usable`, when it has been read.
+        """
+        W_bD = self.product(block_bD)
+        self.num_matvecs += len(block_bD)
+        return W_bD, block_size(W_bD, self.across)
+
+    def product(self, block_bD: Tensor) -> Tensor:
+        """Return H times vectors (b, D), of which this process has its entries, uncounted."""
+        return self.H.product_rows(block_bD.mT).mT.contiguous()
+
+    def require_usable(self, size: BlockSize, scale: float) -> None:
+        """Refuse the last products where nothing can be computed with them.
 
         Args:
-            block_bD: The vectors.
+            size: Theirs.
             scale: The largest norm of a product before: where that is of a usual size, these may be
                 of any.
 
         Raises:
-            ValueError: If it has NaN or inf entries.
-            RangeError: If squares of the first products leave the range of the dtype.
+            ValueError: If they have NaN or inf entries.
+            RangeError: If squares of them leave the range of the dtype.
         """
-        W_bD = self.H.product_rows(block_bD.mT).mT.contiguous()
-        size = block_size(W_bD, self.across)
         if not math.isfinite(size.largest):
-            first = self.num_matvecs
+            last = self.num_matvecs
             raise ValueError(
-                f"products {first} to {first + len(block_bD)} with the operator have NaN or inf "
-                "entries; check the operator's products, or compute in float64"
+                f"products {last - len(size.norms)} to {last} with the operator have NaN or inf "
+                "entries; check the operator's products (overflow, sqrt or norm at zero in a "
+                "loss), or compute in float64"
             )
         if not SAFE_RANGE[0] < max(scale, *size.norms) < SAFE_RANGE[1]:
             require_range(size.largest)
-        return W_bD, size
 
     def expand(self, size: int) -> int:
         """Multiply the first `size` pending vectors; return how many new directions came of it.
@@ -285,27 +290,34 @@ class KrylovSpace:
         if not 1 <= size <= rows - m:
             raise ValueError(f"expected 1 <= size <= {rows - m} pending vectors, got {size}")
         W_BD, found = self.multiply(self.basis.block(m, m + size))
-        self._scale = max(self._scale, *found.norms)
+        if found.is_read or self.is_full:
+            self.require_usable(found, self._scale)
         if self.is_full:
             C, R = (
-                project_out_(W_BD, self.basis.slabs(), across=self.across),
+                project_out_(W_BD, self.basis.slabs(), across=self.across).cpu(),
                 torch.zeros(0, size, dtype=torch.float64, device="cpu"),
             )
         else:
-            floor = self.eps * self._scale
+            floor = self.eps * (max(self._scale, *found.norms) if found.is_read else self._scale)
             # E^T H S is (S^T H E)^T, and S^T H E is a part of A.
             known = self.A[m : m + size].mT
-            Q_rD, C, R = orthonormalize_against_(
-                W_BD,
-                self.basis.slabs(),
-                floor=floor,
-                known_nb=known,
-                size=found,
-                across=self.across,
-            )
+            try:
+                Q_rD, C, R = orthonormalize_against_(
+                    W_BD,
+                    self.basis.slabs(),
+                    floor=floor,
+                    known_nb=known,
+                    size=found,
+                    across=self.across,
+                )
+            except ValueError:
+                self.require_usable(found, self._scale)
+                raise
+            self.require_usable(found, self._scale)
             # Where the whole space is nearly spanned, rounding may look like further directions.
             Q_rD, R = Q_rD[: self.dim - rows], R[: self.dim - rows]
             self._append(Q_rD)
+        self._scale = max(self._scale, *found.norms)
         self._note_asymmetry(C[:m], self.A[m : m + size])
         A = torch.zeros(self.basis.size, m + size, dtype=torch.float64, device="cpu")
         A[:rows, :m] = self.A

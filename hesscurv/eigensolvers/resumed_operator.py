@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.eigensolvers.krylov_space import KrylovSpace
+from hesscurv.linalg.block_norms import block_size
 from hesscurv.linalg.orthogonalization import inner_products
 from hesscurv.linalg.precision import full_precision
 
@@ -50,7 +51,8 @@ def require_same_operator(space: KrylovSpace, folder: str | os.PathLike[str]) ->
     c_m /= c_m.norm()
     count = space.H.num_matvecs
     try:
-        W_1D, _ = space.product(_combination(space, c_m))
+        W_1D = space.product(_combination(space, c_m))
+        space.require_usable(block_size(W_1D, space.across), 0.0)
     finally:
         space.H.num_matvecs = count
     pieces = [inner_products(slab, W_1D, space.across) for slab in space.basis.slabs(0, m)]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from contextlib import closing
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from hesscurv.linalg.transfers import prefetched, to_device_of
 _CHUNK_NUMEL = 2**23  # entries of one chunk of a basis: bounds what a cast to W's dtype takes
 _SUM_LENGTH = 4096  # products summed in W's dtype before the sum goes on in float64
 _MAX_PASSES = 12  # a block of condition 1/eps takes 4 or 5
+_SAFE_PIVOT = 0.1  # of a Gram matrix of unit diagonal
 
 
 def orthonormalize_(W_bD: Tensor, *, floor: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -112,21 +114,14 @@ def orthonormalize_against_(
     if W_bD.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"expected float32 or float64 vectors, got {W_bD.dtype}; cast them first")
     _check_slabs(W_bD, slabs)
-    scale, norms = _normalize_scale_(W_bD, size or block_size(W_bD, across), across)
-    eps = torch.finfo(W_bD.dtype).eps
+    size = size or block_size(W_bD, across)
     if known_nb is None:
         known_nb = torch.zeros(0, W_bD.shape[0], dtype=torch.float64, device="cpu")
-    negligible = eps * max(norms, default=0.0)
-    taken_nb, measured_pb = _subtract_known_(W_bD, slabs, known_nb / scale, negligible, across)
-    # What was found is read with the Gram matrix of what is left: a GPU is waited for once.
-    measured_pb, G_bb = _read(measured_pb, _products(W_bD, W_bD), across)
-    C_mb = torch.cat([taken_nb, measured_pb])
-    # The rounding error of sums of m terms that cancel was measured as 0.2 sqrt(m) eps ||w||.
-    noise = (4 + math.sqrt(C_mb.shape[0]) / 2) * eps * max(norms, default=0.0)
-    threshold = max(floor / scale, noise)
-    start_bb = torch.eye(W_bD.shape[0], dtype=torch.float64, device="cpu")
-    Q_rD, R_rb = _factor_(W_bD, G_bb, start_bb, threshold, across)
-    for _ in range(_MAX_PASSES):
+    begin_ = _begin_ if size.is_read or across is not None or len(W_bD) == 0 else _begin_ahead_
+    begun = begin_(W_bD, slabs, floor, known_nb, size, across)
+    scale, threshold, C_mb, R_rb, G_bb, again = begun
+    Q_rD, R_rb = _factor_(W_bD, G_bb, R_rb, threshold, across)
+    for _ in range(_MAX_PASSES if again else 0):
         if C_mb.shape[0] == 0 or Q_rD.shape[0] == 0:
             break
         with full_precision(Q_rD.device):
@@ -138,6 +133,105 @@ def orthonormalize_against_(
         if correction_mr.norm(dim=0).max() < 0.1:
             break
     return Q_rD, C_mb * scale, R_rb * scale
+
+
+class _Begun(NamedTuple):
+    """A block W after its first projections: ``W = scale (B C + P R)``, P in W's place."""
+
+    scale: float
+    threshold: float  # what counts as zero, relative to the scale
+    C_mb: Tensor
+    R_bb: Tensor
+    G_bb: Tensor  # P^T P
+    again: bool  # whether to project once more when P is orthonormal
+
+
+def _noise(m: int, dtype: torch.dtype) -> float:
+    # The rounding error of sums of m terms that cancel was measured as 0.2 sqrt(m) eps ||w||.
+    return (4 + math.sqrt(m) / 2) * torch.finfo(dtype).eps
+
+
+def _begin_(
+    W_bD: Tensor,
+    slabs: Sequence[Tensor],
+    floor: float,
+    known_nb: Tensor,
+    size: BlockSize,
+    across: Reduction | None,
+) -> _Begun:
+    """Project a block once: P = W - B C."""
+    scale, norms = _normalize_scale_(W_bD, size, across)
+    largest = max(norms, default=0.0)
+    negligible = torch.finfo(W_bD.dtype).eps * largest
+    taken_nb, measured_pb = _subtract_known_(W_bD, slabs, known_nb / scale, negligible, across)
+    # What was found is read with the Gram matrix of what is left: a GPU is waited for once.
+    measured_pb, G_bb = _read(measured_pb, _products(W_bD, W_bD), across)
+    C_mb = torch.cat([taken_nb, measured_pb])
+    threshold = max(floor / scale, _noise(len(C_mb), W_bD.dtype) * largest)
+    start_bb = torch.eye(W_bD.shape[0], dtype=torch.float64, device="cpu")
+    return _Begun(scale, threshold, C_mb, start_bb, G_bb, True)
+
+
+def _begin_ahead_(
+    W_bD: Tensor,
+    slabs: Sequence[Tensor],
+    floor: float,
+    known_nb: Tensor,
+    size: BlockSize,
+    across: Reduction | None,
+) -> _Begun:
+    """Do as `_begin_`, orthonormalise by Cholesky and project again, before a look at any number.
+
+    A GPU is waited for once. Where the Cholesky factor is not safe, which the device decides, the
+    block is projected twice and left as it is.
+    """
+    eps, (b, device) = torch.finfo(W_bD.dtype).eps, (len(W_bD), W_bD.device)
+    # A power of two again, of exponent 0 for blocks of a usual size.
+    exponent = torch.frexp(size.numbers[:2].abs().max()).exponent.clamp(-100, 100)
+    exponent = torch.where(exponent.abs() <= 16, 0, exponent)
+    shrink = torch.ldexp(torch.ones((), dtype=torch.float64, device=device), -exponent)
+    W_bD.mul_(shrink.to(W_bD.dtype))
+    # The norm of what is known is at most W's, which is not at hand.
+    negligible = eps * float(known_nb.norm(dim=0).max()) if known_nb.numel() else 0.0
+    taken_nb, measured_pb = _subtract_known_(W_bD, slabs, known_nb, negligible, None, shrink)
+    G_bb = _products(W_bD, W_bD)
+    noise = _noise(sum(map(len, slabs)), W_bD.dtype) * size.numbers[2:].max()
+    eye_bb = torch.eye(b, dtype=torch.float64, device=device)
+    norms_b = G_bb.diagonal().clamp(min=0).sqrt()
+    kept = (norms_b > noise.clamp(min=floor) * shrink).all()
+    norms_b = torch.where(kept, norms_b, 1.0)
+    L_bb, info = torch.linalg.cholesky_ex(G_bb / torch.outer(norms_b, norms_b))
+    safe = kept & (info == 0) & (L_bb.diagonal().min() > _SAFE_PIVOT)
+    T_bb = torch.linalg.solve_triangular(L_bb, eye_bb, upper=False) / norms_b
+    rotate_(W_bD, torch.where(safe, T_bb, eye_bb).mT)
+    R_bb = torch.where(safe, L_bb.mT * norms_b, eye_bb)
+    measured_pb = measured_pb.to(device)
+    correction_mb = measured_pb[:0]
+    if slabs:
+        with full_precision(device):
+            correction_mb = _subtract_projection_(W_bD, slabs, None)
+    small = [measured_pb, R_bb, correction_mb, _products(W_bD, W_bD)]
+    decided = torch.stack([exponent.double(), safe.double()])
+    numbers = torch.cat([size.numbers, decided, *(t.flatten() for t in small)]).cpu()
+    size.take(numbers[: 2 + b])
+    _require_finite(size)
+    rest = numbers[4 + b :].split([t.numel() for t in small])
+    measured_pb, R_bb, correction_mb, G_bb = (
+        t.view(like.shape) for t, like in zip(rest, small, strict=True)
+    )
+    scale = 2.0 ** float(numbers[2 + b])
+    largest = max(size.norms) / scale
+    C_mb = torch.cat([taken_nb / scale, measured_pb])
+    # Of vectors that are no unit vectors, the correction says nothing.
+    enough = numbers[3 + b] > 0 and bool((correction_mb.norm(dim=0) < 0.1).all())
+    return _Begun(
+        scale,
+        max(floor / scale, _noise(len(C_mb), W_bD.dtype) * largest),
+        C_mb + correction_mb @ R_bb if slabs else C_mb,
+        R_bb,
+        G_bb,
+        not enough,
+    )
 
 
 def project_out_(
@@ -161,8 +255,8 @@ def project_out_(
         across: As in `orthonormalize_against_`.
 
     Returns:
-        C, shape (m, b), float64 on the CPU: the coefficients of all passes summed, so that
-        ``W_before = B C + W_after``.
+        C, shape (m, b), float64, on W's device, so that a GPU is not waited for, or, summed over
+        processes, on the CPU: the coefficients of all passes, ``W_before = B C + W_after``.
 
     Raises:
         ValueError: If W is not a matrix, or a slab does not fit it.
@@ -170,12 +264,12 @@ def project_out_(
     Cost: 2 m b D multiply-adds and two readings of the basis for each pass.
     """
     _check_slabs(W_bD, slabs)
-    device = W_bD.device if across is None and slabs else "cpu"
+    device = W_bD.device if across is None else "cpu"
     C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64, device=device)
     with full_precision(W_bD.device):
         for _ in range(passes if slabs else 0):
             C_mb += _subtract_projection_(W_bD, slabs, across)
-    return C_mb.cpu()
+    return C_mb
 
 
 def inner_products(A_mD: Tensor, B_bD: Tensor, across: Reduction | None = None) -> Tensor:
@@ -269,8 +363,10 @@ def _subtract_projection_(
     return C_mb
 
 
-def _subtract_(W_bD: Tensor, slab_mD: Tensor, C_mb: Tensor) -> None:
+def _subtract_(W_bD: Tensor, slab_mD: Tensor, C_mb: Tensor, factor: Tensor | None = None) -> None:
     C_bm = to_device_of(C_mb.mT, W_bD)
+    if factor is not None:
+        C_bm = C_bm * factor.to(C_bm.dtype)
     entries = chunk_entries(W_bD.device, _CHUNK_NUMEL)
     chunk = max(_SUM_LENGTH, entries // max(slab_mD.shape[0], 1))
     ranges = [slice(start, start + chunk) for start in range(0, W_bD.shape[1], chunk)]
@@ -286,8 +382,12 @@ def _subtract_known_(
     known_nb: Tensor,
     negligible: float,
     across: Reduction | None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Subtract the basis times coefficients, given for its first n vectors and else measured.
+
+    Args:
+        factor: On W's device, what the given coefficients are to be multiplied by.
 
     Returns:
         What was subtracted: of the first n, (n, b), float64 on the CPU, and of the others, see
@@ -298,7 +398,7 @@ def _subtract_known_(
         for slab_mD in slabs:
             known = known_nb[start : start + len(slab_mD)]
             for low, high in _runs((known.abs() > negligible).any(dim=1)):
-                _subtract_(W_bD, slab_mD[low:high], known[low:high])
+                _subtract_(W_bD, slab_mD[low:high], known[low:high], factor)
                 taken_nb[start + low : start + high] = known[low:high]
             if len(known) < len(slab_mD):
                 rest.append(slab_mD[len(known) :])
@@ -382,7 +482,7 @@ def _whitening(G: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """
     n = len(G)
     L, info = torch.linalg.cholesky_ex(G)
-    if info == 0 and L.diagonal().min() > 0.1:
+    if info == 0 and L.diagonal().min() > _SAFE_PIVOT:
         return torch.linalg.solve_triangular(
             L, torch.eye(n, dtype=G.dtype, device="cpu"), upper=False
         ), L.mT
@@ -399,17 +499,21 @@ def _normalize_scale_(
     Returns:
         The power, and the norms of W's vectors after the division.
     """
+    _require_finite(size)
     largest = size.largest
-    if not math.isfinite(largest):
-        raise ValueError(
-            "expected finite vectors, got NaN or inf entries; check the operator's products"
-        )
     exponent = math.frexp(largest)[1]
     if largest == 0 or abs(exponent) <= 16:
         return 1.0, size.norms
     exponent = max(-100, min(100, exponent))
     W_bD.mul_(2.0**-exponent)
     return 2.0**exponent, column_norms(W_bD, across).tolist()
+
+
+def _require_finite(size: BlockSize) -> None:
+    if not math.isfinite(size.largest):
+        raise ValueError(
+            "expected finite vectors, got NaN or inf entries; check the operator's products"
+        )
 
 
 def _check_slabs(W_bD: Tensor, slabs: Sequence[Tensor]) -> None:

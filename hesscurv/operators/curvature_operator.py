@@ -6,6 +6,7 @@ import gc
 import logging
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -143,6 +144,7 @@ class CurvatureOperator(SummedOperator):
         self._kept: dict[tuple[int, str], Linearization] = {}
         self.agreement = Agreement(self.ways[0], self.loops)
         self._record: Combination | None = None  # of all products that the reference has not given
+        self._solving = False
         self._checking = check
         self.compares = check or way == "auto"  # ways with the reference, on every micro-batch
         self._count_together("the first pass over the batches")
@@ -188,12 +190,24 @@ class CurvatureOperator(SummedOperator):
 
     def _accumulate(self, vectors_BD: Tensor) -> Tensor:
         out_BD, way = multiply_compared(self, vectors_BD)
-        require_finite_product(self, vectors_BD, out_BD)  # before any of it is added to the record
+        if not self._solving:
+            # Before any of it is added to the record, which a solver's own look ends with.
+            require_finite_product(self, vectors_BD, out_BD)
         if way != self.ways[0]:
             if self._record is None:
                 self._record = Combination(self.layout, vectors_BD)
             self._record.add(vectors_BD, out_BD)
         return out_BD
+
+    @contextmanager
+    def solving(self) -> Iterator[None]:
+        """Leave the look at products to the solver, where it would take a wait for a GPU."""
+        before, self._solving = self._solving, self.checks_late
+        try:
+            with super().solving():
+                yield
+        finally:
+            self._solving = before
 
     def confirm(self) -> None:
         """Compare all products since `expect` with the reference, by one product; warn of a gap.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -137,6 +139,15 @@ class LinearOperator(ABC):
 
     def confirm(self) -> None:  # noqa: B027, there may be nothing to compare with
         """Compare the products since `expect` with an independent one, and warn of a gap."""
+
+    @contextmanager
+    def solving(self) -> Iterator[None]:
+        """Multiply inside for a solver that looks at every product itself, for NaN and inf.
+
+        H is one matrix from the first product inside to the last one: an operator of a model need
+        not look at each product whether a value has changed that leaves no other mark.
+        """
+        yield
 
     def product_errors(self, vectors_DB: Tensor) -> Tensor | None:
         """Return how far products with these vectors are off, norms (B,), float64 on the CPU.

@@ -124,6 +124,7 @@ class Objective:
         self._closure_loss: float | None = None
         self._task_marks = marks_of_task(task)
         self._comparing = False
+        self._compares_values, self._once = True, False
         self._first_loss: float | None = None
 
     @property
@@ -171,10 +172,27 @@ class Objective:
             reshard(self.model)
             self._look_up()
             marks = marks_of_model(self.model, self.training)
+            same = self._marks[:1] == (marks,)
+            if same and not self._compares_values:
+                return differs, data
             # Values are not compared where another mark tells already.
-            written, numbers = self._read_values(compare=self._marks[:1] == (marks,))
+            written, numbers = self._read_values(compare=same)
+            self._compares_values = not self._once
             self._marks_seen = (marks, numbers)
             return self._marks_seen != self._marks or written or differs, data
+
+    @contextmanager
+    def values_compared_once(self) -> Iterator[None]:
+        """Inside, look for writes that bypass version counters at the first `refresh` alone.
+
+        Whoever makes such a write gets what the values were at that one, of the selected
+        parameters. A GPU would have to be waited for at each look.
+        """
+        before, self._once = self._once, True
+        try:
+            yield
+        finally:
+            self._once, self._compares_values = before, True
 
     def take_values(self) -> None:
         """Take the model's present values; sharded ones are gathered, on all ranks together."""

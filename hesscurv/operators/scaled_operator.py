@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
@@ -82,6 +83,10 @@ class ScaledOperator(LinearOperator):
     def confirm(self) -> None:
         """Compare the products since `expect` with an independent one."""
         self.operator.confirm()
+
+    def solving(self) -> AbstractContextManager[None]:
+        """Multiply inside for a solver that looks at every product itself."""
+        return self.operator.solving()
 
     def memory_needed(self, width: int) -> int:
         """Return the bytes that a product of `width` vectors takes."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import sys
 from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -103,6 +105,12 @@ class SummedOperator(LinearOperator):
             out_RB = communicator.reduce_rows(out_BD).mT
         self.num_matvecs += rows_RB.shape[1]
         return out_RB
+
+    @contextmanager
+    def solving(self) -> Iterator[None]:
+        """Compare values with the copies taken at the first product inside alone."""
+        with self.objective.values_compared_once():
+            yield
 
     def refresh(self) -> bool:
         """Take note of changes of the weights and batches, on all ranks; return whether any did.

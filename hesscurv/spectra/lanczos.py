@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hesscurv.linalg.block_norms import column_norms
+from hesscurv.linalg.block_norms import column_norms, norms_on_device
 from hesscurv.linalg.orthogonalization import project_out_
 from hesscurv.linalg.transfers import to_device_of
 from hesscurv.operators.descriptions import Described
@@ -105,7 +105,7 @@ def lanczos(
             basis_bnD[rows_active, step] = current_bD
         # A copy, as it is changed: an operator may return its own storage.
         W_bD = (H @ current_bD.mT).mT.clone(memory_format=torch.contiguous_format)
-        norms = column_norms(W_bD).tolist()
+        norms_b = norms_on_device(W_bD)
         project_out_(W_bD, deflated, passes=1)
         if step > 0:
             last = torch.tensor([betas[i][-1] for i in active], dtype=torch.float64, device="cpu")
@@ -117,14 +117,16 @@ def lanczos(
         else:
             slabs = [basis_bnD[i, : step + 1] for i in active]
             rows = zip(W_bD.split(1), slabs, strict=True)
-            second = [project_out_(w, [slab], passes=1)[-1].item() for w, slab in rows]
-        for row, i in enumerate(active):
-            alphas[i].append(first[row] + second[row])
-            scales[i] = max(scales[i], norms[row])
+            second = torch.cat([project_out_(w, [slab], passes=1)[-1] for w, slab in rows])
         project_out_(W_bD, deflated, passes=1)
+        # All numbers of a step at one look: a GPU is waited for once.
+        numbers = torch.stack([first, second, norms_b, norms_on_device(W_bD)]).cpu().T.tolist()
+        for i, (once, again, norm, _) in zip(active, numbers, strict=True):
+            alphas[i].append(once + again)
+            scales[i] = max(scales[i], norm)
         if step + 1 == num_steps:
             break
-        found = column_norms(W_bD).tolist()
+        found = [left for *_, left in numbers]
         going = [row for row, i in enumerate(active) if found[row] > 4 * eps * scales[i]]
         for row in going:
             betas[active[row]].append(found[row])
@@ -146,8 +148,8 @@ def lanczos(
     ]
 
 
-def _project_out_rows_(W_bD: Tensor, Q_bD: Tensor) -> list[float]:
-    """Project each row of W off the unit vector in the same row of Q; return the coefficients."""
+def _project_out_rows_(W_bD: Tensor, Q_bD: Tensor) -> Tensor:
+    """Project each row of W off the unit vector in the same row of Q; return coefficients (b,)."""
     coefficients = (W_bD * Q_bD).sum(dim=1, dtype=torch.float64)
     W_bD.addcmul_(Q_bD, coefficients.to(W_bD)[:, None], value=-1)
-    return coefficients.tolist()
+    return coefficients

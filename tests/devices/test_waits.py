@@ -22,17 +22,18 @@ def test_a_block_of_products_waits_twice(pretended, kind, way, case):
 
 
 @pytest.mark.parametrize(("k", "dim"), [(4, 6), (20, 12)])
-def test_eigsh_waits_a_few_times_a_block(pretended, k, dim):
-    # Two of the product; the size of the products, two Gram matrices with the projections and
-    # one more where a block is ill conditioned. Before and after the blocks, some for the pairs.
+def test_eigsh_waits_once_a_block(pretended, k, dim):
+    # One, for sizes, projections and Gram matrix together; more where a block is ill conditioned.
+    # Before and after the blocks, some for the pairs.
     found = pretended.run(programs.solve, k, dim)
     assert found["blocks"] >= 10
-    assert_waits(found, 6 * found["blocks"] + 10)
+    assert_waits(found, found["blocks"] + 20)
 
 
-def test_a_density_waits_a_few_times_a_step(pretended):
+def test_a_density_waits_twice_a_step(pretended):
     found = pretended.run(programs.density)
-    assert_waits(found, 10 * found["blocks"])
+    # The products' entries and a step's coefficients; and before the steps, twice for the probes.
+    assert_waits(found, 2 * found["blocks"] + 10)
 
 
 @pytest.mark.parametrize("mode", ["update", "gradient"])

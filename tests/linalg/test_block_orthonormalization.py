@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from hesscurv.linalg.block_norms import BlockSize
 from hesscurv.linalg.orthogonalization import (
     complete_,
     inner_products,
@@ -12,6 +13,13 @@ from hesscurv.linalg.orthogonalization import (
 DTYPES = [torch.float32, torch.float64]
 # Rounding of entries, of sums and of the transformation: a few eps each.
 FEW_EPS = {torch.float32: 1e-6, torch.float64: 1e-14}
+
+
+@pytest.fixture(params=["looking", "ahead"], autouse=True)
+def order(request, monkeypatch):
+    """Both ways: the host looks at each number, or, as on a GPU, at none before the first pass."""
+    if request.param == "ahead":
+        monkeypatch.setattr(BlockSize, "is_read", property(lambda size: size._read is not None))
 
 
 def deviation(Q_rD):
