@@ -386,8 +386,7 @@ def _subtract_known_(
 ) -> tuple[Tensor, Tensor]:
     """Subtract the basis times coefficients, given for its first n vectors and else measured.
 
-    Args:
-        factor: On W's device, what the given coefficients are to be multiplied by.
+    A `factor` on W's device is what the given coefficients are to be multiplied by.
 
     Returns:
         What was subtracted: of the first n, (n, b), float64 on the CPU, and of the others, see

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -84,9 +85,11 @@ class ScaledOperator(LinearOperator):
         """Compare the products since `expect` with an independent one."""
         self.operator.confirm()
 
-    def solving(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def solving(self) -> Iterator[None]:
         """Multiply inside for a solver that looks at every product itself."""
-        return self.operator.solving()
+        with self.operator.solving():
+            yield
 
     def memory_needed(self, width: int) -> int:
         """Return the bytes that a product of `width` vectors takes."""

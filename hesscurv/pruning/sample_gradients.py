@@ -174,7 +174,7 @@ def _hessian_of(loss: Callable[..., Tensor], size: int | None) -> Callable[..., 
     """Return the Hessian of a loss in its first argument z, flat: shape (z.numel(), *z.shape)."""
 
     def hessian(z: Tensor, *parts: Tensor) -> Tensor:
-        _, pull = vjp(lambda z: grad(loss)(z, *parts), z)
+        pull: Any = vjp(lambda z: grad(loss)(z, *parts), z)[1]
         # `jacrev` makes its unit vectors on the default device (torch 2.6), which may be another.
         basis = torch.eye(z.numel(), dtype=z.dtype, device=z.device).view(-1, *z.shape)
         columns: Tensor = vmap(lambda e: pull(e)[0], chunk_size=size)(basis)
