@@ -6,15 +6,18 @@ why `CurvatureCallback` (Lightning) and `CurvatureTrainerCallback` (Transformers
 classes of those libraries, are not in ``__all__``: they are imported when asked for.
 """
 
-from hesscurv.integrations.causal_lm_task import CausalLMTask, ModelLossTask
-from hesscurv.integrations.channel_compensation import compensate_channels_
-from hesscurv.integrations.channel_costs import macs_per_entry
-from hesscurv.integrations.channel_removal import remove_channels_
-from hesscurv.integrations.compensated_importance import CompensatedImportance
+from hesscurv.integrations.channels.compensation import compensate_channels_
+from hesscurv.integrations.channels.costs import macs_per_entry
+from hesscurv.integrations.channels.removal import remove_channels_
+from hesscurv.integrations.importances.compensated_importance import CompensatedImportance
+from hesscurv.integrations.importances.pruning_importance import (
+    EigenspaceImportance,
+    FisherImportance,
+)
 from hesscurv.integrations.optional_names import __dir__, __getattr__  # noqa: F401
-from hesscurv.integrations.pruning_importance import EigenspaceImportance, FisherImportance
-from hesscurv.integrations.training_loggers import TensorBoardLogger, WandbLogger
-from hesscurv.integrations.training_step_task import TrainingStepTask
+from hesscurv.integrations.training.causal_lm_task import CausalLMTask, ModelLossTask
+from hesscurv.integrations.training.training_loggers import TensorBoardLogger, WandbLogger
+from hesscurv.integrations.training.training_step_task import TrainingStepTask
 
 __all__ = [
     # torch-pruning

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import hesscurv
-from hesscurv.operators.parameters import layout_of, select_parameters
+from hesscurv.objective.parameters import layout_of, select_parameters
 
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())
 

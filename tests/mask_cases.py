@@ -3,7 +3,11 @@
 import torch
 from torch import nn
 
-from hesscurv.pruning.methods import curvature_nm, curvature_structured, curvature_unstructured
+from hesscurv.pruning.masks.methods import (
+    curvature_nm,
+    curvature_structured,
+    curvature_unstructured,
+)
 from hesscurv.pruning.weights import find_weights
 
 

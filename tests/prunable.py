@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from hesscurv import supervised
-from hesscurv.pruning.prune_model import prune_model
-from hesscurv.pruning.state_dicts import masks_of
+from hesscurv.pruning.masks.state_dicts import masks_of
+from hesscurv.pruning.run.prune_model import prune_model
 
 SEEDS = (0, 1, 2)
 METHODS = ("obs", "obd", "magnitude")

@@ -16,19 +16,21 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # Which parts of hesscurv each part may import. "hesscurv" is the package's own __init__.py, which
 # imports all parts: only what nothing in it imports may come in through it.
-BASE = {"linalg", "storage", "distributed"}
-FOUNDATION = BASE | {"operators", "eigensolvers", "spectra", "metrics"}
+BASE = {"interface", "linalg", "storage", "distributed"}
+FOUNDATION = BASE | {"objective", "operators", "eigensolvers", "spectra", "metrics"}
 MAY_IMPORT = {
+    "interface": {"interface"},
     "linalg": {"linalg"},
     "storage": {"linalg", "storage"},
     "distributed": {"linalg", "storage", "distributed"},
-    "operators": BASE | {"operators"},
-    "eigensolvers": BASE | {"operators", "eigensolvers"},
-    "spectra": BASE | {"operators", "eigensolvers", "spectra"},
+    "objective": BASE | {"objective"},
+    "operators": BASE | {"objective", "operators"},
+    "eigensolvers": BASE | {"objective", "operators", "eigensolvers"},
+    "spectra": BASE | {"objective", "operators", "eigensolvers", "spectra"},
     "metrics": FOUNDATION,
     "pruning": FOUNDATION | {"pruning"},
     "optim": FOUNDATION | {"optim"},
-    "plots": {"eigensolvers", "metrics", "plots"},
+    "plots": BASE | {"objective", "eigensolvers", "metrics", "plots"},
     "hooks": FOUNDATION | {"pruning", "optim", "plots", "hooks"},
     "integrations": FOUNDATION | {"pruning", "optim", "hooks", "integrations", "hesscurv"},
     "hesscurv": FOUNDATION | {"pruning", "optim", "plots", "hooks"},

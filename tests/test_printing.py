@@ -13,8 +13,8 @@ from torch import nn
 
 import hesscurv
 from hesscurv import Eigenpairs, ParameterLayout, hooks, integrations, operators, pruning, spectra
-from hesscurv.eigensolvers.measurement_folder import MeasurementFolder
-from hesscurv.operators.descriptions import brief, describe_object
+from hesscurv.eigensolvers.sketch.folder import MeasurementFolder
+from hesscurv.interface.descriptions import brief, describe_object
 from hesscurv.operators.linear_operator import ForeignOperator, LinearOperator
 
 PARTS = (

@@ -33,7 +33,7 @@ from timing import interleaved
 
 import hesscurv
 from hesscurv.operators import curvature_operator
-from hesscurv.operators.agreement import Agreement
+from hesscurv.operators.checks.agreement import Agreement
 
 MOST = 3.0  # percent
 RUNS = {"mlp": 150, "small convnet": 60, "small mlp": 60}  # k

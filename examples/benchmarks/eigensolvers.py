@@ -54,7 +54,7 @@ from timing import interleaved
 from torch import Tensor
 
 import hesscurv
-from hesscurv.operators import calibration
+from hesscurv.operators.timing import calibration
 
 RUNS = {"mlp": 355, "convnet": 200}  # k
 QUICK_RUNS = {"small mlp": 40, "small convnet": 20}

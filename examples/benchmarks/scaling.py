@@ -49,7 +49,7 @@ def work(job: dict[str, Any]) -> dict[str, float]:
 
     import hesscurv
     from hesscurv.distributed import Communicator
-    from hesscurv.eigensolvers.basis import Basis
+    from hesscurv.eigensolvers.krylov.basis import Basis
     from hesscurv.linalg.orthogonalization import orthonormalize_, orthonormalize_against_
     from hesscurv.storage.placement import Placement
 

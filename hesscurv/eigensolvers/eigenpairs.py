@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.distributed.sharded import is_sharded, whole
-from hesscurv.operators.parameters import ParameterLayout
+from hesscurv.objective.parameters import ParameterLayout
 from hesscurv.storage.checked_archives import read_archive, write_archive
 
 _FORMAT = "hesscurv.Eigenpairs"

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from hesscurv.distributed.sharded import whole
-from hesscurv.eigensolvers.block_krylov import block_krylov
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
-from hesscurv.eigensolvers.rayleigh_ritz import rayleigh_ritz
+from hesscurv.eigensolvers.krylov.block_krylov import block_krylov
 from hesscurv.eigensolvers.residuals import ConvergenceWarning, evenly_spaced
-from hesscurv.eigensolvers.single_pass import single_pass
-from hesscurv.linalg.integers import as_int
-from hesscurv.linalg.rayleigh_ritz import sides_of
+from hesscurv.eigensolvers.sketch.single_pass import single_pass
+from hesscurv.eigensolvers.sketch.two_pass import rayleigh_ritz
+from hesscurv.interface.integers import as_int
+from hesscurv.interface.uncompiled import uncompiled
+from hesscurv.linalg.ritz import sides_of
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
 from hesscurv.operators.scaled_operator import RangeError, ScaledOperator
-from hesscurv.operators.uncompiled import uncompiled
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.linalg.precision import full_precision
-from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
+from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
 
 # Keeps the probes apart from the test matrices of a solver that was given an equal generator.

@@ -1,7 +1,7 @@
 """Watch the curvature of a model while it trains."""
 
 from hesscurv.hooks.loggers import MonitorWarning
-from hesscurv.hooks.monitor import CurvatureMonitor
+from hesscurv.hooks.monitoring.monitor import CurvatureMonitor
 from hesscurv.hooks.pruning_trigger import PruneWhenStable
 from hesscurv.hooks.schedules import dense_then_sparse, every, logarithmic
 from hesscurv.hooks.stability import Stability

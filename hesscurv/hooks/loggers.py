@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Protocol
 
-from hesscurv.operators.user_warning import warn_user
+from hesscurv.interface.user_warning import warn_user
 
 
 class MonitorWarning(UserWarning):

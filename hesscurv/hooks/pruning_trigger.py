@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hesscurv.hooks.monitor import CurvatureMonitor
-from hesscurv.hooks.quantities import NEED_PAIRS
+from hesscurv.hooks.monitoring.monitor import CurvatureMonitor
+from hesscurv.hooks.monitoring.quantities import NEED_PAIRS
 from hesscurv.hooks.rank_pruning import prune_on_first_rank
 from hesscurv.hooks.stability import Stability, relative_change
+from hesscurv.interface.descriptions import describe_object
+from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.metrics import intersection_over_union, leverage_scores, magnitude_mask
-from hesscurv.operators.descriptions import describe_object
-from hesscurv.operators.parameters import unwrap
-from hesscurv.operators.uncompiled import uncompiled
+from hesscurv.objective.parameters import unwrap
 from hesscurv.optim.arguments import check_count
 from hesscurv.pruning import mask_optimizer_state_, masks_of, prune_model
 from hesscurv.pruning.weights import (

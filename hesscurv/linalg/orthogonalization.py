@@ -18,7 +18,7 @@ from torch import Tensor
 from hesscurv.linalg.block_norms import BlockSize, Reduction, block_size, column_norms
 from hesscurv.linalg.device_memory import chunk_entries
 from hesscurv.linalg.precision import full_precision
-from hesscurv.linalg.rayleigh_ritz import rotate_
+from hesscurv.linalg.ritz import rotate_
 from hesscurv.linalg.transfers import prefetched, to_device_of
 
 _CHUNK_NUMEL = 2**23  # entries of one chunk of a basis: bounds what a cast to W's dtype takes

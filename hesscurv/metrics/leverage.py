@@ -24,7 +24,7 @@ from hesscurv.metrics.subspace import (
     compute_dtype,
     row_blocks,
 )
-from hesscurv.operators.parameters import ParameterLayout
+from hesscurv.objective.parameters import ParameterLayout
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.metrics.subspace import as_mask_span, check_count
-from hesscurv.operators.parameters import ParamSelection, select_parameters
+from hesscurv.objective.parameters import ParamSelection, select_parameters
 
 
 def magnitude_mask(model: nn.Module | Tensor, k: int, params: ParamSelection = None) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
-from hesscurv.operators.descriptions import Described
+from hesscurv.interface.descriptions import Described
 
 Subspace = Tensor | Eigenpairs
 """A bool mask (D,), a floating basis (D, k) with orthonormal columns, or `Eigenpairs`."""

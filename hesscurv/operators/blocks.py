@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscurv.operators.parameters import ParameterLayout
-from hesscurv.operators.plain_embeddings import dense
+from hesscurv.objective.parameters import ParameterLayout
+from hesscurv.objective.running.plain_embeddings import dense
 
 
 class BlockCutter:

@@ -14,33 +14,33 @@ from torch import Tensor, nn
 
 from hesscurv.distributed import Communicator
 from hesscurv.linalg.precision import ROUNDING
-from hesscurv.operators.agreement import CONFIRM_FROM, Agreement, Combination
+from hesscurv.objective.means.mean_check import MeanCheck
+from hesscurv.objective.memory import MemoryPlan
+from hesscurv.objective.micro_batches import MicroBatches
+from hesscurv.objective.objective import Objective
+from hesscurv.objective.parameters import ParamSelection
+from hesscurv.objective.running.environment import differentiable
 from hesscurv.operators.blocks import BlockCutter, put_block
-from hesscurv.operators.calibration import Calibration
-from hesscurv.operators.compared_products import (
+from hesscurv.operators.checks.agreement import CONFIRM_FROM, Agreement, Combination
+from hesscurv.operators.checks.compared_products import (
     confirm,
     multiply_compared,
     require_finite_product,
 )
-from hesscurv.operators.derivative_check import Slope
-from hesscurv.operators.embedding_gradients import check_gradients
-from hesscurv.operators.environment import differentiable
-from hesscurv.operators.linearizations import Linearization
-from hesscurv.operators.mean_check import MeanCheck
-from hesscurv.operators.memory import MemoryPlan
-from hesscurv.operators.micro_batches import MicroBatches
-from hesscurv.operators.missing_derivatives import Differentiation
-from hesscurv.operators.objective import Objective
-from hesscurv.operators.parameters import ParamSelection
-from hesscurv.operators.probe import (
+from hesscurv.operators.checks.construction import (
     check_dependent,
     check_deterministic,
     check_loss,
     check_symmetric,
 )
-from hesscurv.operators.references import explaining, on_batch, with_reference
+from hesscurv.operators.checks.derivative_check import Slope
+from hesscurv.operators.checks.embedding_gradients import check_gradients
+from hesscurv.operators.checks.missing_derivatives import Differentiation
+from hesscurv.operators.checks.references import explaining, on_batch, with_reference
 from hesscurv.operators.summed_operator import SummedOperator, device_of
-from hesscurv.operators.way_choice import EXPECTED, WayChoice
+from hesscurv.operators.timing.calibration import Calibration
+from hesscurv.operators.timing.way_choice import EXPECTED, WayChoice
+from hesscurv.operators.ways.linearizations import Linearization
 
 logger = logging.getLogger(__name__)
 

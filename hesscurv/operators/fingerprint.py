@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscurv.linalg.test_matrices import make_test_matrix
+from hesscurv.linalg.random_matrices import make_test_matrix
+from hesscurv.objective.tasks import tensors_of
 from hesscurv.operators.linear_operator import DenseOperator, LinearOperator, SparseOperator
 from hesscurv.operators.scaled_operator import ScaledOperator
-from hesscurv.operators.tasks import tensors_of
 
 _SAMPLE_SEED = 0x2C1B3C6D
 _CHUNK_NUMEL = 2**22  # entries copied to the host at once

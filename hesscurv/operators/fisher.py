@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hesscurv.operators import linearizations as ways
-from hesscurv.operators.derivative_check import Slope, random_sum
+from hesscurv.objective.weighted_rows import WeightedRows
+from hesscurv.operators.checks.derivative_check import Slope, random_sum
+from hesscurv.operators.checks.missing_derivatives import Differentiation
 from hesscurv.operators.ggn import GaussNewtonOperator
-from hesscurv.operators.linearizations import LinearMap, Params
-from hesscurv.operators.missing_derivatives import Differentiation
-from hesscurv.operators.weighted_rows import WeightedRows
+from hesscurv.operators.ways import linearizations as ways
+from hesscurv.operators.ways.linearizations import LinearMap, Params
 
 
 class EmpiricalFisherOperator(GaussNewtonOperator):

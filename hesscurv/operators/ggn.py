@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from hesscurv.operators import first_derivatives
-from hesscurv.operators import linearizations as ways
+from hesscurv.objective.data.samples import num_rows
+from hesscurv.operators.checks.derivative_check import Slope, random_sum
+from hesscurv.operators.checks.missing_derivatives import Differentiation, of_ggn
 from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.operators.derivative_check import Slope, random_sum
-from hesscurv.operators.linearizations import Linearization, LinearMap, Params
-from hesscurv.operators.missing_derivatives import Differentiation, of_ggn
-from hesscurv.operators.samples import num_rows
+from hesscurv.operators.ways import first_derivatives
+from hesscurv.operators.ways import linearizations as ways
+from hesscurv.operators.ways.linearizations import Linearization, LinearMap, Params
 
 GAUSS_NEWTON_WAYS = {
     "retained": ways.gauss_newton_retained,

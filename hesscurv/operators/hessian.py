@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hesscurv.operators import linearizations as ways
+from hesscurv.objective.tasks import map_tensors, tensors_of
+from hesscurv.operators.checks.missing_derivatives import Differentiation, of_hessian
 from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.operators.linearizations import Block, Linearization, Product
-from hesscurv.operators.missing_derivatives import Differentiation, of_hessian
-from hesscurv.operators.tasks import map_tensors, tensors_of
-from hesscurv.operators.tracing import PlainZeros
+from hesscurv.operators.ways import linearizations as ways
+from hesscurv.operators.ways.linearizations import Block, Linearization, Product
+from hesscurv.operators.ways.tracing import PlainZeros
 
 _WAYS = {
     "retained": ways.hessian_retained,

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from hesscurv.distributed import Communicator
+from hesscurv.interface.descriptions import Words, describe_object, inherit_arguments
+from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.linalg.precision import full_precision, require_float64
 from hesscurv.linalg.transfers import all_finite
-from hesscurv.operators.descriptions import Words, describe_object, inherit_arguments
-from hesscurv.operators.uncompiled import uncompiled
 
 
 class LinearOperator(ABC):

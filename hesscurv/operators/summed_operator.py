@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from hesscurv.distributed import Communicator
 from hesscurv.distributed.checksums import checksum, sample_checksum
 from hesscurv.distributed.sharded import require_members
-from hesscurv.operators.descriptions import Words, brief
+from hesscurv.interface.descriptions import Words, brief
+from hesscurv.objective.objective import Objective
+from hesscurv.objective.parameters import ParameterLayout
 from hesscurv.operators.linear_operator import LinearOperator
-from hesscurv.operators.objective import Objective
-from hesscurv.operators.parameters import ParameterLayout
 
 _MOST_NAMES = 3  # of parameters that are printed
 _SAME_VECTORS = "draw them with the same seed on all ranks, or broadcast them"

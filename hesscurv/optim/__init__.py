@@ -1,9 +1,12 @@
 """Optimizers that know the top eigenspace of the loss Hessian."""
 
-from hesscurv.optim.low_rank_preconditioner import LowRankPreconditioner
-from hesscurv.optim.newton_cg import NewtonCG
+from hesscurv.optim.newton.newton_cg import NewtonCG
 from hesscurv.optim.preconditioned_optimizer import PreconditionedOptimizer
-from hesscurv.optim.preconditioner_report import CurvatureWarning, PreconditionerReport
+from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
+from hesscurv.optim.preconditioner.preconditioner_report import (
+    CurvatureWarning,
+    PreconditionerReport,
+)
 from hesscurv.optim.stable_rate import stable_rate
 
 __all__ = [

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from hesscurv.linalg.precision import require_float64
-from hesscurv.operators.batches import Batches
+from hesscurv.objective.data.batches import Batches
+from hesscurv.objective.tasks import as_loss
 from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.operators.tasks import as_loss
 
 _OPERATOR_OPTIONS = ("memory_budget", "way", "compute_dtype", "precision", "check")
 

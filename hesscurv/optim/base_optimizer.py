@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import ASGD, LBFGS, SGD
 
-from hesscurv.optim.newton_cg import NewtonCG
+from hesscurv.optim.newton.newton_cg import NewtonCG
 
 # What a step, a schedule and a checkpoint need; `state` and `defaults` may be missing.
 _NEEDED = ("step", "zero_grad", "state_dict", "load_state_dict", "add_param_group")

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hesscurv.operators.parameters import ParamSelection
-from hesscurv.operators.uncompiled import uncompiled
-from hesscurv.operators.user_warning import warn_user
+from hesscurv.interface.uncompiled import uncompiled
+from hesscurv.interface.user_warning import warn_user
+from hesscurv.objective.parameters import ParamSelection
 from hesscurv.optim.arguments import check_measured, check_model, check_preconditioning
 from hesscurv.optim.automatic_rate import AutomaticRate, multiplied_rates
 from hesscurv.optim.base_optimizer import (
@@ -28,9 +28,7 @@ from hesscurv.optim.base_optimizer import (
     resolve_mode,
     say_copies,
 )
-from hesscurv.optim.damped_steps import DampedUpdate, damp_gradient
-from hesscurv.optim.eigenspace_refresh import EigenspaceRefresh
-from hesscurv.optim.eigenspace_tracker import OPERATORS, EigenspaceTracker
+from hesscurv.optim.base_state import join_state, merged_state, split_state
 from hesscurv.optim.group_settings import (
     DAMPING,
     DUE,
@@ -44,11 +42,16 @@ from hesscurv.optim.group_settings import (
     own_settings,
     write_to_groups,
 )
-from hesscurv.optim.optimizer_state import join_state, merged_state, split_state
-from hesscurv.optim.preconditioner_description import describe_wrapper, make_report
-from hesscurv.optim.preconditioner_report import CurvatureWarning, PreconditionerReport
-from hesscurv.optim.refresh_schedule import RefreshSchedule
-from hesscurv.optim.tracked_preconditioner import TrackedPreconditioner
+from hesscurv.optim.preconditioner.damped_steps import DampedUpdate, damp_gradient
+from hesscurv.optim.preconditioner.eigenspace_refresh import EigenspaceRefresh
+from hesscurv.optim.preconditioner.eigenspace_tracker import OPERATORS, EigenspaceTracker
+from hesscurv.optim.preconditioner.preconditioner_description import describe_wrapper, make_report
+from hesscurv.optim.preconditioner.preconditioner_report import (
+    CurvatureWarning,
+    PreconditionerReport,
+)
+from hesscurv.optim.preconditioner.refresh_schedule import RefreshSchedule
+from hesscurv.optim.preconditioner.tracked_preconditioner import TrackedPreconditioner
 from hesscurv.optim.trained_parameters import (
     require_some,
     resolve_selection,

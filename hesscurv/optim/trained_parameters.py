@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from hesscurv.operators.parameters import ParamSelection, select_parameters, unwrap
+from hesscurv.objective.parameters import ParamSelection, select_parameters, unwrap
 
 # Names, or a predicate (name, parameter) -> bool, or None for all that can be differentiated twice.
 Selection = frozenset[str] | Callable[[str, nn.Parameter], bool] | None

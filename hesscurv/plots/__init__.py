@@ -5,10 +5,10 @@ Each function draws into the axes it is given, or into those of a new figure, an
 changed. Records of failed measurements are marked.
 """
 
+from hesscurv.plots.by_parameter import by_parameter, leverage, sparsity
 from hesscurv.plots.curves import by_step, sharpness
 from hesscurv.plots.matrices import mask_ious, space_overlaps
 from hesscurv.plots.overlaps import overlap_by_k, overlap_by_step
-from hesscurv.plots.parameters import by_parameter, leverage, sparsity
 from hesscurv.plots.spectra import eigenvalues, spectrum
 
 __all__ = [

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from hesscurv.plots import canvas
-from hesscurv.plots.parameters import name_steps
+from hesscurv.plots.by_parameter import name_steps
 from hesscurv.plots.records import Record, as_records, failed, missing, number
 
 _MOST_WITH_NUMBERS = 8

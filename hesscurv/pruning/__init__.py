@@ -4,10 +4,12 @@ The masks are those of ``torch.nn.utils.prune`` throughout.
 """
 
 from hesscurv.pruning.attention import prepare_attention_
-from hesscurv.pruning.batch_statistics import recalibrate_
-from hesscurv.pruning.eigenspace_model import quadratic_model_of
-from hesscurv.pruning.global_pruning import curvature_global
-from hesscurv.pruning.methods import (
+from hesscurv.pruning.curvature.eigenspace_model import quadratic_model_of
+from hesscurv.pruning.curvature.obs import compensate_
+from hesscurv.pruning.curvature.quadratic_model import Measuring, QuadraticModel
+from hesscurv.pruning.curvature.saliency import saliency
+from hesscurv.pruning.masks.global_pruning import curvature_global
+from hesscurv.pruning.masks.methods import (
     CurvatureNM,
     CurvatureStructured,
     CurvatureUnstructured,
@@ -15,20 +17,18 @@ from hesscurv.pruning.methods import (
     curvature_structured,
     curvature_unstructured,
 )
-from hesscurv.pruning.obs import compensate_
-from hesscurv.pruning.optimizer_state import mask_optimizer_state_
-from hesscurv.pruning.prune_model import prune_model
-from hesscurv.pruning.quadratic_model import Measuring, QuadraticModel
-from hesscurv.pruning.report import LayerReport, PruningReport, StageReport
-from hesscurv.pruning.saliency import saliency
-from hesscurv.pruning.semi_structured import is_semi_structured, to_semi_structured_
-from hesscurv.pruning.sparse_files import load_sparse, save_sparse
-from hesscurv.pruning.state_dicts import (
+from hesscurv.pruning.masks.momentum import mask_optimizer_state_
+from hesscurv.pruning.masks.semi_structured import is_semi_structured, to_semi_structured_
+from hesscurv.pruning.masks.sparse_files import load_sparse, save_sparse
+from hesscurv.pruning.masks.state_dicts import (
     apply_masks_,
     dense_state_dict,
     load_pruned_,
     masks_of,
 )
+from hesscurv.pruning.run.batch_statistics import recalibrate_
+from hesscurv.pruning.run.prune_model import prune_model
+from hesscurv.pruning.run.pruning_report import LayerReport, PruningReport, StageReport
 from hesscurv.pruning.weight_axes import register_weight_axes
 from hesscurv.pruning.weights import Weight, find_weights, pruned_weights, refresh_
 

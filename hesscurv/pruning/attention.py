@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.prune import BasePruningMethod
 
-from hesscurv.operators.parameters import unwrap
+from hesscurv.objective.parameters import unwrap
 
 _MARK = "refreshed_by_attention"
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from hesscurv.metrics.masks import top_k_mask
-from hesscurv.operators.parameters import ParameterLayout
-from hesscurv.pruning.methods import CurvatureNM
+from hesscurv.objective.parameters import ParameterLayout
+from hesscurv.pruning.masks.methods import CurvatureNM
 from hesscurv.pruning.weight_axes import axes_of
 from hesscurv.pruning.weights import Weight
 

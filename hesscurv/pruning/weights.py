@@ -18,7 +18,7 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from hesscurv.operators.parameters import unwrap
+from hesscurv.objective.parameters import unwrap
 from hesscurv.pruning.attention import is_unprepared
 
 WeightSelection = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None

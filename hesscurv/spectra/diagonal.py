@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from hesscurv.eigensolvers.counted_operator import CountedOperator
+from hesscurv.interface.descriptions import Described
 from hesscurv.linalg.precision import full_precision
-from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
-from hesscurv.operators.descriptions import Described
+from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.spectra.arguments import check_estimate
 from hesscurv.spectra.leave_one_out import deflate, project, sketch_range

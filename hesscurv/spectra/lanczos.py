@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscurv.interface.descriptions import Described
 from hesscurv.linalg.block_norms import column_norms, norms_on_device
 from hesscurv.linalg.orthogonalization import project_out_
 from hesscurv.linalg.transfers import to_device_of
-from hesscurv.operators.descriptions import Described
 from hesscurv.operators.linear_operator import LinearOperator
 
 

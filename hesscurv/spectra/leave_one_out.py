@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscurv.interface.descriptions import Described
 from hesscurv.linalg.block_norms import column_norms
 from hesscurv.linalg.orthogonalization import inner_products, orthonormalize_
-from hesscurv.linalg.test_matrices import TestMatrix
-from hesscurv.operators.descriptions import Described
+from hesscurv.linalg.random_matrices import TestMatrix
 from hesscurv.operators.linear_operator import LinearOperator
 
 # A measurement is alone in a direction when its leverage is 1; leverages are good to 1e-15.

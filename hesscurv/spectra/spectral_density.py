@@ -13,8 +13,8 @@ from torch import Tensor
 from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
-from hesscurv.linalg.test_matrices import KINDS, draw_seed, make_test_matrix
-from hesscurv.operators.descriptions import describe_object
+from hesscurv.interface.descriptions import describe_object
+from hesscurv.linalg.random_matrices import KINDS, draw_seed, make_test_matrix
 from hesscurv.spectra.arguments import (
     check_choice,
     check_count,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.linalg.orthogonalization import orthonormalize_, project_out_
-from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
+from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.spectra.arguments import check_estimate
 from hesscurv.spectra.diagonal import exact_diagonal

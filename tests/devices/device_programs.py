@@ -9,7 +9,7 @@ import torch
 from support.pretended_cuda import torch_cuda
 from torch import nn
 
-from hesscurv.operators.tracing import load_forward_rules
+from hesscurv.operators.ways.tracing import load_forward_rules
 
 
 def error_of(use):

@@ -15,7 +15,7 @@ from devices.wait_programs import as_double, count_blocks, counted
 from support.pretended_cuda import torch_cuda
 
 import hesscurv
-from hesscurv.eigensolvers.basis import Basis
+from hesscurv.eigensolvers.krylov.basis import Basis
 from hesscurv.linalg import orthogonalization
 from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_out_
 from hesscurv.linalg.transfers import copy_stream, prefetched
@@ -31,7 +31,7 @@ def small_chunks() -> Iterator[None]:
     few = lambda device, on_host: 6000  # noqa: E731
     with (
         mock.patch.object(orthogonalization, "chunk_entries", few),
-        mock.patch("hesscurv.eigensolvers.basis.chunk_entries", few),
+        mock.patch("hesscurv.eigensolvers.krylov.basis.chunk_entries", few),
         mock.patch.object(orthogonalization, "_SUM_LENGTH", 64),
     ):
         yield

@@ -11,7 +11,7 @@ from distributed.rank_programs import TASK, batches, net, share
 from distributed.worlds import SHARDS_ON_CPUS, die, refused
 
 import hesscurv
-from hesscurv.eigensolvers.checkpoint import Checkpoint
+from hesscurv.eigensolvers.krylov.checkpoint import Checkpoint
 from hesscurv.operators.linear_operator import DenseOperator
 from hesscurv.storage.mapped_files import DiskFullError
 from hesscurv.storage.placement import Placement

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hesscurv.eigensolvers.basis import Basis
+from hesscurv.eigensolvers.krylov.basis import Basis
 from hesscurv.storage.placement import Placement
 
 

@@ -15,7 +15,7 @@ from killed_solves import BLOCK
 from planted import planted
 
 import hesscurv
-from hesscurv.eigensolvers.checkpoint import Checkpoint
+from hesscurv.eigensolvers.krylov.checkpoint import Checkpoint
 from hesscurv.operators.linear_operator import DenseOperator
 from hesscurv.storage.checked_files import read_checked, write_checked
 from hesscurv.storage.mapped_files import DiskFullError
@@ -26,7 +26,7 @@ K = 30
 
 @pytest.fixture(autouse=True)
 def _every_block_is_saved(monkeypatch):
-    monkeypatch.setattr("hesscurv.eigensolvers.checkpoint._OVERHEAD", 1e9)
+    monkeypatch.setattr("hesscurv.eigensolvers.krylov.checkpoint._OVERHEAD", 1e9)
 
 
 class Failing(DenseOperator):
@@ -313,7 +313,7 @@ def test_a_missing_journal_is_found(tmp_path):
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
     A = matrix()
-    monkeypatch.setattr("hesscurv.eigensolvers.checkpoint._VERSION", 2)
+    monkeypatch.setattr("hesscurv.eigensolvers.krylov.checkpoint._VERSION", 2)
     interrupted(A, tmp_path)
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"format version 1 .* version 2"):

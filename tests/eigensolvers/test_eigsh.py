@@ -9,7 +9,7 @@ import torch
 
 import hesscurv
 from hesscurv import ConvergenceWarning, eigsh
-from hesscurv.eigensolvers.block_krylov import block_krylov
+from hesscurv.eigensolvers.krylov.block_krylov import block_krylov
 from hesscurv.operators import DenseOperator, as_linear_operator
 
 A = torch.diag(torch.tensor([1.0, -3.0, 2.0, 0.5]))

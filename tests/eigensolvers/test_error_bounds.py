@@ -6,7 +6,7 @@ from planted import indefinite, planted
 
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.error_bounds import ErrorEstimate, a_posteriori_error
-from hesscurv.eigensolvers.single_pass import single_pass
+from hesscurv.eigensolvers.sketch.single_pass import single_pass
 
 every_seed = pytest.mark.parametrize("seed", [0, 1, 2])
 

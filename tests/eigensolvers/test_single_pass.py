@@ -5,9 +5,9 @@ import torch
 from planted import PlainOperator, assert_valid, by_magnitude, indefinite, planted
 
 from hesscurv import ConvergenceWarning
-from hesscurv.eigensolvers.single_pass import core_matrix, single_pass, take_measurements
+from hesscurv.eigensolvers.sketch.single_pass import core_matrix, single_pass, take_measurements
 from hesscurv.linalg.orthogonalization import orthonormalize_
-from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
+from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
 
 every_kind = pytest.mark.parametrize("measurements", ["ssrft", "gaussian", "rademacher"])
 every_seed = pytest.mark.parametrize("seed", [0, 1, 2])

@@ -5,7 +5,7 @@ import torch
 from planted import PlainOperator, assert_valid, by_magnitude, indefinite, planted
 
 from hesscurv import ConvergenceWarning
-from hesscurv.eigensolvers.rayleigh_ritz import rayleigh_ritz
+from hesscurv.eigensolvers.sketch.two_pass import rayleigh_ritz
 
 every_kind = pytest.mark.parametrize("measurements", ["gaussian", "rademacher", "ssrft"])
 every_seed = pytest.mark.parametrize("seed", [0, 1, 2])

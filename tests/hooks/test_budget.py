@@ -4,7 +4,7 @@ import pytest
 from hooks.watched import TASK, Clock, data, net
 
 from hesscurv.hooks import CurvatureMonitor, every
-from hesscurv.hooks.budget import Budget
+from hesscurv.hooks.monitoring.budget import Budget
 
 
 def watched(max_fraction, seconds=3.0, step_seconds=1.0, steps=400, schedule=None, model=None):

@@ -6,8 +6,8 @@ from hooks.watched import TASK, data, dense_hessian, net, train
 from torch.nn.utils import prune
 
 from hesscurv.hooks import CurvatureMonitor
-from hesscurv.hooks.layouts import carry_over, dense_layout
-from hesscurv.operators.parameters import ParameterLayout
+from hesscurv.hooks.monitoring.layouts import carry_over, dense_layout
+from hesscurv.objective.parameters import ParameterLayout
 
 
 def pruned(model, amount=0.4):

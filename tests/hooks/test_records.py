@@ -8,7 +8,7 @@ from hooks.watched import TASK, Kept, data, dense_hessian, net, train
 
 import hesscurv
 from hesscurv.hooks import CurvatureMonitor, every
-from hesscurv.hooks.quantities import PRESETS, QUANTITIES
+from hesscurv.hooks.monitoring.quantities import PRESETS, QUANTITIES
 
 K = 6
 TOL = 1e-8  # the eigensolver's, where formulas are compared

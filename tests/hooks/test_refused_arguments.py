@@ -8,7 +8,7 @@ from hooks.watched import TASK, Kept, data, net, train
 
 import hesscurv
 from hesscurv.hooks import CurvatureMonitor, MonitorWarning, every
-from hesscurv.hooks.arguments import check_numbers
+from hesscurv.hooks.monitoring.arguments import check_numbers
 
 
 class Untouched:

@@ -10,8 +10,8 @@ from plots import recorded
 from torch import nn
 
 import hesscurv
-from hesscurv.hooks import report_figures
-from hesscurv.hooks.report import write_report
+from hesscurv.plots import monitor_figures as report_figures
+from hesscurv.plots.monitor_report import write_report
 
 
 class Page(HTMLParser):
@@ -92,7 +92,7 @@ def test_a_page_stands_alone_and_has_no_script(tmp_path):
 @pytest.fixture
 def without_figures(monkeypatch):
     """Leave the figures out, which take most of the time."""
-    monkeypatch.setattr("hesscurv.hooks.report.draw_all", lambda *_: [])
+    monkeypatch.setattr("hesscurv.plots.monitor_report.draw_all", lambda *_: [])
 
 
 def test_the_table_has_what_was_measured_and_the_head_what_it_cost(tmp_path, without_figures):
@@ -151,7 +151,7 @@ def test_a_path_that_cannot_be_written_is_refused_before_anything_is_drawn(tmp_p
     def draw(*_):
         raise AssertionError("drawn")
 
-    monkeypatch.setattr("hesscurv.hooks.report.draw_all", draw)
+    monkeypatch.setattr("hesscurv.plots.monitor_report.draw_all", draw)
     with pytest.raises(FileNotFoundError, match="existing folder"):
         write_report(RECORDS, tmp_path / "missing" / "run.html")
     with pytest.raises(IsADirectoryError, match="got the folder"):
@@ -165,7 +165,7 @@ def test_a_page_that_fails_half_way_leaves_the_old_one(tmp_path, monkeypatch):
     def draw(*_):
         raise RuntimeError("half way")
 
-    monkeypatch.setattr("hesscurv.hooks.report.draw_all", draw)
+    monkeypatch.setattr("hesscurv.plots.monitor_report.draw_all", draw)
     with pytest.raises(RuntimeError, match="half way"):
         write_report(RECORDS, path)
     assert path.read_text() == "old"

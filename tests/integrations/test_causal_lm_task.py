@@ -28,8 +28,8 @@ from transformers import (
 )
 
 from hesscurv.integrations import CausalLMTask, ModelLossTask
-from hesscurv.integrations.chunked_loss import chunked_sum
-from hesscurv.integrations.trainer_callback import own_loss
+from hesscurv.integrations.training.chunked_loss import chunked_sum
+from hesscurv.integrations.training.trainer_callback import own_loss
 
 V = 31
 

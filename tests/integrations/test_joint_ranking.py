@@ -16,7 +16,7 @@ from channels import (
 )
 
 from hesscurv.integrations import EigenspaceImportance, FisherImportance, macs_per_entry
-from hesscurv.integrations.joint_ranking import backward_elimination
+from hesscurv.integrations.importances.joint_ranking import backward_elimination
 
 
 def test_channels_that_cancel_go_together_and_one_of_two_equals_stays():

@@ -13,7 +13,7 @@ import hesscurv
 from hesscurv import plots
 from hesscurv.hooks import CurvatureMonitor, every
 from hesscurv.integrations import TensorBoardLogger, WandbLogger
-from hesscurv.integrations.training_loggers import flatten_record
+from hesscurv.integrations.training.training_loggers import flatten_record
 
 RECORD = {
     "step": 7,

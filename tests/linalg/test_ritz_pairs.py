@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from hesscurv.linalg import rayleigh_ritz
-from hesscurv.linalg.rayleigh_ritz import ritz_pairs, rotate_
+from hesscurv.linalg import ritz as rayleigh_ritz
+from hesscurv.linalg.ritz import ritz_pairs, rotate_
 
 
 def test_pairs_come_by_magnitude_with_both_signs():

@@ -4,7 +4,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from hesscurv.linalg.test_matrices import (
+from hesscurv.linalg.random_matrices import (
     KINDS,
     dct,
     draw_seed,

@@ -14,7 +14,7 @@ from hesscurv.metrics import (
     random_mask,
     top_k_mask,
 )
-from hesscurv.operators.parameters import ParameterLayout, layout_of, select_parameters
+from hesscurv.objective.parameters import ParameterLayout, layout_of, select_parameters
 
 SEEDS = [0, 1, 2]
 LAYOUT = ParameterLayout(("w", "b", "empty", "scale"), ((4, 5), (5,), (0, 3), ()))  # D = 26

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hesscurv.metrics import intersection_over_union, magnitude_mask, random_mask, top_k_mask
-from hesscurv.operators.parameters import layout_of, select_parameters
+from hesscurv.objective.parameters import layout_of, select_parameters
 
 
 def small_model():

@@ -9,7 +9,7 @@ from hesscurv.metrics import (
     overlap_z_score,
     principal_angles,
 )
-from hesscurv.operators.parameters import ParameterLayout
+from hesscurv.objective.parameters import ParameterLayout
 
 TWO_SPACES = [overlap, principal_angles, grassmann_distances, overlap_z_score]
 ONE_BASIS = [leverage_scores, best_mask]

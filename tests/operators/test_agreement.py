@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 import hesscurv
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
-from hesscurv.operators import linearizations as ways
-from hesscurv.operators.agreement import Combination
+from hesscurv.operators.checks.agreement import Combination
 from hesscurv.operators.ggn import GAUSS_NEWTON_WAYS
 from hesscurv.operators.hessian import _WAYS
+from hesscurv.operators.ways import linearizations as ways
 
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())
 KINDS = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": EmpiricalFisherOperator}

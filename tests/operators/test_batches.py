@@ -12,8 +12,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import hesscurv
 from hesscurv import HessianOperator
-from hesscurv.operators.batches import Batches, split
-from hesscurv.operators.tasks import tensors_of
+from hesscurv.objective.data.batches import Batches, split
+from hesscurv.objective.tasks import tensors_of
 
 CPU = torch.device("cpu")
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import hesscurv
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
-from hesscurv.operators.references import AsymmetryError
+from hesscurv.operators.checks.references import AsymmetryError
 
 OPERATORS = [HessianOperator, GGNOperator, EmpiricalFisherOperator]
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())

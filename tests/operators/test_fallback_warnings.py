@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 import hesscurv
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
-from hesscurv.operators.environment import without_fallback_warnings
+from hesscurv.objective.running.environment import without_fallback_warnings
 
 X, Y = torch.randn(6, 4), torch.tensor([0, 1, 2, 0, 1, 2])
 

@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import hesscurv
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
-from hesscurv.operators.missing_derivatives import MissingDerivativeError
+from hesscurv.operators.checks.missing_derivatives import MissingDerivativeError
 
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())
 TARGETS = torch.tensor([0, 1, 2, 0, 1, 2])

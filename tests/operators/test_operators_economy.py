@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 import hesscurv
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
-from hesscurv.operators import calibration
-from hesscurv.operators import linearizations as ways
-from hesscurv.operators.measurement import Measurement
+from hesscurv.operators.timing import calibration
+from hesscurv.operators.timing.way_timing import Measurement
+from hesscurv.operators.ways import linearizations as ways
 
 KINDS = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": EmpiricalFisherOperator}
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())
@@ -318,7 +318,7 @@ def test_adopted_settings_decide_without_measuring(monkeypatch):
     first.calibrate(300)
     settings = json.loads(json.dumps(first.settings()))
     monkeypatch.setattr(
-        "hesscurv.operators.way_choice.calibrate", lambda *_: pytest.fail("measured again")
+        "hesscurv.operators.timing.way_choice.calibrate", lambda *_: pytest.fail("measured again")
     )
     second.adopt(settings)
     widths = (1, 4, 16)

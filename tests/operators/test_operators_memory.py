@@ -11,7 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 import hesscurv
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
-from hesscurv.operators import calibration, memory
+from hesscurv.objective import memory
+from hesscurv.operators.timing import calibration
 
 KINDS = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": EmpiricalFisherOperator}
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from hesscurv import ParameterLayout
+from hesscurv.objective.parameters import layout_of, unwrap
 from hesscurv.operators import select_parameters
-from hesscurv.operators.parameters import layout_of, unwrap
 
 
 class Tied(nn.Module):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 import hesscurv
 from hesscurv import EmpiricalFisherOperator
-from hesscurv.operators.sample_lists import select_listed
+from hesscurv.objective.data.sample_lists import select_listed
 
 X, Y = torch.randn(6, 4).double(), torch.tensor([0, 1, 2, 0, 1, 2])
 COUNTS = torch.tensor([1.0, 2.0, 0.0, 3.0, 1.0, 1.0]).double()

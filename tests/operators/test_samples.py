@@ -12,8 +12,8 @@ from torch.nn.utils.rnn import pack_sequence
 
 import hesscurv
 from hesscurv import HessianOperator
-from hesscurv.operators.batches import Batches, part_of, select, split
-from hesscurv.operators.samples import (
+from hesscurv.objective.data.batches import Batches, part_of, select, split
+from hesscurv.objective.data.samples import (
     is_cuttable,
     map_tensors,
     num_rows,

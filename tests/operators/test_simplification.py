@@ -7,13 +7,13 @@ from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
-from hesscurv.operators.simplification import (
+from hesscurv.operators.ways.simplification import (
     ZEROS,
     accumulate_in_place,
     find_written,
     simplify,
 )
-from hesscurv.operators.tracing import mean_numel, trace_derivative, vectorize
+from hesscurv.operators.ways.tracing import mean_numel, trace_derivative, vectorize
 
 CLASSES = torch.tensor([0, 1, 2, 0])
 aten = torch.ops.aten

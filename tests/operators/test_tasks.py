@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import hesscurv
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
-from hesscurv.operators.memory import is_mean_over_parts, is_mean_over_samples
-from hesscurv.operators.tasks import map_tensors, split_batch, tensors_of
+from hesscurv.objective.memory import is_mean_over_parts, is_mean_over_samples
+from hesscurv.objective.tasks import map_tensors, split_batch, tensors_of
 
 Pair = namedtuple("Pair", ["inputs", "targets"])
 X, Y = torch.arange(6.0).reshape(3, 2), torch.tensor([0, 1, 0])

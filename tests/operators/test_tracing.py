@@ -9,8 +9,8 @@ import torch
 from torch.func import grad
 from torch.nn import functional as F
 
-from hesscurv.operators.environment import differentiable
-from hesscurv.operators.tracing import trace_derivative
+from hesscurv.objective.running.environment import differentiable
+from hesscurv.operators.ways.tracing import trace_derivative
 
 TARGETS = torch.linspace(-1, 1, 12, dtype=torch.float64).view(6, 2)
 LABELS = torch.tensor([0, 1] * 3)
@@ -117,7 +117,7 @@ def test_a_squared_loss_does_not_end_the_process():
     # Without care torch 2.13 ends it with a segmentation fault, so it gets a process of its own.
     code = (
         "import torch\n"
-        "from hesscurv.operators.tracing import trace_derivative\n"
+        "from hesscurv.operators.ways.tracing import trace_derivative\n"
         "loss = lambda z: torch.nn.functional.mse_loss(z, torch.zeros(3))\n"
         "print(trace_derivative(torch.func.grad(loss), (torch.ones(3),))(torch.ones(3)).tolist())\n"
     )

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
-from hesscurv.operators.tracing import load_forward_rules
-from hesscurv.operators.unfused_cells import UnfusedCells, has_cells
+from hesscurv.objective.running.unfused_cells import UnfusedCells, has_cells
+from hesscurv.operators.ways.tracing import load_forward_rules
 
 OPTIONS = {
     "one layer": {},

@@ -9,7 +9,7 @@ import torch
 from planted import planted
 from torch import Tensor, nn
 
-from hesscurv.optim.newton_cg import NewtonCG
+from hesscurv.optim.newton.newton_cg import NewtonCG
 
 DIM = 12
 Loss = Callable[[], Tensor]

@@ -11,7 +11,7 @@ from torch import nn
 
 import hesscurv
 from hesscurv.hooks import CurvatureMonitor
-from hesscurv.operators.uncompiled import uncompiled
+from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.optim import NewtonCG
 
 # torch's compiler calls what torch deprecates, from 2.13 on.

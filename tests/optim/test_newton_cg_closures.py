@@ -19,8 +19,8 @@ from optim.newton_problems import (
 from torch import distributed, nn
 
 import hesscurv
-from hesscurv.optim.closure_loss import ClosureLoss
-from hesscurv.optim.newton_cg import NewtonCG
+from hesscurv.optim.newton.closure_loss import ClosureLoss
+from hesscurv.optim.newton.newton_cg import NewtonCG
 
 
 def weights_after(make_closure, steps=3, **options):

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import lr_scheduler
 
-from hesscurv.optim.newton_cg import NewtonCG
+from hesscurv.optim.newton.newton_cg import NewtonCG
 
 OPTIONS = {"rank": 4, "refresh_every": 3}
 

@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn import functional as F
 
 import hesscurv
-from hesscurv.operators.missing_derivatives import MissingDerivativeError
+from hesscurv.operators.checks.missing_derivatives import MissingDerivativeError
 from hesscurv.optim import NewtonCG, PreconditionedOptimizer
-from hesscurv.optim.closure_gauss_newton import ClosureGaussNewton
-from hesscurv.optim.closure_loss import ClosureLoss
+from hesscurv.optim.newton.closure_gauss_newton import ClosureGaussNewton
+from hesscurv.optim.newton.closure_loss import ClosureLoss
 
 X, TOKENS = torch.randn(6, 4), torch.arange(18).view(6, 3) % 7
 Y = torch.tensor([0, 1, 2, 0, 1, 2])

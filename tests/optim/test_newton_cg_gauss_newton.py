@@ -12,12 +12,12 @@ from optim.newton_problems import closure_of, flat, net, oscillator_residuals
 from planted import planted
 from torch import nn
 
-from hesscurv.optim.closure_gauss_newton import ClosureGaussNewton
-from hesscurv.optim.closure_hessian import ClosureHessian
-from hesscurv.optim.closure_loss import ClosureLoss
-from hesscurv.optim.conjugate_gradients import EigenspacePreconditioner
-from hesscurv.optim.krylov_model import krylov_model, search_damping
-from hesscurv.optim.newton_cg import NewtonCG
+from hesscurv.optim.newton.closure_gauss_newton import ClosureGaussNewton
+from hesscurv.optim.newton.closure_hessian import ClosureHessian
+from hesscurv.optim.newton.closure_loss import ClosureLoss
+from hesscurv.optim.newton.conjugate_gradients import EigenspacePreconditioner
+from hesscurv.optim.newton.krylov_model import krylov_model, search_damping
+from hesscurv.optim.newton.newton_cg import NewtonCG
 
 SEEDS = [0, 1, 2]
 

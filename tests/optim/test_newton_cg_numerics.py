@@ -19,15 +19,15 @@ from optim.newton_problems import (
 from planted import PlainOperator, indefinite, planted
 from torch import nn
 
-from hesscurv.optim.closure_hessian import ClosureHessian
-from hesscurv.optim.closure_loss import ClosureLoss
-from hesscurv.optim.conjugate_gradients import (
+from hesscurv.optim.newton.closure_hessian import ClosureHessian
+from hesscurv.optim.newton.closure_loss import ClosureLoss
+from hesscurv.optim.newton.conjugate_gradients import (
     EigenspacePreconditioner,
     ensure_descent,
     newton_direction,
 )
-from hesscurv.optim.line_search import armijo, next_damping
-from hesscurv.optim.newton_cg import NewtonCG
+from hesscurv.optim.newton.line_search import armijo, next_damping
+from hesscurv.optim.newton.newton_cg import NewtonCG
 
 SEEDS = [0, 1, 2]
 EYE = torch.eye(12, dtype=torch.float64)

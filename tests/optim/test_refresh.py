@@ -20,7 +20,7 @@ from optim.training import (
 from planted import planted
 
 from hesscurv.optim import PreconditionedOptimizer
-from hesscurv.optim.refresh_schedule import RefreshSchedule
+from hesscurv.optim.preconditioner.refresh_schedule import RefreshSchedule
 
 
 class Clock:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from hesscurv.optim.group_settings import DUE, LAST, STEP
-from hesscurv.optim.tracked_preconditioner import BASIS, OWN_STATE, VALUES
+from hesscurv.optim.preconditioner.tracked_preconditioner import BASIS, OWN_STATE, VALUES
 
 BASES = {
     "SGD": lambda p, **k: torch.optim.SGD(p, **{"lr": 0.01} | k),

@@ -11,9 +11,9 @@ from optim.training import TASK, precondition, quietly
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hesscurv.optim.damped_steps import DampedUpdate, damp_gradient
 from hesscurv.optim.flat_parameters import FlatParameters
-from hesscurv.optim.low_rank_preconditioner import LowRankPreconditioner
+from hesscurv.optim.preconditioner.damped_steps import DampedUpdate, damp_gradient
+from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
 
 MOST = 12
 # Views, and memory that nothing is written to.

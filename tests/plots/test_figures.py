@@ -190,8 +190,8 @@ def test_sparsity_is_drawn_of_records_numbers_masks_and_reports():
     mask = torch.tensor([[True, False], [False, False]])
     ax = plots.sparsity({"a": 0.25, "b": mask})
     assert [bar.get_width() for bar in ax.patches] == [0.25, 0.75]
-    layers = [hesscurv.pruning.report.LayerReport("a", 10, 4, 0.6, 0.0, 0.0)]
-    report = hesscurv.pruning.report.PruningReport(
+    layers = [hesscurv.pruning.run.pruning_report.LayerReport("a", 10, 4, 0.6, 0.0, 0.0)]
+    report = hesscurv.pruning.run.pruning_report.PruningReport(
         "obs", 0.6, 4, 10, 1.0, 1.0, 1.0, None, 0, 0, 0.0, layers=layers
     )
     ax = plots.sparsity(report)
@@ -216,7 +216,7 @@ def test_a_matrix_of_comparisons_with_the_last_alone_has_one_side_diagonal():
 
 
 def test_names_lose_what_all_share_and_stay_distinct():
-    from hesscurv.plots.parameters import shorten
+    from hesscurv.plots.by_parameter import shorten
 
     names = [f"model.layers.{i}.attention.projection.weight" for i in range(3)]
     assert shorten(names, 40) == [f"{i}.attention.projection.weight" for i in range(3)]

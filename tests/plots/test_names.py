@@ -7,7 +7,7 @@ import pytest
 
 from hesscurv import plots
 from hesscurv.plots import canvas
-from hesscurv.plots.parameters import shorten
+from hesscurv.plots.by_parameter import shorten
 
 matplotlib = pytest.importorskip("matplotlib")
 

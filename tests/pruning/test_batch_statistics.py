@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hesscurv import supervised
-from hesscurv.pruning.batch_statistics import recalibrate_
+from hesscurv.pruning.run.batch_statistics import recalibrate_
 
 TASK = supervised(nn.CrossEntropyLoss())
 SEEDS = (0, 1, 2)

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 import hesscurv
-from hesscurv.operators.objective import Objective
-from hesscurv.pruning.layer_inputs import has_covariance, input_covariances, num_blocks
-from hesscurv.pruning.sample_weights import weigh
+from hesscurv.objective.objective import Objective
+from hesscurv.pruning.curvature.layer_inputs import has_covariance, input_covariances, num_blocks
+from hesscurv.pruning.curvature.sample_weights import weigh
 from hesscurv.pruning.weights import find_weights
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}  # float64, sums of some hundred terms
@@ -151,7 +151,7 @@ def test_it_is_taken_at_the_given_parameters():
 def test_samples_taken_a_few_at_a_time_give_the_same(monkeypatch):
     model, batches = Layer(nn.Conv2d(3, 2, 3), 3).double(), data(2, 4, 4)
     whole = covariances(model, batches, ["layer.weight"])["layer.weight"]
-    monkeypatch.setattr("hesscurv.pruning.layer_inputs._SAMPLES_AT_ONCE", 2)
+    monkeypatch.setattr("hesscurv.pruning.curvature.layer_inputs._SAMPLES_AT_ONCE", 2)
     found = covariances(model, batches, ["layer.weight"])["layer.weight"]
     torch.testing.assert_close(found, whole, **CLOSE)
 

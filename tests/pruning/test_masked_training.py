@@ -7,7 +7,7 @@ import torch
 from mask_cases import OURS, linear, permuted_scores, two_layers
 from torch import nn
 
-from hesscurv.pruning.global_pruning import curvature_global
+from hesscurv.pruning.masks.global_pruning import curvature_global
 from hesscurv.pruning.weights import current_mask, current_parameter, find_weights
 
 

@@ -8,10 +8,10 @@ from prunable import TASK, data, network
 from torch import nn
 
 from hesscurv import supervised
-from hesscurv.pruning import pruning_run
-from hesscurv.pruning.memory_plan import MemoryPlan, Sizes, plan_memory
-from hesscurv.pruning.prune_model import prune_model
-from hesscurv.pruning.quadratic_model import Measuring
+from hesscurv.pruning.curvature.memory_plan import MemoryPlan, Sizes, plan_memory
+from hesscurv.pruning.curvature.quadratic_model import Measuring
+from hesscurv.pruning.run import pruning_run
+from hesscurv.pruning.run.prune_model import prune_model
 
 # The convolutions and the last layer of a ResNet-18: entries, and inputs of each place.
 RESNET18 = [(9408, 147)] + 4 * [(36864, 576)]

@@ -17,8 +17,8 @@ from mask_cases import (
 from torch import nn
 from torch.nn.utils import prune
 
-from hesscurv.pruning.global_pruning import curvature_global
-from hesscurv.pruning.methods import (
+from hesscurv.pruning.masks.global_pruning import curvature_global
+from hesscurv.pruning.masks.methods import (
     CurvatureUnstructured,
     curvature_nm,
     curvature_structured,

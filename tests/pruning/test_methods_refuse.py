@@ -6,8 +6,8 @@ from mask_cases import linear, lowest_by_sorting, permuted_scores, two_layers
 from torch import nn
 from torch.nn.utils import prune
 
-from hesscurv.pruning.global_pruning import curvature_global
-from hesscurv.pruning.methods import (
+from hesscurv.pruning.masks.global_pruning import curvature_global
+from hesscurv.pruning.masks.methods import (
     CurvatureNM,
     CurvatureStructured,
     CurvatureUnstructured,

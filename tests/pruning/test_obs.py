@@ -7,11 +7,11 @@ from torch.nn.utils import prune
 
 from hesscurv import Eigenpairs, ParameterLayout
 from hesscurv.linalg.woodbury import DiagonalBlock, KroneckerBlock, LowRankPlusBlocks
-from hesscurv.pruning import state_dicts
-from hesscurv.pruning.eigenspace_model import quadratic_model_of
-from hesscurv.pruning.obs import compensate_
-from hesscurv.pruning.quadratic_model import QuadraticModel
-from hesscurv.pruning.state_dicts import apply_masks_, masks_of
+from hesscurv.pruning.curvature.eigenspace_model import quadratic_model_of
+from hesscurv.pruning.curvature.obs import compensate_
+from hesscurv.pruning.curvature.quadratic_model import QuadraticModel
+from hesscurv.pruning.masks import state_dicts
+from hesscurv.pruning.masks.state_dicts import apply_masks_, masks_of
 
 SEEDS = (0, 1, 2)
 NAMES = ("0.weight", "2.weight")

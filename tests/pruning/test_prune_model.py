@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn.utils import prune
 
 from hesscurv import supervised
-from hesscurv.pruning.prune_model import prune_model
-from hesscurv.pruning.quadratic_model import Measuring
-from hesscurv.pruning.state_dicts import dense_state_dict, masks_of
+from hesscurv.pruning.curvature.quadratic_model import Measuring
+from hesscurv.pruning.masks.state_dicts import dense_state_dict, masks_of
+from hesscurv.pruning.run.prune_model import prune_model
 from hesscurv.pruning.weights import find_weights
 
 # -- what it reaches --------------------------------------------------------------------------

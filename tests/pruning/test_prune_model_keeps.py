@@ -8,8 +8,8 @@ import torch
 from prunable import METHODS, SEEDS, TASK, data, flat_mask, loss_of, network, run
 from torch.nn.utils import prune
 
-from hesscurv.pruning.prune_model import prune_model
-from hesscurv.pruning.state_dicts import masks_of
+from hesscurv.pruning.masks.state_dicts import masks_of
+from hesscurv.pruning.run.prune_model import prune_model
 
 
 def bits(net):

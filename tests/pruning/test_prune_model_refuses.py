@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from hesscurv import supervised
-from hesscurv.pruning import pruning_run
-from hesscurv.pruning.prune_model import prune_model
-from hesscurv.pruning.quadratic_model import Measuring
+from hesscurv.pruning.curvature.quadratic_model import Measuring
+from hesscurv.pruning.run import pruning_run
+from hesscurv.pruning.run.prune_model import prune_model
 
 TASK = supervised(nn.CrossEntropyLoss())
 

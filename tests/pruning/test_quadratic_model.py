@@ -9,11 +9,15 @@ import torch
 
 from hesscurv import ParameterLayout
 from hesscurv.linalg.woodbury import DiagonalBlock, KroneckerBlock, LowRankPlusBlocks
-from hesscurv.operators.objective import Objective
-from hesscurv.pruning import quadratic_model
-from hesscurv.pruning.layer_inputs import input_covariances
-from hesscurv.pruning.quadratic_model import Measuring, QuadraticModel, measure_quadratic_model
-from hesscurv.pruning.sample_weights import weigh
+from hesscurv.objective.objective import Objective
+from hesscurv.pruning.curvature import quadratic_model
+from hesscurv.pruning.curvature.layer_inputs import input_covariances
+from hesscurv.pruning.curvature.quadratic_model import (
+    Measuring,
+    QuadraticModel,
+    measure_quadratic_model,
+)
+from hesscurv.pruning.curvature.sample_weights import weigh
 from hesscurv.pruning.weights import find_weights
 
 SEEDS = (0, 1, 2)

@@ -20,7 +20,7 @@ from hesscurv.pruning import (
     saliency,
     save_sparse,
 )
-from hesscurv.pruning.report import LayerReport, PruningReport, StageReport
+from hesscurv.pruning.run.pruning_report import LayerReport, PruningReport, StageReport
 
 NAMES = [
     "a$_b^$",

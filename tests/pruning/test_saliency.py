@@ -12,8 +12,8 @@ from torch.nn.utils import prune
 import hesscurv
 from hesscurv import Eigenpairs, ParameterLayout
 from hesscurv.metrics import top_k_mask
-from hesscurv.pruning.eigenspace_model import quadratic_model_of
-from hesscurv.pruning.saliency import saliency
+from hesscurv.pruning.curvature.eigenspace_model import quadratic_model_of
+from hesscurv.pruning.curvature.saliency import saliency
 
 SEEDS = (0, 1, 2)
 KINDS = ("obd", "obs", "leverage")

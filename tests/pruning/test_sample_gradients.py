@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import hesscurv
-from hesscurv.operators.objective import Objective
-from hesscurv.pruning import sample_gradients
-from hesscurv.pruning.sample_gradients import (
+from hesscurv.objective.objective import Objective
+from hesscurv.pruning.curvature import sample_gradients
+from hesscurv.pruning.curvature.sample_gradients import (
     SampleGradients,
     one_by_one,
     output_roots,

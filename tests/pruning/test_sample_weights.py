@@ -11,13 +11,14 @@ from torch import nn
 from torch.nn import functional as F
 
 import hesscurv
-from hesscurv.operators.objective import Objective
-from hesscurv.pruning import prune_model, quadratic_model
-from hesscurv.pruning.calibration_loss import CalibrationLoss
-from hesscurv.pruning.layer_inputs import input_covariances
-from hesscurv.pruning.quadratic_model import Measuring, measure_quadratic_model
-from hesscurv.pruning.sample_weights import weigh
-from hesscurv.pruning.state_dicts import masks_of
+from hesscurv.objective.objective import Objective
+from hesscurv.pruning import prune_model
+from hesscurv.pruning.curvature import quadratic_model
+from hesscurv.pruning.curvature.layer_inputs import input_covariances
+from hesscurv.pruning.curvature.quadratic_model import Measuring, measure_quadratic_model
+from hesscurv.pruning.curvature.sample_weights import weigh
+from hesscurv.pruning.masks.state_dicts import masks_of
+from hesscurv.pruning.run.calibration_loss import CalibrationLoss
 from hesscurv.pruning.weights import find_weights
 
 # float64, sums of some dozen terms.

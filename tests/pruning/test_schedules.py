@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from hesscurv.pruning.schedules import sparsities
+from hesscurv.pruning.run.sparsity_schedules import sparsities
 
 STARTS = (0.0, 0.3)
 

@@ -4,8 +4,8 @@ from torch import nn
 from torch.nn.utils import prune
 
 from hesscurv.pruning.attention import prepare_attention_
-from hesscurv.pruning.methods import curvature_nm
-from hesscurv.pruning.semi_structured import is_semi_structured, to_semi_structured_
+from hesscurv.pruning.masks.methods import curvature_nm
+from hesscurv.pruning.masks.semi_structured import is_semi_structured, to_semi_structured_
 from hesscurv.pruning.weights import find_weights, pruned_weights
 
 
@@ -60,7 +60,9 @@ def test_a_model_without_semi_structured_masks_is_refused():
 
 def stand_in_for_the_gpu(monkeypatch, convert):
     monkeypatch.setattr(torch.sparse, "to_sparse_semi_structured", convert)
-    monkeypatch.setattr("hesscurv.pruning.semi_structured._check_support", lambda name, p: None)
+    monkeypatch.setattr(
+        "hesscurv.pruning.masks.semi_structured._check_support", lambda name, p: None
+    )
 
 
 def test_masked_linear_layers_alone_are_converted_and_frozen(monkeypatch):

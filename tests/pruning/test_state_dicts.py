@@ -7,10 +7,15 @@ from torch import nn
 from torch.nn.utils import prune
 
 from hesscurv.pruning.attention import prepare_attention_
-from hesscurv.pruning.global_pruning import curvature_global
-from hesscurv.pruning.methods import curvature_unstructured
-from hesscurv.pruning.sparse_files import load_sparse, save_sparse
-from hesscurv.pruning.state_dicts import apply_masks_, dense_state_dict, load_pruned_, masks_of
+from hesscurv.pruning.masks.global_pruning import curvature_global
+from hesscurv.pruning.masks.methods import curvature_unstructured
+from hesscurv.pruning.masks.sparse_files import load_sparse, save_sparse
+from hesscurv.pruning.masks.state_dicts import (
+    apply_masks_,
+    dense_state_dict,
+    load_pruned_,
+    masks_of,
+)
 from hesscurv.pruning.weights import current_parameter, find_weights, pruned_weights
 
 

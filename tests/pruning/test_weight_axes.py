@@ -19,9 +19,9 @@ from hesscurv.pruning import (
     saliency,
     weight_axes,
 )
-from hesscurv.pruning.layer_inputs import has_input_rows, unfolded
-from hesscurv.pruning.semi_structured import to_semi_structured_
-from hesscurv.pruning.state_dicts import masks_of
+from hesscurv.pruning.curvature.layer_inputs import has_input_rows, unfolded
+from hesscurv.pruning.masks.semi_structured import to_semi_structured_
+from hesscurv.pruning.masks.state_dicts import masks_of
 from hesscurv.pruning.targets import Pattern
 from hesscurv.pruning.weight_axes import AS_LINEAR, REVERSED, WeightAxes, axes_of, find_axes
 from hesscurv.pruning.weights import Weight, current_mask, current_parameter

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from hesscurv.pruning.attention import prepare_attention_
-from hesscurv.pruning.methods import curvature_unstructured
+from hesscurv.pruning.masks.methods import curvature_unstructured
 from hesscurv.pruning.weights import (
     Weight,
     as_dense_name,

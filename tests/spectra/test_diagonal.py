@@ -7,7 +7,7 @@ import torch
 from planted import PlainOperator, indefinite, planted
 
 import hesscurv
-from hesscurv.linalg.test_matrices import draw_seed, make_test_matrix
+from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
 from hesscurv.spectra import diagonal
 
 METHODS = ("xdiag", "hutchinson")

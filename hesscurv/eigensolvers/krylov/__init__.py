@@ -1,0 +1,1 @@
+"""Thick-restart block Krylov."""

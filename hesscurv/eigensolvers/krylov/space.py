@@ -1,0 +1,530 @@
+r"""A growing Krylov space with its exact projection: the state of a block Lanczos process.
+
+[E, P] is orthonormal. E are the m *expanded* vectors, whose products with H are known; P are the p
+*pending* ones, stored after them. With A = [E, P]^T H E, of shape (m + p, m),
+
+.. math:: H E = E T + P R, \qquad T = A_{1..m}, \quad R = A_{m+1..m+p},
+
+so that a Ritz pair (theta, E y) of T has the residual norm ||R y|| without another product. Any
+orthonormal vectors may join P at any time: their rows in R are zero.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hesscurv.eigensolvers.krylov.basis import Basis
+from hesscurv.eigensolvers.residuals import convergence_threshold
+from hesscurv.linalg.block_norms import BlockSize, block_size
+from hesscurv.linalg.eigenvalue_bounds import schur_complement
+from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_out_
+from hesscurv.linalg.ritz import sides_of, wanted_first
+from hesscurv.linalg.small_eigenproblems import eigh
+from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.scaled_operator import SAFE_RANGE, require_range
+from hesscurv.storage.placement import Placement
+
+
+class KrylovSpace:
+    """The space, the steps that change it, and its Ritz pairs.
+
+    Args:
+        H: The operator, D x D.
+        k: The number of wanted pairs.
+        tol: Their relative tolerance.
+        block: The usual number of vectors in a step.
+        placement: Where the vectors live, and how many at most: at least min(D, k + 3 block).
+        generator: Source of random vectors.
+        which: Which pairs are wanted, "LM", "LA" or "SA".
+
+    Where H's products are spread over processes, each holds some rows of all vectors; small
+    matrices, and with them all decisions, are the same on each: sums are, and eigenvectors are the
+    first one's. What else is computed from them is as alike as the processors are.
+    """
+
+    def __init__(
+        self,
+        H: LinearOperator,
+        k: int,
+        tol: float,
+        block: int,
+        placement: Placement,
+        generator: torch.Generator,
+        which: str = "LM",
+    ) -> None:
+        self.which, self.sides = which, sides_of(which)
+        self.H, self.k, self.tol, self.block = H, k, tol, block
+        self.dim, self.capacity = H.shape[0], placement.capacity
+        self.eps = torch.finfo(H.dtype).eps
+        self.across = H.communicator if H.communicator.size > 1 else None
+        # What rounding a stored vector does to its residual, relative to its eigenvalue: the rms
+        # error of an entry is a quarter of eps.
+        stored = placement.dtype
+        self.rounding = 0.0 if stored == H.dtype else torch.finfo(stored).eps / 4
+        self.num_matvecs = 0
+        self.num_restarts = 0
+        # The norm of couplings that restarts have dropped, relative to the thresholds: residuals
+        # are estimated without them.
+        self.lost = 0.0
+        self.num_expanded = 0
+        # Vectors to expand before all others: they belong together, coupled or not.
+        self.num_initial = 0
+        with H.communicator.together("taking memory"):
+            self.basis = Basis(placement, k, max(block, k // 2), H.dtype)
+        self.A = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
+        self._ritz: dict[torch.dtype, tuple[Tensor, ...]] = {}  # of the last T
+        self._asymmetries: list[float] = []
+        self._asymmetry = 0.0
+        self._scale = 0.0  # the largest ||H q|| seen: rounding is relative to it
+        self._generator = generator
+
+    def start(self, initial: Tensor | None) -> None:
+        """Let the first vectors wait: those given, (D, k0), and random ones where they are few."""
+        if initial is not None:
+            start_KD = initial.mT
+            if self.capacity < min(self.dim, 2 * len(start_KD) + 3 * self.block):
+                # No room for all of them and their products: start from a block of their span.
+                mix = self._random(self.block, len(start_KD)).to(start_KD)
+                start_KD = mix @ start_KD
+            for part_BD in start_KD.split(max(self.block, 32)):  # all of them may not fit a device
+                part_BD = part_BD.to(self.H.device, self.H.dtype, copy=True)
+                self.num_initial += self.add_pending(part_BD)
+        if self.num_initial < self.k:
+            self.add_random(self.block)
+
+    def state(self) -> dict[str, Any]:
+        """Return all values that decide how the space grows on, beside the basis."""
+        return {
+            "A": self.A,
+            "size": self.basis.size,
+            "num_matvecs": self.num_matvecs,
+            "num_restarts": self.num_restarts,
+            "lost": self.lost,
+            "num_expanded": self.num_expanded,
+            "num_initial": self.num_initial,
+            "asymmetries": list(self._asymmetries),
+            "asymmetry": self._asymmetry,
+            "scale": self._scale,
+            "generator": self._generator.get_state(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a state; the basis has been restored already.
+
+        Raises:
+            ValueError: If the basis has another number of vectors.
+        """
+        if state["size"] != self.basis.size:
+            raise ValueError(
+                f"expected a basis of {state['size']} vectors, got {self.basis.size}: the "
+                "checkpoint's journal does not belong to its state; begin anew"
+            )
+        for name in ("A", "num_matvecs", "num_restarts", "num_expanded", "num_initial"):
+            setattr(self, name, state[name])
+        self._asymmetries, self._scale = list(state["asymmetries"]), state["scale"]
+        self._asymmetry, self.lost = state.get("asymmetry", 0.0), state.get("lost", 0.0)
+        self._generator.set_state(state["generator"])
+
+    @property
+    def num_pending(self) -> int:
+        """The number p of vectors that wait for their product."""
+        return self.basis.size - self.num_expanded
+
+    @property
+    def is_full(self) -> bool:
+        """Whether expanded and pending vectors together span the whole space."""
+        return self.basis.size == self.dim
+
+    def fits(self, count: int) -> bool:
+        """Whether so many more vectors can be stored, or the whole space can."""
+        return self.basis.size + count <= self.capacity or self.capacity >= self.dim
+
+    # -- Ritz pairs -----------------------------------------------------------------------------
+
+    def ritz(
+        self,
+        dtype: torch.dtype = torch.float64,
+        count: int | None = None,
+        expanded: int | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return all Ritz values (m,), the first coefficients, and the residuals of the first k.
+
+        T is read from the upper triangle: when a column of it was computed, all earlier vectors
+        were in the basis, while parts of an earlier column may have been dropped since.
+
+        Args:
+            dtype: Of the eigenproblem: float32 takes half the time, and errs by some eps |theta_1|
+                in values and residuals.
+            count: How many coefficient vectors, (m, count); default k.
+            expanded: m, the vectors that count; default all that are expanded.
+        """
+        m = self.num_expanded if expanded is None else expanded
+        if dtype not in self._ritz or len(self._ritz[dtype][0]) != m:
+            values, vectors = self._from_first(eigh(self.A[:m, :m].to(dtype), self.H.device))
+            order = wanted_first(values, self.which)
+            leading = vectors[:, order[: self.k]].double()
+            self._ritz[dtype] = values[order].double(), leading, vectors, order
+        values, leading, vectors, order = self._ritz[dtype]
+        residuals = (self.A[m:, :m] @ leading).norm(dim=0)
+        if count is None or count == self.k:
+            return values, leading, residuals
+        return values, vectors[:, order[:count]].double(), residuals
+
+    def thresholds(self, values: Tensor) -> Tensor:
+        """Return the largest residuals with which pairs of these values count as converged."""
+        # The largest magnitude known, which need not be a wanted pair's.
+        known = self._ritz.get(torch.float64) or self._ritz.get(torch.float32)
+        largest = float(known[0].abs().max()) if known and len(known[0]) else 0.0
+        return convergence_threshold(values, self.tol, self.eps, largest)
+
+    def converged(self, dtype: torch.dtype = torch.float64) -> Tensor:
+        """Return which of the first k Ritz pairs have converged, bool.
+
+        A pair's true residual is its estimate and the products' noise together, at right angles.
+        Noise beyond the tolerance cannot be made up for, and demands no more than half of it.
+        """
+        values, _, residuals = self.ritz(dtype)
+        thresholds = self.thresholds(values[: self.k])
+        noise = torch.hypot(
+            torch.tensor(self.noise, dtype=torch.float64, device="cpu"),
+            self.rounding * values[: self.k].abs(),
+        )
+        noise = torch.minimum(noise, 0.9 * thresholds)
+        return residuals <= (thresholds**2 - noise**2).sqrt()
+
+    def bound(self, index: int, first: int | None = None) -> float:
+        """Return what a missed eigenvalue exceeds that would come before wanted pair `index`.
+
+        On the side of the wanted ones: a magnitude, or for "SA" the negative of a value. What
+        exceeds the Ritz value by less than a residual may have does not matter.
+        """
+        values = self.ritz(expanded=first)[0][: self.k]
+        value = values[index].abs() if len(self.sides) == 2 else self.sides[0] * values[index]
+        return float(value + self.thresholds(values)[index])
+
+    def schur_complement(self, side: int, index: int, first: int | None = None) -> Tensor:
+        """Return S(x) for x = `bound(index)`, (q, q), in the vectors after the first expanded ones.
+
+        See `hesscurv.linalg.eigenvalue_bounds`.
+
+        Args:
+            side: +1 or -1.
+            index: Of the last wanted pair, from 0.
+            first: How many expanded vectors count; by default all.
+        """
+        first = self.num_expanded if first is None else first
+        values, Y, _ = self.ritz(count=first, expanded=first)
+        x = self.bound(index, first)
+        near = float(self.thresholds(values[: self.k])[index])
+        return schur_complement(values, self.A[first:, :first] @ Y, index + 1, x, side, near)
+
+    def limit(self, index: int) -> float:
+        """Return how large H outside may be, with all pairs up to `index` at hand.
+
+        That is: with no eigenvalue beyond `bound(index)` but theirs. Where the singular values of
+        [T; R] prove that a pair was missed, which they do for free, it is negative.
+        """
+        largest = (
+            float(torch.linalg.eigvalsh(self.schur_complement(side, index))[-1])
+            for side in (self.sides if self.num_pending else ())
+        )
+        return self.bound(index) - max([0.0, *largest])
+
+    def limiting(self, eta: float) -> Tensor:
+        """Return the pending directions, (p, r), that keep `limit` of the last pair below eta."""
+        x, last = self.bound(self.k - 1), self.k - 1
+        S = sum(self.schur_complement(side, last) for side in self.sides)
+        values, U = torch.linalg.eigh(S)
+        return U[:, values > x - eta].flip(1)
+
+    # -- steps ----------------------------------------------------------------------------------
+
+    def multiply(self, block_bD: Tensor) -> tuple[Tensor, BlockSize]:
+        """Return H times vectors (b, D), of which this process has its entries; count them.
+
+        The caller passes their size to `require_usable`, when it has been read.
+        """
+        W_bD = self.product(block_bD)
+        self.num_matvecs += len(block_bD)
+        return W_bD, block_size(W_bD, self.across)
+
+    def product(self, block_bD: Tensor) -> Tensor:
+        """Return H times vectors (b, D), of which this process has its entries, uncounted."""
+        return self.H.product_rows(block_bD.mT).mT.contiguous()
+
+    def require_usable(self, size: BlockSize, scale: float) -> None:
+        """Refuse the last products where nothing can be computed with them.
+
+        Args:
+            size: Theirs.
+            scale: The largest norm of a product before: where that is of a usual size, these may be
+                of any.
+
+        Raises:
+            ValueError: If they have NaN or inf entries.
+            RangeError: If squares of them leave the range of the dtype.
+        """
+        if not math.isfinite(size.largest):
+            last = self.num_matvecs
+            raise ValueError(
+                f"products {last - len(size.norms)} to {last} with the operator have NaN or inf "
+                "entries; check the operator's products (overflow, sqrt or norm at zero in a "
+                "loss), or compute in float64"
+            )
+        if not SAFE_RANGE[0] < max(scale, *size.norms) < SAFE_RANGE[1]:
+            require_range(size.largest)
+
+    def expand(self, size: int) -> int:
+        """Multiply the first `size` pending vectors; return how many new directions came of it.
+
+        Raises:
+            ValueError: If there are fewer, or size is below 1.
+        """
+        m, rows = self.num_expanded, self.basis.size
+        if not 1 <= size <= rows - m:
+            raise ValueError(f"expected 1 <= size <= {rows - m} pending vectors, got {size}")
+        W_BD, found = self.multiply(self.basis.block(m, m + size))
+        if found.is_read or self.is_full:
+            self.require_usable(found, self._scale)
+        if self.is_full:
+            C, R = (
+                project_out_(W_BD, self.basis.slabs(), across=self.across).cpu(),
+                torch.zeros(0, size, dtype=torch.float64, device="cpu"),
+            )
+        else:
+            floor = self.eps * (max(self._scale, *found.norms) if found.is_read else self._scale)
+            # E^T H S is (S^T H E)^T, and S^T H E is a part of A.
+            known = self.A[m : m + size].mT
+            try:
+                Q_rD, C, R = orthonormalize_against_(
+                    W_BD,
+                    self.basis.slabs(),
+                    floor=floor,
+                    known_nb=known,
+                    size=found,
+                    across=self.across,
+                )
+            except ValueError:
+                self.require_usable(found, self._scale)
+                raise
+            self.require_usable(found, self._scale)
+            # Where the whole space is nearly spanned, rounding may look like further directions.
+            Q_rD, R = Q_rD[: self.dim - rows], R[: self.dim - rows]
+            self._append(Q_rD)
+        self._scale = max(self._scale, *found.norms)
+        self._note_asymmetry(C[:m], self.A[m : m + size])
+        A = torch.zeros(self.basis.size, m + size, dtype=torch.float64, device="cpu")
+        A[:rows, :m] = self.A
+        A[:rows, m:] = C
+        A[rows:, m:] = R
+        self.A, self.num_expanded = A, m + size
+        return self.basis.size - rows
+
+    def add_pending(self, block_BD: Tensor) -> int:
+        """Orthonormalise vectors (b, D), whole on every process, and let them wait.
+
+        Returns how many independent ones there were.
+        """
+        room = min(self.capacity, self.dim) - self.basis.size
+        mine_BD = self._own_entries(block_BD[:room])
+        Q_rD, _, _ = orthonormalize_against_(mine_BD, self.basis.slabs(), across=self.across)
+        self._append(Q_rD)
+        self.A = torch.cat(
+            [self.A, torch.zeros(len(Q_rD), self.A.shape[1], dtype=torch.float64, device="cpu")]
+        )
+        return len(Q_rD)
+
+    def add_random(self, count: int) -> int:
+        """Let random vectors, orthogonal to the basis, wait; return how many there was room for."""
+        return self.add_pending(self._random(count, self.dim).to(self.H.device))
+
+    def outside(self, count: int) -> Tensor:
+        """Return random vectors (count, D) of the complement of the expanded ones, own entries."""
+        Y_bD = self._own_entries(self._random(count, self.dim).to(self.H.device))
+        project_out_(Y_bD, self.basis.slabs(0, self.num_expanded), across=self.across)
+        return Y_bD
+
+    def select(self, size: int, directions: Tensor | None = None) -> None:
+        """Turn the pending vectors so that the first `size` couple most to unconverged pairs.
+
+        Args:
+            size: How many.
+            directions: Of the pending vectors, (p, r), to take in place of these.
+        """
+        if self.num_pending <= size:
+            return
+        coupling = directions
+        if coupling is None:
+            _, Y, _ = self.ritz(self.H.dtype)
+            coupling = self.A[self.num_expanded :] @ Y[:, ~self.converged(self.H.dtype)]
+        U, _ = self._from_first(torch.linalg.svd(coupling, full_matrices=True)[:2])
+        self._turn_pending(U)
+
+    def begin_search(self, count: int) -> int:
+        """Put random vectors of the complement of E first among the pending ones.
+
+        Vectors outside the basis are added, and mixed with the pending ones as in a Gaussian vector
+        of the complement: an eigenvector may lie in any of them.
+
+        Returns:
+            How many there are.
+        """
+        pending = self.num_pending
+        added = self.add_random(count)
+        outside = self.dim - self.num_expanded - pending
+        gaussian = torch.cat(
+            [
+                self._random(pending, added).to("cpu", torch.float64),
+                math.sqrt(outside) * torch.eye(added, dtype=torch.float64, device="cpu"),
+            ]
+        )
+        (U,) = self._from_first([torch.linalg.qr(gaussian, mode="complete").Q])
+        self._turn_pending(U)
+        return added
+
+    def follow_search(self, coupling: Tensor) -> int:
+        """Put the directions of a coupling, (p, c), first among the pending vectors.
+
+        Returns:
+            How many they are, beyond rounding.
+        """
+        U, sigma = self._from_first(torch.linalg.svd(coupling, full_matrices=True)[:2])
+        self._turn_pending(U)
+        return int((sigma > self.eps * self._scale).sum())
+
+    def step_back(self, num_expanded: int) -> None:
+        """Forget the last expanded vectors and all that came of them: nothing was found there.
+
+        The Ritz pairs from before are at hand still, as are their residuals: what they couple to
+        is among the pending vectors, and remains.
+        """
+        self.A, self.num_expanded = self.A[:, :num_expanded], num_expanded
+        coupled = self.follow_search(self.A[num_expanded:])
+        self.basis.truncate(num_expanded + coupled)
+        self.A = self.A[: num_expanded + coupled]
+
+    def restart(self, spare: int = 0) -> None:
+        """Keep the best Ritz vectors and the pending ones; drop the rest (thick restart).
+
+        Args:
+            spare: For a search: how many vectors must fit then. As many Ritz vectors as leave that
+                room are kept, and all pending ones, which the search is made without.
+        """
+        self.num_restarts += 1
+        dropped = self._drop_pending() if spare == 0 else False
+        m = self.num_expanded
+        values, Y, _ = self.ritz(count=m)
+        self._ritz.clear()
+        room = self.capacity - self.block - self.num_pending
+        if room >= self.k:
+            # What was dropped is negligible for the wanted pairs alone: keep no others then.
+            extra = 0 if dropped else max(self.block, (self.capacity - self.k) // 3)
+            if spare > 0:
+                extra = self.capacity - self.num_pending - spare - self.k
+            keep = min(m - 1, room, self.k + max(0, extra))
+            self.A = torch.cat([torch.diag(values[:keep]), self.A[m:] @ Y[:, :keep]])
+            self.num_expanded = keep
+            self._rotate(0, m, Y[:, :keep])
+        else:
+            # Too many pending vectors matter (a far warm start): start anew from the Ritz vectors.
+            keep = self.num_initial = min(m, self.k)
+            self.A = torch.zeros(keep, 0, dtype=torch.float64, device="cpu")
+            self.num_expanded = 0
+            self._rotate(0, m, Y[:, :keep])
+            self.basis.truncate(keep)
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Form the k Ritz vectors in place and give up the rest: the space ends with this.
+
+        Returns:
+            Ritz values (k,) and residuals (k,), float64 on the CPU, and the vectors (D, k).
+        """
+        values, Y, residuals = self.ritz()
+        self.basis.journal = None  # no state will refer to this
+        self._rotate(0, self.num_expanded, Y)
+        return values[: self.k], residuals, self.basis.shrink().mT
+
+    @property
+    def scale(self) -> float:
+        """The largest norm of a product with a unit vector so far: at most that of H."""
+        return max(self._scale, 1e-300)
+
+    @property
+    def asymmetry(self) -> float:
+        """How far v^T (H E) is from (H v)^T E, at most, relative to the norm of H."""
+        return self._asymmetry / self.scale
+
+    @property
+    def noise(self) -> float:
+        """The norm of a product's error, as seen in the asymmetry of the projection.
+
+        Both E^T (H S) and (S^T H E)^T are computed. With errors of norm s in random directions,
+        their entries differ by sqrt(2 / D) s.
+        """
+        return statistics.median_low(self._asymmetries) if self._asymmetries else 0.0
+
+    def _own_entries(self, block_BD: Tensor) -> Tensor:
+        if self.across is None:
+            return block_BD
+        return block_BD[:, slice(*self.across.rows(self.dim))].clone()
+
+    def _append(self, Q_rD: Tensor) -> None:
+        # A disk may be full for one process alone.
+        with self.H.communicator.together("storing vectors"):
+            self.basis.append(Q_rD)
+
+    def _random(self, *shape: int) -> Tensor:
+        generator = self._generator
+        return torch.randn(shape, generator=generator, device=generator.device, dtype=self.H.dtype)
+
+    def _rotate(self, start: int, stop: int, Y: Tensor) -> None:
+        with self.H.communicator.together("turning vectors"):
+            self.basis.rotate_(start, stop, Y)
+
+    def _from_first(self, factors: Iterable[Tensor]) -> list[Tensor]:
+        """Return the first process' factors: another processor may find other eigenvectors."""
+        if self.across is None:
+            return list(factors)
+        return [self.across.broadcast_(factor.contiguous()) for factor in factors]
+
+    # -- pieces ---------------------------------------------------------------------------------
+
+    def _note_asymmetry(self, upper_ms: Tensor, lower_sm: Tensor) -> None:
+        if upper_ms.numel() > 0:
+            gap_ms = upper_ms - lower_sm.mT
+            rms = float(gap_ms.square().mean().sqrt())
+            self._asymmetries.append(rms * math.sqrt(self.dim / 2))
+            self._asymmetry = max(self._asymmetry, rms * math.sqrt(len(gap_ms)))
+
+    def _turn_pending(self, U: Tensor) -> None:
+        m = self.num_expanded
+        if len(U) == 0:
+            return
+        self._rotate(m, self.basis.size, U)
+        self.A = torch.cat([self.A[:m], U.mT @ self.A[m:]])
+
+    def _drop_pending(self) -> bool:
+        """Drop pending vectors beyond a block, as far as no wanted pair's residual needs them."""
+        m = self.num_expanded
+        if self.num_pending <= self.block:
+            return False
+        values, Y, _ = self.ritz()
+        thresholds = self.thresholds(values[: self.k])
+        coupling = self.A[m:] @ (Y / thresholds.clamp(min=1e-300))
+        U, sigma = self._from_first(torch.linalg.svd(coupling, full_matrices=True)[:2])
+        # The norm of all that follows, relative to the thresholds; restarts add up.
+        rest = sigma.flip(0).square().cumsum(0).sqrt().flip(0)
+        keep = max(self.block, int((rest > 0.02).sum()))
+        if self.capacity < 2 * self.k + 3 * self.block:  # no room for any other way out
+            keep = self.block
+        self.lost += float(rest[keep]) if keep < len(rest) else 0.0
+        self._turn_pending(U)
+        self.basis.truncate(m + keep)
+        self.A = self.A[: m + keep]
+        return True

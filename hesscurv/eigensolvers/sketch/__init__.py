@@ -1,0 +1,1 @@
+"""Eigenpairs from random sketches in one or two passes."""

@@ -1,0 +1,289 @@
+"""What is measured on a model in training: curvature, weights and masks, on fixed samples."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscurv import spectra
+from hesscurv.distributed import Communicator
+from hesscurv.distributed.sharded import whole
+from hesscurv.eigensolvers import ConvergenceWarning, Eigenpairs, eigsh
+from hesscurv.hooks.monitoring.layouts import carry_over, dense_layout, dense_names
+from hesscurv.linalg.orthogonalization import project_out_
+from hesscurv.objective.data.samples import map_tensors
+from hesscurv.objective.parameters import (
+    ParameterLayout,
+    ParamSelection,
+    layout_of,
+    select_parameters,
+    unwrap,
+)
+from hesscurv.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
+from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.loss_gradient import loss_and_gradient
+from hesscurv.operators.summed_operator import device_of
+from hesscurv.optim.preconditioner.curvature_samples import take_samples
+
+OPERATORS: dict[str, type[CurvatureOperator]] = {
+    "hessian": HessianOperator,
+    "ggn": GGNOperator,
+    "fisher": EmpiricalFisherOperator,
+}
+
+# The first solve, which starts from random vectors, may take so many times a refresh's products.
+FIRST = 4
+# Products of a search for the largest eigenvalue by value, at most.
+SEARCHED = 150
+
+
+class Probe:
+    """Measures a model on samples that are read once and kept.
+
+    The operator is built when it is first needed, and anew once parameters have other names or
+    shapes, as after pruning. Between measurements it holds the samples and no more.
+
+    Args:
+        model: The module.
+        task: See `CurvatureOperator`.
+        batches: Re-iterable batches, or None for a closure.
+        params: Which parameters; those that are pruned later stay selected.
+        curvature: "hessian", "ggn" or "fisher".
+        samples: At most so many samples, from the front of the batches; None takes all.
+        tol: Of the eigenpairs, relative to the eigenvalue.
+        max_matvecs: The most products of a solve that starts from an earlier one; None: three for
+            each pair. The first solve may take four times as many.
+        seed: Of random vectors, and of the order of a loader that shuffles.
+        options: Further arguments of the operator.
+
+    Attributes:
+        num_matvecs: Products of the measurement since `begin`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Callable[..., Tensor],
+        batches: Iterable[Any] | None,
+        params: ParamSelection,
+        *,
+        curvature: str,
+        samples: int | None,
+        tol: float,
+        max_matvecs: int | None,
+        seed: int,
+        options: dict[str, Any],
+    ) -> None:
+        self.model, self.task, self.max_matvecs = model, task, max_matvecs
+        self._kind = OPERATORS[curvature]
+        self.tol, self.seed, self.options = tol, seed, options
+        selected = select_parameters(model, params)
+        self._wanted = None if params is None else set(dense_names(tuple(selected)))
+        self._batches: list[Any] | None = None
+        if batches is not None:
+            read = take_samples(batches, [samples], seed)[0]
+            self._batches = [map_tensors(batch, _copied) for batch in read]
+            if not read and self.ranks.size == 1:
+                raise ValueError("expected at least one probe batch, got none")
+        self._operator: CurvatureOperator | None = None
+        self.num_matvecs = 0
+
+    @property
+    def ranks(self) -> Communicator:
+        """The processes that measure together."""
+        return Communicator.of(self.options.get("process_group"), device_of(self.model))
+
+    def selected(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that are measured, by their present names."""
+        found = {n: p for n, p in unwrap(self.model).named_parameters() if p.requires_grad}
+        if self._wanted is not None:
+            dense = dense_names(tuple(found))
+            found = {n: found[n] for n, d in zip(found, dense, strict=True) if d in self._wanted}
+        return select_parameters(self.model, list(found) or None)
+
+    def weights(self) -> tuple[Tensor, ParameterLayout]:
+        """Return the present weights (D,), zero where they are pruned, and the dense layout.
+
+        On many ranks the same on all, which all call it: sharded parameters are gathered.
+        """
+        selected, values = self.selected(), []
+        for name, p in selected.items():
+            value, mask = whole(p.detach()), self._mask_of(name)
+            value = (value if mask is None else value * mask).flatten()
+            values.append(value.to(torch.promote_types(value.dtype, torch.float32)))
+        return torch.cat(values), dense_layout(layout_of(selected))
+
+    def _mask_of(self, name: str) -> Tensor | None:
+        """Return the mask that torch.nn.utils.prune has for a parameter of this name, if any."""
+        path, _, own = name.rpartition(".")
+        if not own.endswith("_orig"):
+            return None
+        module = unwrap(self.model).get_submodule(path)
+        mask = module._buffers.get(own.removesuffix("_orig") + "_mask")
+        return None if mask is None else whole(mask)
+
+    @property
+    def operator(self) -> CurvatureOperator:
+        """The curvature, in the present parameters."""
+        selected = self.selected()
+        if self._operator is None or self._operator.layout != layout_of(selected):
+            self._operator = None
+            device = device_of(self.model)
+            if self._batches is not None:  # from here on, there
+                self._batches = [map_tensors(b, partial(_moved, device)) for b in self._batches]
+            self._operator = self._kind(
+                self.model, self.task, self._batches, params=list(selected), **self.options
+            )
+        return self._operator
+
+    def loss_and_gradient(self) -> tuple[float, Tensor]:
+        """Return the mean loss on the samples and its gradient (D,)."""
+        return loss_and_gradient(self.operator)
+
+    def solve(
+        self, count: int, seed: int, initial: Tensor | None, source: ParameterLayout | None
+    ) -> Eigenpairs:
+        """Return the top `count` pairs at the present weights.
+
+        Args:
+            count: Their number; fewer where D is smaller.
+            seed: Told apart from other solves' by it.
+            initial: The last solution's vectors (D', k), or None.
+            source: Their layout, of dense names.
+        """
+        H = self.operator
+        count = min(count, H.shape[0])
+        if initial is not None and source is not None:
+            initial = self._start(initial, source)
+        block = min(count, max(4, min(16, count // 4)))
+        most = max(count, self.max_matvecs or 3 * count)
+        if initial is None:
+            most *= FIRST  # at initialisation eigenvalues lie so close that all digits take minutes
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the record says so
+            pairs = eigsh(
+                H,
+                count,
+                tol=self.tol,
+                generator=torch.Generator().manual_seed(self.seed + seed),
+                block_size=block,
+                max_matvecs=most,
+                verify=initial is None,
+                initial=initial,
+            ).gather()
+        return pairs
+
+    def largest(
+        self, pairs: Eigenpairs, seed: int, initial: Tensor | None, source: ParameterLayout | None
+    ) -> Eigenpairs | None:
+        """Return the largest eigenvalue by value, where it need not be among the top pairs.
+
+        One that is positive and among the top pairs by magnitude is the largest of all. Where all
+        of these are negative, a solve of its own looks for it at the other end of the spectrum.
+
+        Args:
+            pairs: The top pairs at the present weights.
+            seed: As in `solve`.
+            initial: Its vector (D', 1) when it was last looked for, or None.
+            source: As in `solve`.
+
+        Returns:
+            None where it is among the top pairs; else a single pair.
+
+        Cost: where it is looked for, at most `SEARCHED` products, with a vector to start from a
+        third of it.
+        """
+        H = self.operator
+        if len(pairs) == H.shape[0] or float(pairs.eigenvalues.max()) >= 0:
+            return None
+        if initial is not None and source is not None:
+            initial = self._start(initial, source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # the record says so
+            return eigsh(
+                H,
+                1,
+                which="LA",
+                tol=self.tol,
+                generator=torch.Generator().manual_seed(self.seed + seed),
+                block_size=min(4, H.shape[0]),
+                max_matvecs=SEARCHED if initial is None else SEARCHED // 3,
+                verify=initial is None,
+                initial=initial,
+            ).gather()
+
+    def trace(self, pairs: Eigenpairs, num_matvecs: int, seed: int) -> tuple[float, float]:
+        """Return an estimate of the trace and its standard error.
+
+        The top space's part is known, the rest is estimated by random signs outside of it.
+        """
+        H, V_kD = self.operator, pairs.eigenvectors.mT.contiguous()
+        top = float(pairs.eigenvalues.double().sum())
+        if len(pairs) == H.shape[0]:
+            return top, 0.0
+        rest = spectra.trace(
+            _Outside(H, V_kD),
+            num_matvecs,
+            method="hutchinson",
+            generator=torch.Generator().manual_seed(self.seed + seed),
+        )
+        return top + rest.value, rest.standard_error
+
+    def begin(self) -> None:
+        """Begin to count the products of a measurement."""
+        self._counted = 0 if self._operator is None else self._operator.num_matvecs
+
+    def end(self) -> int:
+        """Give up what training needs the memory of; return the products since `begin`."""
+        if self._operator is None:
+            return 0
+        self._operator.release()
+        return self._operator.num_matvecs - self._counted
+
+    def forget(self) -> None:
+        """Build the operator anew when it is next needed."""
+        self._operator = None
+
+    def _start(self, initial: Tensor, source: ParameterLayout) -> Tensor | None:
+        """Return vectors to start from, over the present parameters: zero where pruned or new."""
+        selected, H = self.selected(), self.operator
+        masks = [self._mask_of(name) for name in selected]
+        with self.ranks.together("carrying the eigenspace over"):
+            start = carry_over(initial, source, dense_layout(layout_of(selected)), partly=True)
+            if start is None:
+                return None
+            start = start.to(H.device, H.dtype, copy=any(m is not None for m in masks))
+            for part, mask in zip(H.layout.slices().values(), masks, strict=True):
+                if mask is not None:
+                    start[part] *= mask.reshape(-1, 1).to(start)
+            return start if bool(start.any()) else None
+
+
+class _Outside(LinearOperator):
+    """P H P with the projector P onto the complement of some orthonormal vectors."""
+
+    def __init__(self, H: CurvatureOperator, V_kD: Tensor) -> None:
+        super().__init__(H.shape[0], H.dtype, H.device)
+        self.communicator = H.communicator
+        self._H, self._V_kD = H, V_kD
+
+    def _matmat(self, vectors_DB: Tensor) -> Tensor:
+        inside_BD = vectors_DB.mT.clone()
+        project_out_(inside_BD, [self._V_kD])
+        out_BD = (self._H @ inside_BD.mT).mT.contiguous()
+        project_out_(out_BD, [self._V_kD])
+        return out_BD.mT
+
+
+def _moved(device: torch.device | None, tensor: Tensor) -> Tensor:
+    return tensor.detach().to(device).requires_grad_(tensor.requires_grad)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)

@@ -1,0 +1,434 @@
+"""Watch a model's curvature while it trains, without changing the training."""
+
+from __future__ import annotations
+
+import operator
+import os
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscurv.distributed.steps import is_known
+from hesscurv.eigensolvers import Eigenpairs
+from hesscurv.hooks.loggers import Logger, Loggers, warn
+from hesscurv.hooks.monitoring import arguments
+from hesscurv.hooks.monitoring.budget import Budget
+from hesscurv.hooks.monitoring.curvature_probe import Probe
+from hesscurv.hooks.monitoring.layouts import dense_names
+from hesscurv.hooks.monitoring.quantities import QUANTITIES, choose_quantities
+from hesscurv.hooks.monitoring.record import Measurements
+from hesscurv.hooks.monitoring.unchanged import unchanged_random_states
+from hesscurv.hooks.schedules import Schedule, dense_then_sparse
+from hesscurv.interface.descriptions import Words, describe_object
+from hesscurv.interface.integers import as_int
+from hesscurv.interface.uncompiled import uncompiled
+from hesscurv.objective.parameters import ParamSelection, unwrap
+from hesscurv.operators.summed_operator import device_of
+
+_VERSION = 1
+
+
+class CurvatureMonitor:
+    r"""Measures a model's top Hessian eigenspace, and what follows from it, in a training loop.
+
+    Call `step` after the optimizer's step. A run with a monitor has the same weights, buffers,
+    gradients, random numbers and losses, bit for bit, as one without: the model's code runs on
+    copies of weights and buffers, in eval mode by default, with autocast and inference mode off,
+    and random generators are put back. This holds also when a measurement fails, which is recorded,
+    warned of once, and survived. Forward hooks run in a measurement too, since they may compute.
+
+    Curvature is that of the mean loss on a fixed probe set, read once and kept, never of the batch
+    in training, whose noise would hide it. Each solve starts from the last eigenspace, so that a
+    refresh costs at most three products for each eigenpair.
+
+    A record is a flat dict of plain values. Always there: ``step``, ``status`` ("ok" or "failed",
+    then with ``error``), ``seconds``, ``num_matvecs``, ``fraction`` (of the time so far that was
+    spent in measurements), and after `notify` ``event``. The quantities, each on or off:
+
+    - "loss": ``loss``, on the probe set.
+    - "eigenvalues": ``eigenvalues`` (k, largest magnitude first), ``residuals``, and how many have
+      ``converged`` to `tol`.
+    - "sharpness": ``sharpness``, the largest signed one, which is looked for by itself, and has
+      ``sharpness_converged``, where all k are negative; with an optimizer ``learning_rate`` (the
+      largest of its groups), ``stable_rate``, up to which gradient descent is stable (2 /
+      sharpness, more with momentum), ``sharpness_ratio`` = sharpness x rate / 2.
+    - "gradient_share": ``gradient_share``, :math:`\|U^T g\|^2 / \|g\|^2` of the probe's gradient.
+    - "overlap": ``overlap`` of the mask of largest weights with the eigenspace,
+      ``overlap_chance``, ``overlap_chance_std`` and ``overlap_z_score``.
+    - "overlap_by_k": ``overlap_by_k``, of the j largest with the first j eigenvectors, by str(j).
+    - "overlap_by_parameter": by name, ``overlap_by_parameter`` (they sum to the overlap),
+      ``leverage_by_parameter`` (shares of the eigenspace, sum 1), ``mask_by_parameter`` (fraction
+      of each that the mask keeps).
+    - "space_overlap": ``space_overlap`` of the eigenspace with that of the last measurement,
+      ``space_overlap_first`` with the first one, and with `history` ``space_overlaps``, lists of
+      [earlier step, overlap].
+    - "mask_iou": the same for the mask by intersection over union, ``mask_iou``,
+      ``mask_iou_first``, ``mask_ious``.
+    - "trace": ``trace``, ``trace_standard_error`` and ``effective_rank``, that is
+      :math:`\operatorname{tr} H / |\lambda_1|`.
+    - "sparsity": ``sparsity``, the fraction of weights that are zero, and
+      ``sparsity_by_parameter``.
+
+    Presets: "cheap" is loss, eigenvalues, sharpness and gradient share; "overlap" adds overlap (by
+    parameter too), space overlap, mask IoU and sparsity; "full" is all.
+
+    On many ranks, where `torch.distributed` is initialised, each passes its own share of the probe
+    set, all call `step` with the same number after each step, and rank 0 logs.
+
+    Args:
+        model: The module that is trained; torch.compile and DDP wrappers are looked through.
+        task: A callable ``(model, batch) -> scalar mean loss`` such as `supervised(loss)`; without
+            batches a closure.
+        batches: The probe set: re-iterable batches, read here; None for a closure.
+        k: Number of eigenpairs; default 10.
+        quantities: A preset or a quantity, or several of either, default "cheap"; "overlap" by
+            itself is the preset, ("overlap",) the quantity.
+        schedule: Called with the step, returns whether to measure: `every`, `logarithmic`,
+            `dense_then_sparse` (default), or a function of yours, of the step alone.
+        optimizer: For the learning rate; default none is recorded.
+        loggers: Objects with ``log(record, step)``, such as `JSONLinesWriter`; a list.
+        max_fraction: The most time for measurements, as a share of the training time, which is the
+            time between calls; one that is due and would take more waits. None: no limit.
+        params: Which parameters, as for the operators; pruned ones stay selected.
+        curvature: "hessian" (default), "ggn" or "fisher".
+        samples: Take at most so many from the front of the batches; default all.
+        tol: Relative residual with which an eigenpair counts as converged; default 1e-2.
+        max_matvecs: The most products of a refresh; default 3 k. The first solve may take four
+            times as many. Pairs that have not converged by then are recorded as they are.
+        mask_size: Entries of the mask of largest weights, or as a float their fraction; default k.
+        trace_matvecs: Products for the trace; default 16.
+        history: Earlier spaces and masks to compare with, the latest, beside the last and the
+            first; default 16 with "full", else 0.
+        training: Mode during measurements: False (default) as in inference, True, None as found.
+        seed: Of random vectors, and of the order of a loader that shuffles.
+        clock: Returns seconds; default `time.perf_counter`.
+        **options: More arguments of the operator: compute_dtype, way, memory_budget, check,
+            process_group.
+
+    Attributes:
+        records: All records, a list of dicts.
+        pairs: The last `Eigenpairs`, on the CPU, in the dense model's parameter names; or None.
+        mask: The last mask (D,), bool, on the CPU; or None.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If one is out of range, or the probe set is empty.
+
+    Cost: with "cheap" a gradient over the probe set and k to 3 k products, the first time up to
+    12 k; 16 more with "trace". During a measurement some 4 k D floats on the device; between them
+    the probe set, and on the CPU k D floats for each space that is kept, half as much for earlier
+    ones.
+
+    References:
+        Fernandez et al., TMLR 2025, arXiv 2504.14701, for overlap and crystallisation.
+        Cohen et al., ICLR 2021, for sharpness; Gur-Ari et al., arXiv 1812.04754, for the gradient.
+
+    Example:
+        >>> monitor = CurvatureMonitor(model, task, probe, schedule=every(100))
+        >>> for step, batch in enumerate(batches):
+        ...     ...
+        ...     optimizer.step()
+        ...     monitor.step(step)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Callable[..., Tensor],
+        batches: Iterable[Any] | None = None,
+        k: int = 10,
+        *,
+        quantities: str | Iterable[str] = "cheap",
+        schedule: Schedule = dense_then_sparse(),  # noqa: B008, frozen
+        optimizer: Any = None,
+        loggers: Iterable[Logger] = (),
+        max_fraction: float | None = None,
+        params: ParamSelection = None,
+        curvature: str = "hessian",
+        samples: int | None = None,
+        tol: float = 1e-2,
+        max_matvecs: int | None = None,
+        mask_size: int | float | None = None,
+        trace_matvecs: int = 16,
+        history: int | None = None,
+        training: bool | None = False,
+        seed: int = 0,
+        clock: Callable[[], float] = time.perf_counter,
+        **options: Any,
+    ) -> None:
+        arguments.check_model(model, task, curvature, batches)
+        k = as_int("k", k)
+        arguments.check_numbers(
+            k=k,
+            samples=samples,
+            max_matvecs=max_matvecs,
+            trace_matvecs=trace_matvecs,
+            history=history,
+        )
+        arguments.check_tol(tol)
+        arguments.check_mask_size(mask_size)
+        arguments.check_callables(schedule=schedule, clock=clock)
+        arguments.check_optimizer(optimizer)
+        arguments.check_options(options)
+        if max_fraction is not None:
+            arguments.check_share("max_fraction", max_fraction, open_above=True)
+        self.quantities = choose_quantities(quantities)
+        self.model, self.task, self.schedule = model, task, schedule
+        self.records: list[dict[str, Any]] = []
+        self._loggers = Loggers(loggers)
+        self._budget = Budget(max_fraction, clock)
+        if history is None:
+            history = _HISTORY if len(self.quantities) == len(QUANTITIES) else 0
+        with unchanged_random_states(device_of(model) or torch.device("cpu")):
+            self._probe = Probe(
+                model,
+                task,
+                batches,
+                params,
+                curvature=curvature,
+                samples=samples,
+                tol=tol,
+                max_matvecs=max_matvecs,
+                seed=seed,
+                options={"training": training, **options},
+            )
+        self._measurements = Measurements(
+            self._probe,
+            self.quantities,
+            k,
+            mask_size=mask_size,
+            trace_matvecs=trace_matvecs,
+            history=history,
+            optimizer=optimizer,
+        )
+        self._last: int | None = None  # the step that was measured last
+        self._ask_again: int | None = None  # the step at which one that is due is looked at again
+        self._event: str | None = None
+        self._has_warned = False
+
+    def __repr__(self) -> str:
+        """Say what is measured, when, and how often it was."""
+        failed = sum(record.get("status", "ok") != "ok" for record in self.records)
+        return describe_object(
+            self,
+            model=Words(type(unwrap(self.model)).__name__),
+            task=self.task,
+            k=self._measurements.k,
+            quantities=Words(", ".join(self.quantities)),
+            schedule=self.schedule,
+            records=len(self.records),
+            failed=failed,
+            last_step=self._last,
+        )
+
+    @property
+    def pairs(self) -> Eigenpairs | None:
+        """The last eigenpairs, on the CPU."""
+        return self._measurements.pairs
+
+    @property
+    def parameter_names(self) -> tuple[str, ...]:
+        """The parameters that are measured, by their names in the dense model."""
+        return dense_names(tuple(self._probe.selected()))
+
+    @property
+    def mask(self) -> Tensor | None:
+        """The last mask of largest weights, (D,), bool, on the CPU."""
+        return self._measurements.mask
+
+    # -- called from training -------------------------------------------------------------------
+
+    @uncompiled
+    def step(self, step: int) -> dict[str, Any] | None:
+        """Measure if it is time to; call it after the optimizer's step.
+
+        Args:
+            step: The number of the step. Another call with the number of a step that has been
+                measured does nothing, as with accumulated gradients.
+
+        Returns:
+            The record of a measurement, or None.
+
+        Raises:
+            TypeError: If the step is no integer.
+        """
+        step = operator.index(step)
+        self._budget.enter()
+        try:
+            return self._measure(step) if self.due(step) else None
+        finally:
+            self._budget.leave()
+
+    def due(self, step: int) -> bool:
+        """Return whether to measure after this step: the schedule says so, and there is time.
+
+        On many ranks what rank 0 says, to be called on all.
+        """
+        if step == self._last:
+            return False
+        if self._ask_again is None and not self.schedule(step):
+            return False
+        if self._ask_again is not None and step < self._ask_again:
+            return False
+        wait, ranks = self._budget.wait(), self._probe.ranks
+        if ranks.size > 1 and self._budget.max_fraction is not None:
+            wait = int(ranks.broadcast_(torch.tensor(wait, device="cpu")))
+        self._ask_again = step + wait if wait else None
+        return not wait
+
+    @uncompiled
+    def measure(self, step: int) -> dict[str, Any]:
+        """Measure now, whatever schedule and budget say; on many ranks all call it.
+
+        Args:
+            step: The number of the step.
+
+        Returns:
+            The record.
+
+        Raises:
+            TypeError: If the step is no integer.
+        """
+        step = operator.index(step)
+        self._budget.enter()
+        try:
+            return self._measure(step)
+        finally:
+            self._budget.leave()
+
+    def notify(self, event: str) -> None:
+        """Say that the model was changed from outside: the next record has ``event``.
+
+        Where parameters were pruned, renamed or replaced, this is seen without it.
+
+        Args:
+            event: A word for it, such as "pruned".
+        """
+        self._event = str(event)
+        self._probe.forget()
+
+    def notify_pruned(self) -> None:
+        """Say that weights of the model were pruned: the next record has ``event`` "pruned"."""
+        self.notify("pruned")
+
+    def report(self, path: str | os.PathLike[str], **options: Any) -> Any:
+        """Write the records as a page with figures; see `plots.monitor_report.write_report`.
+
+        Args:
+            path: The file, such as "run.html".
+            **options: Further arguments of `write_report`.
+        """
+        from hesscurv.plots.monitor_report import write_report
+
+        return write_report(self.records, path, **{"pairs": self.pairs} | options)
+
+    # -- state ----------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the next measurement starts from, and all records.
+
+        Of tensors and plain values, so that ``torch.load(weights_only=True)`` reads it. The probe
+        set is not in it: the resumed monitor is given the same batches.
+        """
+        return {
+            "version": _VERSION,
+            "records": [dict(record) for record in self.records],
+            "measurements": self._measurements.state_dict(),
+            "budget": self._budget.state_dict(),
+            "last": self._last,
+            "ask_again": self._ask_again,
+            "event": self._event,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken.
+
+        The time since then counts neither as training nor as measuring.
+
+        Raises:
+            ValueError: If it is no state of a monitor, or of another version; nothing is changed.
+        """
+        version = state.get("version") if isinstance(state, dict) else None
+        if version != _VERSION or not {"records", "measurements", "budget"} <= set(state):
+            raise ValueError(
+                f"expected the state dict of a CurvatureMonitor, version {_VERSION}, got "
+                f"{f'version {version}' if version else type(state).__name__}"
+            )
+        budget = self._budget.state_dict()
+        try:
+            records = [{**r, "step": operator.index(r["step"])} for r in state["records"]]
+            last, ask_again, event = state["last"], state["ask_again"], state["event"]
+            self._budget.load_state_dict(state["budget"])
+            self._measurements.load_state_dict(state["measurements"])
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            self._budget.load_state_dict(budget)
+            raise ValueError(
+                f"expected the state dict of a CurvatureMonitor, got a damaged one: {error!r}; "
+                "take another checkpoint, or begin without its state"
+            ) from error
+        self.records[:] = records
+        self._last, self._ask_again, self._event = last, ask_again, event
+
+    # -- measuring ------------------------------------------------------------------------------
+
+    def _measure(self, step: int) -> dict[str, Any]:
+        device = device_of(self.model) or torch.device("cpu")
+        _synchronize(device)  # the steps before are not the measurement's
+        start = self._budget.clock()
+        record: dict[str, Any] = {"step": step, "status": "ok"}
+        messages: list[str] = []
+        self._probe.begin()
+        try:
+            with (
+                unchanged_random_states(device),
+                torch.inference_mode(False),
+                torch.no_grad(),
+                torch.autocast(device.type, enabled=False),
+            ):
+                record |= self._measurements.take(step)
+        except Exception as error:
+            text = f"{type(error).__name__}: {error}"
+            record |= {"status": "failed", "error": text}
+            messages += self._failed(step, error, text)
+        finally:
+            record["num_matvecs"] = self._probe.end()
+        if record["status"] == "failed":
+            self._probe.forget()
+        _synchronize(device)
+        record["seconds"] = self._budget.clock() - start
+        record["fraction"] = self._budget.fraction(record["seconds"])
+        if self._event is not None:
+            record["event"], self._event = self._event, None
+        self.records.append(record)
+        self._last, self._ask_again = step, None
+        if self._probe.ranks.rank == 0:
+            messages += self._loggers.log(record, step)
+        # The first solve takes more products than those that start from it may.
+        share = min(1.0, self._measurements.most_matvecs / max(record["num_matvecs"], 1))
+        self._budget.measured(self._budget.clock() - start, share)
+        warn(messages)
+        return record
+
+    def _failed(self, step: int, error: Exception, text: str) -> list[str]:
+        """Tell the other ranks; return what to warn of, the first time."""
+        ranks = self._probe.ranks
+        if ranks.size > 1 and not is_known(error):
+            ranks.announce(error)
+        if self._has_warned:
+            return []
+        self._has_warned = True
+        return [
+            f"the measurement at step {step} failed with {text}; training goes on, its record has "
+            "status='failed', and the next ones that fail are not warned of"
+        ]
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+_HISTORY = 16

@@ -1,0 +1,1 @@
+"""The conventions that public objects share: printing, warnings, plain integers, torch.compile."""

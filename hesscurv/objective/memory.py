@@ -1,0 +1,287 @@
+"""How much of the data and how many vectors go through a product at once."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+import weakref
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hesscurv.linalg.device_memory import device_memory
+from hesscurv.objective.data.batches import part_of, split
+from hesscurv.objective.data.samples import is_cuttable, num_rows, tensors_of
+
+if TYPE_CHECKING:
+    from hesscurv.objective.objective import Objective
+
+_UNLIMITED = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """The sizes that keep a product within its budget.
+
+    Args:
+        budget: Bytes for graphs and blocks of vectors together.
+        max_samples: Samples in a micro-batch.
+        max_vectors: Vectors at once on one micro-batch.
+        keep_graphs: Whether the graphs of all micro-batches are kept between products.
+        keep_references: Whether the reference's graphs are kept as well, once they were needed.
+        graph_bytes: What the graphs take that there are at once; None where it is not known.
+        vector_bytes: What each vector passing through takes.
+    """
+
+    budget: int
+    max_samples: int = _UNLIMITED
+    max_vectors: int = _UNLIMITED
+    keep_graphs: bool = True
+    keep_references: bool = False
+    graph_bytes: int | None = None
+    vector_bytes: int = 0
+
+    def needed(self, vectors: int) -> int:
+        """Return the bytes that a product of a block of so many vectors takes."""
+        if self.graph_bytes is None:
+            return self.budget
+        passing = min(vectors, self.max_vectors) * self.vector_bytes
+        return min(self.budget, self.graph_bytes + passing)
+
+    def with_fewer_vectors(self, vectors: int) -> MemoryPlan:
+        """Return the plan with at most this many vectors at once."""
+        return replace(self, max_vectors=max(1, vectors))
+
+    def with_fewer_samples(self, samples: int) -> MemoryPlan:
+        """Return the plan with at most this many samples at once."""
+        return replace(self, max_samples=max(1, samples))
+
+    def without_kept_graphs(self) -> MemoryPlan:
+        """Return the plan without graphs kept between products."""
+        return replace(self, keep_graphs=False, keep_references=False)
+
+
+def plan_memory(objective: Objective, budget: int, batch: Any, separable: bool) -> MemoryPlan:
+    """Fit micro-batches and blocks of vectors into a budget, by measuring on a few samples.
+
+    The bytes that a gradient's graph retains are linear in the samples; they are counted on four
+    and on eight samples. Half of the budget holds graphs, half what the vectors passing through
+    need, about one graph's bytes each.
+
+    Args:
+        objective: What is measured.
+        budget: Bytes.
+        batch: The largest batch, to measure on.
+        separable: Whether batches may be cut.
+    """
+    n = num_rows(batch)
+    samples = _UNLIMITED
+    fixed, slope = 0.0, 0.0
+    if separable and n > 1:
+        low, high = max(1, min(4, n // 2)), min(8, n)
+        b_low = _graph_bytes(objective, part_of(batch, 0, low))
+        b_high = _graph_bytes(objective, part_of(batch, 0, high))
+        slope = max(0.0, (b_high - b_low) / (high - low))
+        fixed = max(0.0, b_high - slope * high)
+        room = budget / 4 - fixed
+        samples = n if slope == 0 else max(1, min(n, int(room / slope)))
+    else:
+        fixed = _graph_bytes(objective, batch)
+    per_batch = fixed + slope * min(samples, n)
+    in_all = per_batch * objective.batches.count * max(1, -(-n // samples))
+    vector = per_batch + 3 * objective.layout.numel * torch.finfo(objective.dtype).bits // 8
+    keep, keep_references = in_all <= budget / 2, in_all <= budget / 8
+    kept = in_all * (1 + keep_references) if keep else per_batch
+    return MemoryPlan(
+        budget=budget,
+        max_samples=samples,
+        max_vectors=max(1, int((budget - kept) / max(vector, 1))),
+        keep_graphs=keep,
+        keep_references=keep_references,
+        graph_bytes=int(kept),
+        vector_bytes=int(vector),
+    )
+
+
+def is_mean_over_samples(objective: Objective, batch: Any) -> bool:
+    """Whether a few samples' loss is their halves' mean; not so for batch statistics, rankings."""
+    if not is_cuttable(batch):
+        return False
+    few = weighed_part(objective, batch, 8)
+    return is_mean_over_parts(objective, few, -(-num_rows(few) // 2))
+
+
+def weighed_part(objective: Objective, batch: Any, size: int) -> Any:
+    """Return the first `size` samples of a batch, or the next that have a weight in the mean.
+
+    The loss of samples whose targets are all ignored is 0 / 0, which tells nothing.
+    """
+    if not is_cuttable(batch):
+        return batch
+    n = num_rows(batch)
+    for start in range(0, n, size):
+        part = part_of(batch, start, start + size) if n > size else batch
+        with contextlib.suppress(ValueError):  # a part whose mean is infinite
+            if objective.weight(part) > 0:
+                return part
+    return batch
+
+
+def is_mean_over_parts(objective: Objective, batch: Any, size: int) -> bool:
+    """Whether a batch's loss is the mean over its parts of at most `size` samples; four forwards.
+
+    At other weights too, if there is memory for a copy: where a model gives all samples the same
+    outputs, as one whose last layer is zero does, any weighted mean of their losses is the same.
+    """
+    if num_rows(batch) <= size:
+        return True
+    if not _is_mean(losses_of_parts(objective, batch, size)):
+        return False
+    moved = moved_parameters(objective)
+    found = None if moved is None else losses_of_parts(objective, batch, size, moved)
+    return found is None or not math.isfinite(found.loss) or _is_mean(found)
+
+
+def _is_mean(found: PartLosses | None) -> bool:
+    if found is None or not sum(found.weights) > 0:
+        return False
+    pairs = zip(found.weights, found.losses, strict=True)
+    mean = sum(w * x for w, x in pairs) / sum(found.weights)
+    tolerance = 1e3 * torch.finfo(found.dtype).eps
+    return abs(found.loss - mean) <= tolerance * max(abs(found.loss), abs(mean), tolerance)
+
+
+def moved_parameters(objective: Objective) -> tuple[torch.Tensor, ...] | None:
+    """Return the parameters, moved by half of what they are drawn with at first.
+
+    None where a copy of them takes too much memory.
+    """
+    params = objective.parameters()
+    if objective.layout.numel * objective.dtype.itemsize > objective.budget // 8:
+        return None
+    generator = torch.Generator().manual_seed(3)
+
+    def moved(p: torch.Tensor) -> torch.Tensor:
+        draw = torch.randn(p.shape, generator=generator, dtype=torch.float32, device="cpu").to(p)
+        usual = (p[0].numel() or 1) ** -0.5 if p.ndim > 1 and len(p) else 0.1
+        size = p.square().mean().sqrt().clamp(min=usual) if p.numel() else p.new_ones(())
+        return p + 0.5 * size * draw
+
+    return tuple(map(moved, params))
+
+
+@dataclass(frozen=True)
+class PartLosses:
+    """The loss of a batch, and those of its parts.
+
+    Args:
+        loss: Of the whole.
+        weights: What each part counts in the mean; those of no weight are left out.
+        losses: Of the parts.
+        dtype: The coarser one of the loss and of what is computed in.
+    """
+
+    loss: float
+    weights: list[float]
+    losses: list[float]
+    dtype: torch.dtype
+
+
+def losses_of_parts(
+    objective: Objective,
+    batch: Any,
+    size: int,
+    params: tuple[torch.Tensor, ...] | None = None,
+) -> PartLosses | None:
+    """Return the losses of a batch and of its parts of at most `size` samples.
+
+    At given parameters, or the present ones. None where the batch cannot be cut.
+    """
+    with objective.environment(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what cannot be cut may warn of shapes
+        params = objective.parameters() if params is None else params
+        try:
+            parts = [(objective.weight(part), part) for part in split(batch, size)]
+            parts = [(w, part) for w, part in parts if w != 0]
+            whole = objective.loss(params, batch).detach()
+            losses = [float(objective.loss(params, part).detach()) for _, part in parts]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # a model of fixed batch size, in whatever way it says so
+            return None
+    return PartLosses(
+        float(whole), [w for w, _ in parts], losses, coarser(whole.dtype, objective.dtype)
+    )
+
+
+def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """Return the one of two floating dtypes that has fewer digits."""
+    return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+def _graph_bytes(objective: Objective, batch: Any) -> float:
+    """Count the bytes that the gradient's graph of a batch holds, inputs and parameters aside."""
+
+    def measure() -> float:
+        leaves = objective.leaves()
+        with _Storages() as made:
+            loss = objective.loss(leaves, batch)
+            if not loss.requires_grad:
+                return 0.0
+            forward = made.bytes_alive()
+            try:
+                # Bound to a name: what it holds is what is counted.
+                slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)  # noqa: F841
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # a backward pass without derivative; its graph is about as large
+                return 2 * forward
+        return made.bytes_alive()
+
+    return float(objective.run(measure))
+
+
+class _Storages(TorchDispatchMode):
+    """Remembers the memory of all tensors that are made inside, without keeping it alive."""
+
+    supports_higher_order_operators = True  # flex attention, conditions, loops: run as they are
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        given = {id(t.untyped_storage()) for t in tensors_of((args, kwargs)) if _has_storage(t)}
+        for t in filter(_has_storage, tensors_of(out)):
+            storage = t.untyped_storage()
+            if id(storage) not in given:  # else a view
+                self._made[id(storage)] = weakref.ref(storage)
+        return out
+
+    def bytes_alive(self) -> float:
+        storages = [made() for made in self._made.values()]
+        return float(sum(s.nbytes() for s in storages if s is not None))
+
+
+def _has_storage(tensor: torch.Tensor) -> bool:
+    return tensor.layout is torch.strided
+
+
+def memory_budget(device: torch.device, wanted: int | None) -> int:
+    """Return the bytes to stay within: as wanted, or a share of the device's memory.
+
+    The share is of the memory in all, not of what is free now, so that the same run takes the same
+    steps every time: a quarter of a GPU's, an eighth of the machine's.
+
+    Raises:
+        ValueError: If `wanted` is not a positive int.
+    """
+    if wanted is not None:
+        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted <= 0:
+            raise ValueError(f"expected memory_budget in bytes, a positive int, got {wanted!r}")
+        return wanted
+    return device_memory(device) // (4 if device.type == "cuda" else 8)

@@ -1,0 +1,1 @@
+"""The surroundings in which a model's code runs, and leaves no trace."""

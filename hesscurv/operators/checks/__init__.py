@@ -1,0 +1,1 @@
+"""Checks of derivatives, ways and products against independent references."""

@@ -1,0 +1,1 @@
+"""Timing of the ways and the choice among them."""

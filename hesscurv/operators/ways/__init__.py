@@ -1,0 +1,1 @@
+"""Ways of computing products with a batch's curvature."""

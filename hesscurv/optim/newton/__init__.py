@@ -1,0 +1,1 @@
+"""Newton steps by preconditioned conjugate gradients."""

@@ -1,0 +1,143 @@
+"""The eigenspace that preconditions Newton steps: computed, kept parameter by parameter, used."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscurv.eigensolvers.eigsh import eigsh
+from hesscurv.eigensolvers.residuals import ConvergenceWarning
+from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.optim.newton.conjugate_gradients import EigenspacePreconditioner
+
+BASIS, EIGENVALUES = "basis", "eigenvalues"
+
+# Products of a refresh, relative to the rank: of the first, and of one that starts from the last
+# basis, each vector of which is multiplied once. More products gave no better steps.
+_FIRST, _AGAIN = 2.0, 1.3
+_LEAST_NORM = 0.1  # of what is left of a unit vector on fewer parameters
+
+
+@dataclass(frozen=True)
+class NewtonEigenspace:
+    """Top eigenpairs of the Hessian of some parameters.
+
+    Args:
+        pieces: U, one tensor (*shape, r) for each parameter, in its dtype: as it is saved, so that
+            a resumed run computes with the same numbers.
+        eigenvalues: Shape (r,), largest magnitude first.
+        left: |lambda_{r+1}|, or None where it is not known.
+    """
+
+    pieces: list[Tensor]
+    eigenvalues: Tensor
+    left: float | None
+
+    def preconditioner(self, damping: float, dtype: torch.dtype) -> EigenspacePreconditioner:
+        """Return the preconditioner of these pairs; a copy of the basis, r D numbers."""
+        rank = len(self.eigenvalues)
+        # Always a new tensor of one layout: sums may depend on how their terms lie in memory.
+        basis_Dr = torch.cat([piece.reshape(-1, rank).to(dtype) for piece in self.pieces])
+        return EigenspacePreconditioner(basis_Dr, self.eigenvalues.to(dtype), damping, self.left)
+
+
+def read_eigenspace(
+    state: dict[Any, Any], params: Sequence[nn.Parameter], rank: int, left: float | None
+) -> NewtonEigenspace | None:
+    """Return the eigenspace that an optimizer's state holds, if it is of these parameters."""
+    holders = [p for p, own in state.items() if BASIS in own]
+    if set(holders) != set(params) or any(state[p][BASIS].shape[-1] != rank for p in params):
+        return None
+    pieces = [state[p][BASIS] for p in params]
+    return NewtonEigenspace(pieces, state[params[0]][EIGENVALUES], left)
+
+
+def write_eigenspace(
+    state: dict[Any, Any], params: Sequence[nn.Parameter], space: NewtonEigenspace
+) -> None:
+    """Put an eigenspace in the place of what an optimizer's state holds."""
+    for own in state.values():
+        own.pop(BASIS, None)
+        own.pop(EIGENVALUES, None)
+    for p, piece in zip(params, space.pieces, strict=True):
+        state[p] |= {BASIS: piece, EIGENVALUES: space.eigenvalues.to(p.dtype)}
+
+
+def compute_eigenspace(
+    H: LinearOperator,
+    params: Sequence[nn.Parameter],
+    rank: int,
+    state: dict[Any, Any],
+    *,
+    tol: float,
+    max_matvecs: int | None,
+    seed: int,
+) -> NewtonEigenspace:
+    """Compute top eigenpairs roughly, from the vectors that an optimizer's state holds.
+
+    One pair more is solved for, to know what is left; its vector is not kept.
+
+    Args:
+        H: The Hessian, D x D.
+        params: The parameters that its rows stand for.
+        rank: r, at most D.
+        state: The optimizer's state.
+        tol: Relative residual at which all pairs are good enough.
+        max_matvecs: The most products; None for 2 r, or 1.3 r where there are vectors to start
+            from.
+        seed: Of the random starting vectors.
+
+    Raises:
+        ValueError: If a product has NaN or inf entries.
+    """
+    initial = _join(state, params, H.dtype)
+    if max_matvecs is None:
+        max_matvecs = math.ceil((_FIRST if initial is None else _AGAIN) * rank)
+    count = min(rank + 1, H.shape[0])
+    with warnings.catch_warnings():
+        # Rough vectors serve as well: the preconditioner is positive definite with any.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        pairs = eigsh(
+            H,
+            count,
+            tol=tol,
+            max_matvecs=max(max_matvecs, count),
+            generator=torch.Generator().manual_seed(seed),
+            initial=initial,
+            verify=False,
+        )
+    pieces = [
+        part.reshape(*p.shape, rank).to(p.dtype, copy=True, memory_format=torch.contiguous_format)
+        for part, p in zip(
+            pairs.eigenvectors[:, :rank].split([p.numel() for p in params]), params, strict=True
+        )
+    ]
+    # Through the narrowest dtype that they are saved in.
+    narrow = min((p.dtype for p in params), key=lambda dtype: torch.finfo(dtype).bits)
+    largest = torch.finfo(narrow).max
+    values = pairs.eigenvalues.clamp(-largest, largest).to(narrow)
+    left = float(values[rank].abs()) if count > rank else None
+    return NewtonEigenspace(pieces, values[:rank], left)
+
+
+def _join(
+    state: dict[Any, Any], params: Sequence[nn.Parameter], dtype: torch.dtype
+) -> Tensor | None:
+    """Return the vectors (D, m) that a state holds of these parameters, zero where it has none."""
+    found = {p: own[BASIS] for p, own in state.items() if BASIS in own}
+    ranks = {basis.shape[-1] for basis in found.values()}
+    if len(ranks) != 1:
+        return None
+    rank = ranks.pop()
+    pieces = [found.get(p, p.new_zeros(*p.shape, rank)) for p in params]
+    joined_Dr = torch.cat([piece.reshape(-1, rank).to(dtype) for piece in pieces])
+    # What is gone with a parameter, or was laid out as zeros for a checkpoint.
+    kept = torch.linalg.vector_norm(joined_Dr, dim=0) > _LEAST_NORM
+    joined_Dr = joined_Dr[:, kept][:, : len(joined_Dr)]
+    return joined_Dr if joined_Dr.shape[1] else None

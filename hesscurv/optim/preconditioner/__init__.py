@@ -1,0 +1,1 @@
+"""The low-rank preconditioner and its refreshes."""

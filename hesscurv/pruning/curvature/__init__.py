@@ -1,0 +1,1 @@
+"""Curvature of weights: per-sample gradients, input covariances, quadratic models, saliencies."""

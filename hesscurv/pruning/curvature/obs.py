@@ -1,0 +1,128 @@
+"""The Optimal Brain Surgeon's update: the kept weights make up for all pruned ones at once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from hesscurv.eigensolvers.eigenpairs import Eigenpairs
+from hesscurv.objective.parameters import unwrap
+from hesscurv.pruning.curvature.eigenspace_model import quadratic_model_of
+from hesscurv.pruning.curvature.quadratic_model import QuadraticModel
+from hesscurv.pruning.masks.state_dicts import masks_of, write_pruned_
+from hesscurv.pruning.weights import (
+    Weight,
+    current_mask,
+    current_parameter,
+    find_weights,
+)
+
+
+def compensate_(
+    model: nn.Module,
+    masks: Mapping[str, Tensor] | None,
+    curvature: QuadraticModel | Eigenpairs,
+) -> float:
+    """Prune weights by masks and move the kept ones to where the loss is least, in place.
+
+    For the pruned entries P and the kept ones S the exact joint minimum of the quadratic model,
+
+        w_S <- w_S - H_SS^-1 (g_S - H_SP w_P),    w_P <- 0,
+
+    with ``H = R^T R + mu K`` and ``g = gradient + R^T residual``. One after the other, as in
+    the classical update, would be the same for one pruned weight alone.
+
+    The values w_P that are made up for are those that the parameter has now: of a pruned tensor
+    ``weight_orig``, where torch keeps them behind the mask. So `curvature` has to be that of the
+    loss before pruning, with the values there. They are zero afterwards, so that a second call does
+    not count them again: without a first-order term it changes nothing; with one it takes the same
+    step once more, so measure the curvature again first.
+
+    Args:
+        model: The module; torch.compile and DDP wrappers are looked through.
+        masks: A dict from dotted dense name to a bool tensor of the weight's shape, on any device,
+            True where it is kept; None for the model's own, `masks_of`. They are applied on top of
+            those that the model has.
+        curvature: The model of the loss, or the top eigenpairs, which `quadratic_model_of` makes
+            one of with its defaults. Its weights without a mask are kept whole and move, too;
+            weights outside stand still.
+
+    Returns:
+        The change of the loss that the quadratic model predicts.
+
+    Raises:
+        TypeError: If `masks` is no mapping or None, a mask no bool tensor, or `curvature` neither.
+        ValueError: If there are no masks, the curvature lacks a weight that has one or knows one
+            that the model has not, a shape differs, or the update is not finite. The model is left
+            as it was, bit for bit.
+
+    Cost:
+        About n s (n + i) operations for n rows, s kept entries and blocks of i, a copy of the rows,
+        and one of the weights and buffers of the layers, to go back to.
+
+    References:
+        Hassibi and Stork, NIPS 1992, equation (5), for one weight; Kurtic et al., EMNLP 2022, arXiv
+        2203.07259, equation (5), for several.
+    """
+    model = unwrap(model)
+    masks = masks_of(model) if masks is None else masks
+    if isinstance(curvature, Eigenpairs):
+        curvature = quadratic_model_of(model, curvature)
+    if not isinstance(curvature, QuadraticModel):
+        raise TypeError(f"expected a QuadraticModel or Eigenpairs, got {type(curvature).__name__}")
+    weights, kept = _check(model, masks, curvature)
+    like = curvature.matrix.rows[0]
+    parameters = {name: current_parameter(*weights[name]) for name in curvature.layout.names}
+    w_D = torch.cat([p.detach().flatten().to(like) for p in parameters.values()])
+    mask_D = torch.cat([kept[name].flatten().to(like.device) for name in parameters])
+    system = curvature.matrix.restrict(mask_D, -w_D)
+    delta_D = system.solve(curvature.mu, curvature.residual, curvature.gradient)
+    change = curvature.change(delta_D)
+    new = curvature.layout.split(torch.where(mask_D, w_D + delta_D, 0))
+    stored = {name: new[name].to(p.device, p.dtype) for name, p in parameters.items()}
+    if not all(bool(value.isfinite().all()) for value in stored.values()):
+        raise ValueError(
+            "expected finite weights after the update, got NaN or inf; look for them in the "
+            "model's weights, or use a larger damping"
+        )
+    write_pruned_(model, weights, stored, masks)
+    return change
+
+
+def _check(
+    model: nn.Module, masks: Mapping[str, Tensor], curvature: QuadraticModel
+) -> tuple[dict[str, Weight], dict[str, Tensor]]:
+    """Return the curvature's weights, and what is kept of each, by dense name."""
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"expected masks as a dict from name to mask, got {type(masks).__name__}")
+    if not masks:
+        raise ValueError("expected masks, got none; prune the model first, or pass `masks`")
+    layout = curvature.layout
+    if missing := [name for name in masks if name not in layout.names]:
+        raise ValueError(
+            f"expected curvature that has the weights {missing[:8]} ({len(missing)} in all), got "
+            f"one of {list(layout.names)[:8]} ({len(layout.names)} in all); leave their masks out "
+            "or measure it with them"
+        )
+    weights = find_weights(model, layout.names)
+    kept = {}
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        if name not in weights:
+            raise ValueError(f"expected full names of weights in the curvature, got {name!r}")
+        parameter = current_parameter(*weights[name])
+        mask = masks.get(name, torch.ones_like(parameter, dtype=torch.bool))
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"expected a bool tensor as the mask of {name!r}, got {got}")
+        for what, found in (("mask", mask.shape), ("part of the curvature", shape)):
+            if tuple(found) != tuple(parameter.shape):
+                raise ValueError(
+                    f"expected a {what} of shape {tuple(parameter.shape)} for {name!r}, got "
+                    f"{tuple(found)}"
+                )
+        before = current_mask(*weights[name])
+        mask = mask.to(parameter.device)
+        kept[name] = mask if before is None else mask & before
+    return weights, kept

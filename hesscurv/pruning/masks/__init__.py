@@ -1,0 +1,1 @@
+"""Masks in modules: pruning methods, state dicts, files, N:M sparsity."""

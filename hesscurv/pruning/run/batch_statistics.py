@@ -1,0 +1,56 @@
+"""Measure the running statistics of batch norms anew, as after a change of the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from hesscurv.objective.data.batches import Batches
+from hesscurv.objective.parameters import unwrap
+from hesscurv.objective.running.environment import unchanged_random_state
+from hesscurv.objective.tasks import Task
+
+
+def recalibrate_(model: nn.Module, task: Task, batches: Iterable[Any]) -> int:
+    """Set the running means and variances of batch norms to the averages over some batches.
+
+    Only the batch norms are in training mode meanwhile; modes and random state are put back.
+
+    Args:
+        model: The module, changed in its batch norms' buffers.
+        task: Says how the model is run on a batch, by `outputs`.
+        batches: Re-iterable batches; larger ones measure better.
+
+    Returns:
+        The number of batch norms.
+    """
+    inner = unwrap(model)
+    norms = [
+        m
+        for m in inner.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    if not norms:
+        return 0
+    modes = {m: m.training for m in inner.modules()}
+    momenta = [m.momentum for m in norms]
+    device = next(inner.parameters()).device
+    source = Batches(batches, device, None, 0)
+    with unchanged_random_state(device), torch.no_grad():
+        try:
+            inner.eval()
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average
+                norm.train()
+            for batch in source.first_pass():
+                task.outputs(inner, batch)
+        finally:
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            for module, mode in modes.items():
+                module.training = mode
+    return len(norms)

@@ -1,0 +1,248 @@
+"""Prune a model in one call: stages of fresh curvature, joint compensation, a trust region."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscurv.objective.objective import Objective
+from hesscurv.objective.parameters import unwrap
+from hesscurv.pruning.attention import prepare_attention_
+from hesscurv.pruning.curvature.memory_plan import DEFAULT_GRADIENTS
+from hesscurv.pruning.curvature.quadratic_model import Measuring, with_rows_that_run
+from hesscurv.pruning.masks.state_dicts import write_pruned_
+from hesscurv.pruning.rollback import unchanged_on_error
+from hesscurv.pruning.run.batch_statistics import recalibrate_
+from hesscurv.pruning.run.calibration_loss import CalibrationLoss, SampleStream
+from hesscurv.pruning.run.pruning_report import PruningReport
+from hesscurv.pruning.run.pruning_run import METHODS, PruningRun
+from hesscurv.pruning.run.sparsity_schedules import Schedule, sparsities
+from hesscurv.pruning.targets import Pattern, Scope, make_budgets
+from hesscurv.pruning.weights import (
+    Weight,
+    WeightSelection,
+    current_mask,
+    current_parameter,
+    find_weights,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def prune_model(
+    model: nn.Module,
+    task: Any,
+    batches: Iterable[Any],
+    sparsity: float = 0.8,
+    *,
+    method: str = "obs",
+    scope: Scope = "global",
+    structure: str | None = None,
+    stages: int = 10,
+    schedule: Schedule = "cubic",
+    steps_per_stage: int = 1,
+    gradients_per_stage: int | None = None,
+    compensate: bool | None = None,
+    measuring: Measuring | None = None,
+    weights: WeightSelection = None,
+    calibration: Iterable[Any] | None = None,
+    max_calibration: int = 2000,
+    layer_losses: bool = True,
+    recalibrate_batch_norm: bool = False,
+    on_step: Callable[[Any, dict[str, Tensor]], None] | None = None,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> PruningReport:
+    """Prune a model to an exact sparsity and move the weights that stay, by second-order models.
+
+    At each stage a quadratic model of the loss is measured at the present weights, the entries of
+    least saliency are dropped, and those that stay take the minimiser of
+
+    ``1/2 |R d + r|^2 + mu/2 d^T K d``  with  ``d_i = -w_i`` for all that are dropped,
+
+    by one Woodbury solve; see `Measuring` for R, r and K. mu is chosen among three values around
+    the last one, beside no change at all, by the true loss on the calibration set. Where plain
+    magnitude pruning ends with less calibration loss than all this, its result is taken.
+
+    The model is written to at the very end: an error or an interrupt leaves it as it was. Its
+    masks are those of `torch.nn.utils.prune`, and stay through training; `prune.remove` makes them
+    permanent. A model that is partly pruned already is pruned further.
+
+    Args:
+        model: The module; evaluated as in inference.
+        task: A task with outputs and loss, such as ``hesscurv.supervised(CrossEntropyLoss())``.
+        batches: Re-iterable batches that curvature is measured on; read again from the start when
+            they run out.
+        sparsity: Fraction of all selected weights to prune, in (0, 1); pruned ones count.
+        method: The saliency. "obs": ``w_i^2 / (2 [H^-1]_ii)``; "obd": ``w_i^2 H_ii / 2``;
+            "magnitude": ``|w_i|``.
+        scope: "global": all weights compete; "layer": each has the sparsity itself; or a dict
+            from the name of a weight or module to its sparsity, others stay as they are.
+        structure: None, or "N:M", such as "2:4": at most N of M neighbours along the inputs are
+            kept; `sparsity` and `scope` are then not used, and weights whose inputs M does not
+            divide are left out. Where inputs lie is known of torch's layers and transformers'
+            Conv1D; tell of others by `register_weight_axes`.
+        stages: How often curvature is measured anew.
+        schedule: "cubic", "linear", "geometric", a function, or the sparsities at the end of all
+            ``stages * steps_per_stage`` steps; see `schedules.sparsities`. Of several sparsities
+            it is that of the highest, and the others are in step.
+        steps_per_stage: Steps of pruning with the same curvature.
+        gradients_per_stage: n, the samples of one stage, one gradient each; see `Measuring` for
+            what they count where the task weighs its batches. By default 1000, or as many as fit
+            the free memory, which is logged.
+        compensate: Whether the weights that stay move; default for "obs" alone.
+        measuring: How curvature is measured; default `Measuring()`, with rows="fisher" where
+            there are more outputs than "ggn" takes. A rank and a largest block that are left at
+            their defaults are lowered to fit the free memory.
+        weights: Which weights, see `find_weights`; all conv, linear and the like by default.
+        calibration: Batches that the true loss is measured on; `batches` by default.
+        max_calibration: The most samples of these.
+        layer_losses: Whether to report each layer's own true change of the loss, for a pass over
+            the calibration set each.
+        recalibrate_batch_norm: Whether to measure the batch norms' statistics anew at the end, on
+            `batches`; the loss with it is reported apart.
+        on_step: Called after each step with its `StageReport` and the weights by dense name.
+        generator: A CPU generator for the random signs; default one seeded with 0.
+        progress: Whether to show a bar.
+
+    Returns:
+        A `PruningReport`.
+
+    Raises:
+        TypeError: If an argument is of a wrong type.
+        ValueError: If one is out of range, the sparsity is below the model's own, the loss is not
+            finite, or a batch's loss is not the mean of its samples' own by `task.weight`.
+        MemoryError: If rows and factors cannot fit, before anything is computed; it says which
+            argument to change to what.
+
+    Cost:
+        `gradients_per_stage` gradients and a few forward passes over the calibration set a stage;
+        two factorisations a step, about ``2 n s (n + i)`` operations for s weights left with i
+        inputs; memory ``2 n D`` numbers for D weights.
+
+    References:
+        Hassibi and Stork, NIPS 1992, equation (5), for a single weight; Benbaki et al., ICML 2023
+        (CHITA), for the joint problem; Martens and Grosse, ICML 2015, for K.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if method not in METHODS:
+        raise ValueError(f"expected method to be one of {METHODS}, got {method!r}")
+    if not 0 < sparsity < 1:
+        raise ValueError(f"expected a sparsity in (0, 1), got {sparsity!r}")
+    counts = {
+        "stages": stages,
+        "steps_per_stage": steps_per_stage,
+        "gradients_per_stage": 1 if gradients_per_stage is None else gradients_per_stage,
+        "max_calibration": max_calibration,
+    }
+    for what, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"expected {what} to be a positive int, got {value!r}")
+    how = measuring or Measuring()
+    how.check()
+    pattern = Pattern.parse(structure)
+    samples = batches if calibration is None else calibration
+    inner = unwrap(model)
+    with unchanged_on_error(inner.modules()):
+        prepare_attention_(inner)
+        selected = find_weights(inner, weights)
+        if pattern is not None:
+            fitting = {
+                n: w
+                for n, w in selected.items()
+                if pattern.fits(w, tuple(current_parameter(*w).shape), n)
+            }
+            if not fitting:
+                raise ValueError(f"{structure} fits no weight: M divides no input dimension")
+            if left_out := [n for n in selected if n not in fitting]:
+                logger.info(
+                    "%s leaves out %s, whose number of inputs M does not divide",
+                    structure,
+                    left_out,
+                )
+            selected = fitting
+        objective = _objective_of(model, task, batches, selected)
+        dense = _stored_names(inner, selected)
+        selected = {dense[s]: selected[dense[s]] for s in objective.layout.names}
+        start = {
+            n: (p if (mask := current_mask(*selected[n])) is None else p * mask)
+            for n, p in zip(selected, objective.parameters(), strict=True)
+        }
+        mask = torch.cat(
+            [
+                (torch.ones_like(p, dtype=torch.bool) if m is None else m).flatten()
+                for p, m in ((p, current_mask(*selected[n])) for n, p in start.items())
+            ]
+        )
+        run = PruningRun(
+            objective=objective,
+            weights=selected,
+            start=start,
+            mask=mask,
+            method=method,
+            compensate=method == "obs" if compensate is None else compensate,
+            pattern=pattern,
+            measuring=how,
+            stream=SampleStream(objective, batches, gradients_per_stage or DEFAULT_GRADIENTS),
+            calibration=CalibrationLoss(objective, samples, max_calibration),
+            generator=generator or torch.Generator().manual_seed(0),
+        )
+        if pattern is not None:
+            run.budgets, goal = [], 1 - pattern.n / pattern.m
+        else:
+            run.budgets = make_budgets(run.layout, scope, sparsity, objective.device)
+            goal = max((b.sparsity for b in run.budgets), default=0.0)
+            if goal == 0:
+                raise ValueError(f"expected a scope with some sparsity above 0, got {scope!r}")
+        run.check()
+        if run.needs_curvature:
+            run.measuring = with_rows_that_run(objective, run.calibration.batches[0], measuring)
+            # Where the calibration took them all, it is known how many there are.
+            found = run.calibration.num_samples
+            run.plan(
+                gradients_per_stage,
+                found if calibration is None and found < max_calibration else None,
+            )
+        # Of several sparsities the schedule is that of the highest, and the others are in step.
+        begun = 0.0 if not isinstance(scope, str) else min(1 - float(mask.double().mean()), goal)
+        steps = stages * steps_per_stage
+        path = [s / goal for s in sparsities(schedule, steps, begun, goal)]
+        if len(path) != steps:
+            raise ValueError(
+                f"expected a schedule of stages * steps_per_stage = {steps} sparsities, got "
+                f"{len(path)}"
+            )
+        report = run.prune(path, steps_per_stage, on_step, progress, layer_losses)
+        with unchanged_on_error(inner.modules(), values=True):
+            values, masks = run.layout.split(run.values), run.layout.split(run.mask)
+            write_pruned_(inner, selected, values, masks)
+            if recalibrate_batch_norm:
+                recalibrate_(model, task, batches)
+                objective = _objective_of(model, task, batches, selected)
+                again = CalibrationLoss(objective, run.calibration.batches, max_calibration)
+                report = report.with_recalibrated(again(objective.parameters()))
+    return report
+
+
+def _objective_of(
+    model: nn.Module, task: Any, batches: Iterable[Any], weights: dict[str, Weight]
+) -> Objective:
+    """Return the loss in some weights, as they are stored now, at their present values."""
+    stored = list(_stored_names(unwrap(model), weights))
+    objective = Objective(
+        model, task, batches, stored, training=False, compute_dtype=None, budget=None
+    )
+    _ = objective.task_parts
+    objective.refresh()
+    return objective
+
+
+def _stored_names(model: nn.Module, weights: dict[str, Weight]) -> dict[str, str]:
+    """Map the names that the weights have in the model now to their dense names."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {names[id(current_parameter(*weight))]: dense for dense, weight in weights.items()}

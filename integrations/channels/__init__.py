@@ -1,0 +1,1 @@
+"""Removal of channels with torch-pruning."""

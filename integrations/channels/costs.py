@@ -1,0 +1,86 @@
+"""What an entry of a weight costs in one forward pass, so that channels can be ranked per cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hesscurv.objective.parameters import unwrap
+from hesscurv.objective.running.environment import preserved
+
+
+def macs_per_entry(model: nn.Module, example_inputs: Any) -> dict[str, float]:
+    """Return how many multiply-adds each entry of a weight takes for one sample.
+
+    An entry of a convolution's kernel is used once at every position of the output, one of a dense
+    layer once for every row of its input. Pruning channels changes neither, so that one measurement
+    serves all steps of iterative pruning.
+
+    Args:
+        model: The module; wrappers of torch.compile and DDP are looked through.
+        example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of
+            keyword arguments, with the samples along the first axis of their first tensor.
+
+    Returns:
+        A dict from weights' dotted names to multiply-adds per entry and sample, for convolutions
+        and dense layers. Other parameters cost nothing.
+
+    Raises:
+        TypeError: If the model is no module.
+        ValueError: If no convolution or dense layer is called.
+
+    Cost: one forward pass without gradients. The model is left as it was.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    model = unwrap(model)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found: dict[str, float] = {}
+
+    def hook(layer: Any, args: Any, out: Tensor) -> None:
+        # The kernel meets each input of a transposed convolution, each output of the others.
+        seen = args[0] if getattr(layer, "transposed", False) else out
+        # Both have the weight's first axis as their width: the last axis of a dense layer's output.
+        if id(layer.weight) in names:
+            name = names[id(layer.weight)]
+            found[name] = found.get(name, 0.0) + seen.numel() / layer.weight.shape[0]
+
+    layers = [m for m in model.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd))]
+    device = next(model.parameters()).device
+    hooks = []
+    with preserved(model, device, False), torch.no_grad():
+        try:
+            hooks = [layer.register_forward_hook(hook) for layer in layers]
+            n = _call(model, example_inputs)
+        finally:
+            for handle in hooks:
+                handle.remove()
+    if not found:
+        raise ValueError("expected a model that calls a convolution or a dense layer, got none")
+    return {name: positions / n for name, positions in found.items()}
+
+
+def check_costs(costs: Mapping[str, float] | None) -> None:
+    """Refuse costs that cannot divide.
+
+    Raises:
+        ValueError: If one is negative or not finite.
+    """
+    for name, cost in (costs or {}).items():
+        if not 0 <= cost < float("inf"):
+            raise ValueError(f"expected finite costs of at least 0, got {cost} for {name!r}")
+
+
+def _call(model: nn.Module, inputs: Any) -> int:
+    """Run the model on copies of its buffers, and return the number of samples."""
+    if isinstance(inputs, Mapping):
+        args, kwargs = (), dict(inputs)
+    else:
+        args, kwargs = (tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)), {}
+    buffers = {name: b.clone() for name, b in model.named_buffers()}
+    torch.func.functional_call(model, buffers, args, kwargs)
+    first = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+    return first.shape[0]

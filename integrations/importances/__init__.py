@@ -1,0 +1,1 @@
+"""Importances of channels for torch-pruning."""

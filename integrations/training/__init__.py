@@ -1,0 +1,1 @@
+"""Lightning, Transformers and loggers."""

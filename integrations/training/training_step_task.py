@@ -1,0 +1,126 @@
+"""The loss of a LightningModule's own training step, without what else the step does."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hesscurv.interface.descriptions import Described
+from hesscurv.objective.data.samples import num_samples
+
+_INTERNALS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"}
+
+
+class TrainingStepTask(Described):
+    """The loss that ``module.training_step(batch, 0)`` returns, for the Hessian.
+
+    What the step does beside it comes to nothing: ``self.log``, the trainer's loggers, attributes
+    of modules and the tensors, lists, dicts and sets in them (outputs that are collected, states of
+    metrics). What reaches further, files or global variables say, is the step's own responsibility.
+
+    A module with manual optimization is refused: its step trains. A batch counts by its samples,
+    and operators test whether the loss is a mean over them.
+
+    Raises:
+        TypeError: When called, for a module without such a step, or whose loss is no tensor.
+    """
+
+    tests_mean = True  # what it counts is believed after a test
+
+    def __call__(self, module: nn.Module, batch: Any) -> Tensor:
+        """Return the training step's loss on a batch."""
+        check_training_step(module)
+        step: Any = module.training_step
+        with _leaving_no_trace(module):
+            output = step(batch, 0) if _takes_an_index(step) else step(batch)
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        if not isinstance(loss, Tensor):
+            raise TypeError(
+                f"expected training_step to return a loss or a dict with one, got a "
+                f"{type(output).__name__}; pass a task, such as hesscurv.supervised(loss)"
+            )
+        return loss
+
+    def weight(self, batch: Any) -> float:
+        """Return the number of samples."""
+        return float(num_samples(batch))
+
+
+def check_training_step(module: Any) -> None:
+    """Refuse a module whose training step is no function of a batch.
+
+    Raises:
+        TypeError: With the reason.
+    """
+    remedy = "pass a task, such as hesscurv.supervised(loss) or (module, batch) -> loss"
+    if not callable(getattr(module, "training_step", None)):
+        raise TypeError(
+            f"expected a LightningModule with a training_step, got a {type(module).__name__}; "
+            f"{remedy}"
+        )
+    if not getattr(module, "automatic_optimization", True):
+        raise TypeError(
+            f"expected automatic optimization, got {type(module).__name__} with "
+            "automatic_optimization=False, whose training_step takes steps of its optimizers; "
+            f"{remedy}"
+        )
+    if "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise TypeError(
+            f"expected a training_step of a batch, got {type(module).__name__}'s of a "
+            f"dataloader_iter; {remedy}"
+        )
+
+
+def _takes_an_index(step: Any) -> bool:
+    """Whether a step takes a batch and its index, as Lightning decides."""
+    parameters = inspect.signature(step).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(positional) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
+
+
+@contextmanager
+def _leaving_no_trace(module: nn.Module) -> Iterator[None]:
+    """Let a step's notes go nowhere, and put attributes back."""
+    modules = list(module.modules())
+    before = [dict(vars(m)) for m in modules]
+    trainer = vars(module).get("_trainer")
+    loggers = [] if trainer is None else trainer.loggers
+    try:
+        for m in modules:
+            for name, value in vars(m).items():
+                if name in _INTERNALS:
+                    continue
+                if isinstance(value, Tensor):  # else adding in place would reach the original
+                    vars(m)[name] = value.clone()
+                elif type(value) in (list, dict, set):
+                    vars(m)[name] = value.copy()
+        for name in ("log", "log_dict"):
+            vars(module)[name] = _nothing
+        if trainer is not None:
+            trainer.loggers = [_Nothing() for _ in loggers]
+        yield
+    finally:
+        if trainer is not None:
+            trainer.loggers = loggers
+        for m, attributes in zip(modules, before, strict=True):
+            for name in vars(m).keys() - attributes.keys():
+                del vars(m)[name]
+            vars(m).update(attributes)
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+class _Nothing:
+    """Stands in for a logger, and for its experiment: takes every call, and does nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        return _Nothing()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return _Nothing()
