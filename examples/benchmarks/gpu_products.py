@@ -113,7 +113,7 @@ def compare(
         "gradient_seconds": unit.summary(),
         "hesscurv": cost["hesscurv"],
         "way": way,
-        "way_at_once": 1 if way in H.loops else at_once,
+        "way_at_once": at_once,
         "curvlinops": cost.get("curvlinops"),
         "curvlinops compiled": cost.get("curvlinops compiled"),
         "eigenthings": cost.get("eigenthings"),

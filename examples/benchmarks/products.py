@@ -98,7 +98,7 @@ def measure(problem: Problem, blocks: tuple[int, ...], options: Any) -> list[dic
                 "gradient_seconds": unit.summary(),
                 "hesscurv": cost[f"hesscurv {b}"].summary(),
                 "way": way,
-                "way_at_once": 1 if way in H.loops else vectors,
+                "way_at_once": vectors,
                 "curvlinops": cost[f"curvlinops {b}"].summary() if peer is not None else None,
                 "curvlinops_at_once": at_once.get(b),
                 "curvlinops_difference": gaps.get(b),
@@ -145,7 +145,8 @@ def difference(got: torch.Tensor, expected: torch.Tensor) -> float:
 
 def setup_seconds(H: Any, problem: Problem, way: str) -> float:
     """Return the seconds to set one way up, as is done after every change of the weights."""
-    return statistics.median(timed(lambda: H.prepare(problem.batches[0], way))[1] for _ in range(3))
+    local, batch = H.products.local, problem.batches[0]
+    return statistics.median(timed(lambda: local.prepare(batch, way))[1] for _ in range(3))
 
 
 def timed(fn: Any) -> tuple[Any, float]:

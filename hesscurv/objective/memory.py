@@ -7,17 +7,14 @@ import math
 import warnings
 import weakref
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hesscurv.linalg.device_memory import device_memory
 from hesscurv.objective.data.batches import part_of, split
 from hesscurv.objective.data.samples import is_cuttable, num_rows, tensors_of
-
-if TYPE_CHECKING:
-    from hesscurv.objective.objective import Objective
+from hesscurv.objective.objective import Objective
 
 _UNLIMITED = 1 << 30
 
@@ -269,19 +266,3 @@ class _Storages(TorchDispatchMode):
 
 def _has_storage(tensor: torch.Tensor) -> bool:
     return tensor.layout is torch.strided
-
-
-def memory_budget(device: torch.device, wanted: int | None) -> int:
-    """Return the bytes to stay within: as wanted, or a share of the device's memory.
-
-    The share is of the memory in all, not of what is free now, so that the same run takes the same
-    steps every time: a quarter of a GPU's, an eighth of the machine's.
-
-    Raises:
-        ValueError: If `wanted` is not a positive int.
-    """
-    if wanted is not None:
-        if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted <= 0:
-            raise ValueError(f"expected memory_budget in bytes, a positive int, got {wanted!r}")
-        return wanted
-    return device_memory(device) // (4 if device.type == "cuda" else 8)

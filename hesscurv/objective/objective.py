@@ -18,9 +18,9 @@ from hesscurv.distributed.sharded import (
     reshard,
     whole,
 )
+from hesscurv.linalg.device_memory import memory_budget
 from hesscurv.objective.changes import marks_of_model, marks_of_task
 from hesscurv.objective.data.batches import Batches
-from hesscurv.objective.memory import memory_budget
 from hesscurv.objective.parameters import (
     ParameterLayout,
     ParamSelection,

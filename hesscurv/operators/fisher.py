@@ -11,12 +11,71 @@ from torch import Tensor
 from hesscurv.objective.weighted_rows import WeightedRows
 from hesscurv.operators.checks.derivative_check import Slope, random_sum
 from hesscurv.operators.checks.missing_derivatives import Differentiation
-from hesscurv.operators.ggn import GaussNewtonOperator
-from hesscurv.operators.ways import linearizations as ways
-from hesscurv.operators.ways.linearizations import LinearMap, Params
+from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.ggn import GaussNewtonCurvature
+from hesscurv.operators.ways.linearizations import LinearMap, Params, scaled_identity
 
 
-class EmpiricalFisherOperator(GaussNewtonOperator):
+class FisherCurvature(GaussNewtonCurvature):
+    """The samples' losses, scaled by the roots of their weights, with the identity over n."""
+
+    def parts(self, batch: Any) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], LinearMap]]:
+        """Return the samples' losses as a function of the parameters, and their curvature."""
+        rows = WeightedRows(self.objective.task_parts, batch)
+
+        def scaled_losses(params: Params) -> Tensor:
+            # Times the roots of their weights: F is of their Jacobian.
+            losses = self._losses_of(self.objective.outputs(params, batch), rows)
+            if rows.weights is None:
+                return losses
+            return losses * rows.weights.sqrt().to(losses.device, losses.dtype)
+
+        return scaled_losses, scaled_identity
+
+    def needs(self, batch: Any) -> Iterable[Differentiation]:
+        """Return what is differentiated on a batch, and how often."""
+        outputs, _ = self.parts(batch)
+        return [Differentiation(outputs, self.objective.leaves(), 1)]
+
+    def slope(self) -> Slope:
+        """Return a random sum of the samples' losses."""
+
+        def fn(params: Params, batch: Any, constants: dict[str, Tensor]) -> Tensor:
+            outputs = self.objective.outputs(params, batch, constants)
+            rows = WeightedRows(self.objective.task_parts, batch)
+            return random_sum(self._losses_of(outputs, rows))
+
+        return Slope("the samples' losses", False, fn)
+
+    def _losses_of(self, outputs: Tensor, rows: WeightedRows) -> Tensor:
+        losses = rows.losses(outputs)
+        if losses.ndim != 1:
+            raise ValueError(
+                f"expected sample_losses of shape (n,), got {tuple(losses.shape)}; give one loss a "
+                "sample in a subclass of hesscurv.Task"
+            )
+        return losses
+
+    def check_batch(self, params: Params, batch: Any, loss: Tensor) -> None:
+        """Refuse per-sample losses whose mean is not the loss."""
+        # Of the same outputs: those of a random model differ, and are refused elsewhere.
+        outputs = self.objective.outputs(params, batch)
+        rows = WeightedRows(self.objective.task_parts, batch)
+        losses = self._losses_of(outputs, rows)
+        if rows.weights is not None:
+            losses = losses * rows.weights.to(losses.device, losses.dtype)
+        mean = losses.mean()
+        loss = self.objective.task_parts.loss(outputs, batch)
+        tolerance = 1e3 * torch.finfo(self.objective.dtype).eps
+        if not torch.isclose(mean, loss, rtol=tolerance, atol=tolerance):
+            raise ValueError(
+                f"expected per-sample losses with the loss as their mean, {loss.item():.6g}, got "
+                f"{mean.item():.6g}; this loss is no plain mean over samples (class weights, "
+                "ignored targets): override sample_losses and weight in a subclass of hesscurv.Task"
+            )
+
+
+class EmpiricalFisherOperator(CurvatureOperator):
     r"""The empirical Fisher :math:`F = \frac1N \sum_n g_n g_n^T`, by products.
 
     :math:`g_n` is the gradient of sample n's loss at its given target; F is positive semi-definite
@@ -34,54 +93,4 @@ class EmpiricalFisherOperator(GaussNewtonOperator):
     arguments; ``F @ v`` costs about one gradient over the data.
     """
 
-    def parts(self, batch: Any) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], LinearMap]]:
-        """Return the samples' losses as a function of the parameters, and their curvature."""
-        rows = WeightedRows(self.objective.task_parts, batch)
-
-        def scaled_losses(params: Params) -> Tensor:
-            # Times the roots of their weights: F is of their Jacobian.
-            losses = self._losses_of(self.objective.outputs(params, batch), rows)
-            if rows.weights is None:
-                return losses
-            return losses * rows.weights.sqrt().to(losses.device, losses.dtype)
-
-        return scaled_losses, ways.scaled_identity
-
-    def needs(self, batch: Any) -> Iterable[Differentiation]:
-        """Return what is differentiated on a batch, and how often."""
-        outputs, _ = self.parts(batch)
-        return [Differentiation(outputs, self.objective.leaves(), 1)]
-
-    def _slope(self) -> Slope:
-        def fn(params: Params, batch: Any, constants: dict[str, Tensor]) -> Tensor:
-            outputs = self.objective.outputs(params, batch, constants)
-            rows = WeightedRows(self.objective.task_parts, batch)
-            return random_sum(self._losses_of(outputs, rows))
-
-        return Slope("the samples' losses", False, fn)
-
-    def _losses_of(self, outputs: Tensor, rows: WeightedRows) -> Tensor:
-        losses = rows.losses(outputs)
-        if losses.ndim != 1:
-            raise ValueError(
-                f"expected sample_losses of shape (n,), got {tuple(losses.shape)}; give one loss a "
-                "sample in a subclass of hesscurv.Task"
-            )
-        return losses
-
-    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
-        # Of the same outputs: those of a random model differ, and are refused elsewhere.
-        outputs = self.objective.outputs(params, batch)
-        rows = WeightedRows(self.objective.task_parts, batch)
-        losses = self._losses_of(outputs, rows)
-        if rows.weights is not None:
-            losses = losses * rows.weights.to(losses.device, losses.dtype)
-        mean = losses.mean()
-        loss = self.objective.task_parts.loss(outputs, batch)
-        tolerance = 1e3 * torch.finfo(self.dtype).eps
-        if not torch.isclose(mean, loss, rtol=tolerance, atol=tolerance):
-            raise ValueError(
-                f"expected per-sample losses with the loss as their mean, {loss.item():.6g}, got "
-                f"{mean.item():.6g}; this loss is no plain mean over samples (class weights, "
-                "ignored targets): override sample_losses and weight in a subclass of hesscurv.Task"
-            )
+    curvature = FisherCurvature

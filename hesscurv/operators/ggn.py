@@ -8,23 +8,24 @@ from typing import Any
 
 from torch import Tensor
 
-from hesscurv.objective.data.samples import num_rows
 from hesscurv.operators.checks.derivative_check import Slope, random_sum
 from hesscurv.operators.checks.missing_derivatives import Differentiation, of_ggn
 from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.operators.ways import first_derivatives
-from hesscurv.operators.ways import linearizations as ways
-from hesscurv.operators.ways.linearizations import Linearization, LinearMap, Params
+from hesscurv.operators.ways.first_derivatives import gauss_newton_forward, gauss_newton_rows
+from hesscurv.operators.ways.linearizations import (
+    Linearization,
+    LinearMap,
+    Params,
+    gauss_newton_batched,
+    gauss_newton_linearized,
+    gauss_newton_retained,
+    gauss_newton_vmapped,
+    output_hessian,
+)
+from hesscurv.operators.ways.way import Curvature, Way
 
-GAUSS_NEWTON_WAYS = {
-    "retained": ways.gauss_newton_retained,
-    "batched": ways.gauss_newton_batched,
-    "linearized_batched": ways.gauss_newton_linearized,
-    "vmapped": ways.gauss_newton_vmapped,
-}
 
-
-class GaussNewtonOperator(CurvatureOperator):
+class GaussNewtonCurvature(Curvature):
     """A matrix J^T C J, with the Jacobian J of some outputs and a curvature C on these.
 
     Only first derivatives of the model are needed. The reference way takes J v from the derivative
@@ -32,34 +33,59 @@ class GaussNewtonOperator(CurvatureOperator):
     ("forward"); and where that is missing too, from J by rows, a backward pass an output ("rows").
     """
 
-    ways = tuple(GAUSS_NEWTON_WAYS)
-    fallbacks = ("forward", "rows")
-    loops = ("retained", "forward")
+    ways = (
+        Way("retained", gauss_newton_retained, looped=True),
+        Way("batched", gauss_newton_batched),
+        Way("linearized_batched", gauss_newton_linearized, traced=True),
+        Way("vmapped", gauss_newton_vmapped, runs_model_code=True),
+    )
+    fallbacks = (
+        Way("forward", gauss_newton_forward, looped=True, runs_model_code=True),
+        Way("rows", gauss_newton_rows),
+    )
     needs_parts = True
-    traced = ("linearized_batched",)
 
     @abstractmethod
     def parts(self, batch: Any) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], LinearMap]]:
         """Return some outputs as a function of the parameters, and their curvature at z."""
 
-    def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
+    def linearize(self, way: Way, params: Params, batch: Any, room: int) -> Linearization:
+        """Set up the product of one batch's matrix with blocks of vectors."""
         outputs, curvature = self.parts(batch)
-        if way == "forward":
-            return first_derivatives.gauss_newton_forward(outputs, curvature, params)
-        if way == "rows":
-            return first_derivatives.gauss_newton_rows(
-                outputs, curvature, params, self._bytes_for_rows()
-            )
-        return GAUSS_NEWTON_WAYS[way](outputs, curvature, params)
-
-    def _bytes_for_rows(self) -> int:
-        """Return the bytes that each micro-batch's rows may take between products."""
-        plan, batches = self.memory_plan, self.objective.batches
-        parts = -(-num_rows(self.largest_batch) // plan.max_samples) * batches.count
-        return plan.budget // (8 * (parts if plan.keep_graphs else 1))
+        if way.name == "rows":
+            return way.linearize(outputs, curvature, params, room)
+        return way.linearize(outputs, curvature, params)
 
 
-class GGNOperator(GaussNewtonOperator):
+class GGNCurvature(GaussNewtonCurvature):
+    """The model's outputs, with the Hessian of the loss in these."""
+
+    def parts(self, batch: Any) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], LinearMap]]:
+        """Return the outputs as a function of the parameters, and their curvature at z."""
+        task = self.objective.task_parts
+        return (
+            lambda p: self.objective.outputs(p, batch),
+            output_hessian(lambda z: task.loss(z, batch)),
+        )
+
+    def needs(self, batch: Any) -> Iterable[Differentiation]:
+        """Return what is differentiated on a batch, and how often."""
+        return of_ggn(self.objective, batch)
+
+    def slope(self) -> Slope:
+        """Return a random sum of the outputs."""
+
+        def fn(params: Params, batch: Any, constants: dict[str, Tensor]) -> Tensor:
+            return random_sum(self.objective.outputs(params, batch, constants))
+
+        return Slope("the model's outputs", False, fn)
+
+    def check_batch(self, params: Params, batch: Any, loss: Tensor) -> None:
+        """Refuse outputs of a wrong type, before any product."""
+        self.objective.outputs(params, batch)
+
+
+class GGNOperator(CurvatureOperator):
     r"""The generalised Gauss-Newton matrix :math:`G = \sum_b (n_b / N) J_b^T C_b J_b`, by products.
 
     :math:`J_b` is the Jacobian of a batch's outputs in the parameters and :math:`C_b` the Hessian
@@ -71,23 +97,4 @@ class GGNOperator(GaussNewtonOperator):
     `CurvatureOperator` for the arguments; ``G @ v`` costs about one gradient over the data.
     """
 
-    def parts(self, batch: Any) -> tuple[Callable[[Params], Tensor], Callable[[Tensor], LinearMap]]:
-        """Return the outputs as a function of the parameters, and their curvature at z."""
-        task = self.objective.task_parts
-        return (
-            lambda p: self.objective.outputs(p, batch),
-            ways.output_hessian(lambda z: task.loss(z, batch)),
-        )
-
-    def needs(self, batch: Any) -> Iterable[Differentiation]:
-        """Return what is differentiated on a batch, and how often."""
-        return of_ggn(self.objective, batch)
-
-    def _slope(self) -> Slope:
-        def fn(params: Params, batch: Any, constants: dict[str, Tensor]) -> Tensor:
-            return random_sum(self.objective.outputs(params, batch, constants))
-
-        return Slope("the model's outputs", False, fn)
-
-    def _check_batch(self, params: tuple[Tensor, ...], batch: Any, loss: Tensor) -> None:
-        self.objective.outputs(params, batch)  # a wrong type is refused before any product
+    curvature = GGNCurvature

@@ -2,27 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hesscurv.objective.objective import Objective
 from hesscurv.objective.tasks import map_tensors, tensors_of
+from hesscurv.operators.checks.derivative_check import Slope
 from hesscurv.operators.checks.missing_derivatives import Differentiation, of_hessian
 from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.operators.ways import linearizations as ways
-from hesscurv.operators.ways.linearizations import Block, Linearization, Product
+from hesscurv.operators.ways.linearizations import (
+    Block,
+    Linearization,
+    Params,
+    Product,
+    hessian_batched,
+    hessian_linearized,
+    hessian_linearized_batched,
+    hessian_retained,
+    hessian_vmapped,
+)
 from hesscurv.operators.ways.tracing import PlainZeros
+from hesscurv.operators.ways.way import Curvature, Way
 
-_WAYS = {
-    "retained": ways.hessian_retained,
-    "batched": ways.hessian_batched,
-    "linearized": ways.hessian_linearized,
-    "linearized_batched": ways.hessian_linearized_batched,
-    "vmapped": ways.hessian_vmapped,
-}
+
+class HessianCurvature(Curvature):
+    """Second derivatives of the loss."""
+
+    ways = (
+        Way("retained", hessian_retained, looped=True),
+        Way("batched", hessian_batched),
+        Way("linearized", hessian_linearized, looped=True, traced=True),
+        Way("linearized_batched", hessian_linearized_batched, traced=True),
+        Way("vmapped", hessian_vmapped, runs_model_code=True),
+    )
+    gpu_ways = (Way("compiled", hessian_vmapped, traced=True, runs_model_code=True),)
+
+    def __init__(self, objective: Objective, name: str) -> None:
+        super().__init__(objective, name)
+        self._compiled: dict[Any, Callable[..., Any]] = {}
+
+    def linearize(self, way: Way, params: Params, batch: Any, room: int) -> Linearization:
+        """Set up the product of one batch's Hessian with blocks of vectors."""
+        if way.name == "compiled":
+            return self._compiled_product(way, params, batch)
+        return way.linearize(lambda p: self.objective.loss(p, batch), params)
+
+    def needs(self, batch: Any) -> Iterable[Differentiation]:
+        """Return what is differentiated on a batch, and how often."""
+        return of_hessian(self.objective, batch)
+
+    def slope(self) -> Slope:
+        """Return the loss."""
+        return Slope("the loss", True, self.objective.loss)
+
+    def forget_compiled(self) -> None:
+        """Forget compiled code."""
+        self._compiled.clear()
+
+    def _compiled_product(self, way: Way, params: Params, batch: Any) -> Linearization:
+        """Trace forward over reverse to a plain graph of tensor operations, and compile that.
+
+        The traced graph has weights, buffers and batch as arguments, so that it serves all batches
+        of a shape and later weights too; and nothing in it is more than torch.compile can take.
+        """
+        tensors, frame = tensors_of(batch), repr(map_tensors(batch, lambda t: (t.shape, t.dtype)))
+        constants = self.objective.constants
+        count = len(params)
+
+        def product(*flat: Tensor) -> Any:
+            left = iter(flat[2 * count :])
+            others = {name: next(left) for name in constants}
+            same = map_tensors(batch, lambda _: next(left))
+            with PlainZeros():
+                return way.linearize(lambda p: self.objective.loss(p, same, others), flat[:count])(
+                    flat[count : 2 * count]
+                )
+
+        def apply(block: Block) -> Product:
+            flags = tuple(m.training for m in self.objective.model.modules())
+            key = (frame, flags, block[0].shape[0])
+            arguments = (*params, *block, *constants.values(), *tensors)
+            if key not in self._compiled:
+                self._compiled[key] = torch.compile(make_fx(product)(*arguments), dynamic=False)
+            return self._compiled[key](*arguments)
+
+        return apply
 
 
 class HessianOperator(CurvatureOperator):
@@ -46,45 +114,4 @@ class HessianOperator(CurvatureOperator):
         tensor([1., 4.], dtype=torch.float64)
     """
 
-    ways = tuple(_WAYS)
-    extra_ways = ("compiled",)
-    loops = ("retained", "linearized")
-    traced = ("linearized", "linearized_batched", "compiled")
-
-    def _linearize(self, way: str, params: tuple[Tensor, ...], batch: Any) -> Linearization:
-        if way == "compiled":
-            return self._compiled_product(params, batch)
-        return _WAYS[way](lambda p: self.objective.loss(p, batch), params)
-
-    def needs(self, batch: Any) -> Iterable[Differentiation]:
-        """Return what is differentiated on a batch, and how often."""
-        return of_hessian(self.objective, batch)
-
-    def _compiled_product(self, params: tuple[Tensor, ...], batch: Any) -> Linearization:
-        """Trace forward over reverse to a plain graph of tensor operations, and compile that.
-
-        The traced graph has weights, buffers and batch as arguments, so that it serves all batches
-        of a shape and later weights too; and nothing in it is more than torch.compile can take.
-        """
-        tensors, frame = tensors_of(batch), repr(map_tensors(batch, lambda t: (t.shape, t.dtype)))
-        constants = self.objective.constants
-        count = len(params)
-
-        def product(*flat: Tensor) -> Any:
-            left = iter(flat[2 * count :])
-            others = {name: next(left) for name in constants}
-            same = map_tensors(batch, lambda _: next(left))
-            with PlainZeros():
-                return ways.hessian_vmapped(
-                    lambda p: self.objective.loss(p, same, others), flat[:count]
-                )(flat[count : 2 * count])
-
-        def apply(block: Block) -> Product:
-            flags = tuple(m.training for m in self.objective.model.modules())
-            key = (frame, flags, block[0].shape[0])
-            arguments = (*params, *block, *constants.values(), *tensors)
-            if key not in self._compiled:
-                self._compiled[key] = torch.compile(make_fx(product)(*arguments), dynamic=False)
-            return self._compiled[key](*arguments)
-
-        return apply
+    curvature = HessianCurvature

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.local_product import LocalProduct
 
 
 def loss_and_gradient(H: CurvatureOperator) -> tuple[float, Tensor]:
@@ -29,7 +30,8 @@ def loss_and_gradient(H: CurvatureOperator) -> tuple[float, Tensor]:
     H.refresh()
     objective = H.objective
     with H.communicator.together("the loss and its gradient"), torch.inference_mode(False):
-        sums_D1 = H.within_memory(lambda: _sums(H))
+        local = H.products.local
+        sums_D1 = local.within_memory(lambda: _sums(local))
     H.communicator.sum_(sums_D1)
     if not bool(torch.stack(sums_D1.aminmax()).isfinite().all()):
         raise ValueError(
@@ -39,12 +41,12 @@ def loss_and_gradient(H: CurvatureOperator) -> tuple[float, Tensor]:
     return float(sums_D1[-1]), sums_D1[:-1].to(objective.dtype)
 
 
-def _sums(H: CurvatureOperator) -> Tensor:
+def _sums(local: LocalProduct) -> Tensor:
     """Return this rank's share of the gradient, with that of the loss after it, (D + 1,)."""
-    objective = H.objective
+    objective = local.objective
     out = torch.zeros(objective.layout.numel + 1, dtype=objective.dtype, device=objective.device)
 
-    for _, batch, weight in H.microbatches():
+    for _, batch, weight in local.shares():
 
         def differentiate(batch: object = batch) -> tuple[Tensor, tuple[Tensor, ...]]:
             leaves = objective.leaves()

@@ -18,6 +18,7 @@ from hesscurv.distributed.sharded import require_members
 from hesscurv.interface.descriptions import Words, brief
 from hesscurv.objective.objective import Objective
 from hesscurv.objective.parameters import ParameterLayout
+from hesscurv.operators.compared_products import ComparedProducts
 from hesscurv.operators.linear_operator import LinearOperator
 
 _MOST_NAMES = 3  # of parameters that are printed
@@ -42,11 +43,14 @@ class SummedOperator(LinearOperator):
         ValueError: On all ranks, if they build different operators.
     """
 
+    products: ComparedProducts  # what multiplies this rank's share
+
     def __init__(self, objective: Objective, communicator: Communicator) -> None:
         super().__init__(objective.layout.numel, objective.dtype, objective.device)
         self.objective = objective
         self.communicator = communicator
         self.own_weight = self.total_weight = 0.0
+        self._solving = False  # whether a solver looks at every product itself
         self._counted = 0  # how often the batches had been read when they were last counted
         if communicator.size > 1:
             self._agree()
@@ -71,10 +75,6 @@ class SummedOperator(LinearOperator):
         }
 
     @abstractmethod
-    def _own_product(self, vectors_BD: Tensor) -> Tensor:
-        """Multiply vectors (B, D) by this rank's share; a finite block of its own memory."""
-
-    @abstractmethod
     def _forget(self) -> None:
         """Forget what was computed with the weights and batches before."""
 
@@ -82,11 +82,11 @@ class SummedOperator(LinearOperator):
         vectors_BD = vectors_DB.mT.contiguous()
         if self.communicator.size == 1:
             self.refresh()
-            return self._own_product(vectors_BD).mT
+            return self.products.multiply(vectors_BD, self.num_matvecs, unchecked=self._solving).mT
         what = f"a product with {len(vectors_BD)} vectors"
         self._refresh(what, sample_checksum(vectors_BD))
         with self.communicator.together(what):
-            out_BD = self._own_product(vectors_BD)
+            out_BD = self.products.multiply(vectors_BD, self.num_matvecs, unchecked=self._solving)
         return self.communicator.sum_(out_BD).mT
 
     def product_rows(self, rows_RB: Tensor) -> Tensor:
@@ -100,7 +100,9 @@ class SummedOperator(LinearOperator):
             self._refresh(what)
             vectors_BD = communicator.gather_rows(rows_RB.detach().mT.contiguous(), dim)
             with communicator.together(what):
-                out_BD = self._own_product(vectors_BD)
+                out_BD = self.products.multiply(
+                    vectors_BD, self.num_matvecs, unchecked=self._solving
+                )
             del vectors_BD
             out_RB = communicator.reduce_rows(out_BD).mT
         self.num_matvecs += rows_RB.shape[1]

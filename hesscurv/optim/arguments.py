@@ -54,7 +54,7 @@ def check_measured(
     """
     as_loss(task, batches is not None)
     Batches(batches, torch.device("cpu"), None, 0)
-    if kind.needs_parts and not (hasattr(task, "outputs") and hasattr(task, "loss")):
+    if kind.curvature.needs_parts and not (hasattr(task, "outputs") and hasattr(task, "loss")):
         raise TypeError(
             f"expected a task with outputs and loss for the {kind.__name__}, got a "
             f"{type(task).__name__}; use hesscurv.supervised(loss) or a subclass of hesscurv.Task, "

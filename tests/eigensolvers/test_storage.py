@@ -126,7 +126,7 @@ def test_a_result_half_precision_works_with_metrics_and_files(tmp_path):
 
 def test_a_small_basis_stays_where_little_is_free(monkeypatch):
     """What is set aside is what products take, not the budget that they would have to keep to."""
-    monkeypatch.setattr("hesscurv.objective.memory.device_memory", lambda device: 8 << 30)
+    monkeypatch.setattr("hesscurv.linalg.device_memory.device_memory", lambda device: 8 << 30)
     problem = cases.build("mlp")
     H = problem.operator(hesscurv.HessianOperator)
     assert H.objective.budget == 1 << 30

@@ -6,13 +6,15 @@ import logging
 import cases
 import pytest
 import torch
+from support.replaced_ways import replace_way
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import hesscurv
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
+from hesscurv.operators.local_product import LocalProduct
 from hesscurv.operators.timing import calibration
-from hesscurv.operators.timing.way_timing import Measurement
+from hesscurv.operators.timing.way_timing import WayTiming
 from hesscurv.operators.ways import linearizations as ways
 
 KINDS = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": EmpiricalFisherOperator}
@@ -123,7 +125,7 @@ def test_what_couples_samples_is_not_cut():
 
 def out_of_memory_above(limit, monkeypatch):
     """Fail as a GPU does for more than `limit` vectors at once."""
-    prepare = HessianOperator.prepare
+    prepare = LocalProduct.prepare
     widths = []
 
     def limited(self, batch, way):
@@ -137,7 +139,7 @@ def out_of_memory_above(limit, monkeypatch):
 
         return run
 
-    monkeypatch.setattr(HessianOperator, "prepare", limited)
+    monkeypatch.setattr(LocalProduct, "prepare", limited)
     return widths
 
 
@@ -155,14 +157,14 @@ def test_out_of_memory_halves_the_vectors_at_once_and_goes_on(monkeypatch, caplo
 
 
 def out_of_memory_for_samples(limit, monkeypatch):
-    prepare = HessianOperator.prepare
+    prepare = LocalProduct.prepare
 
     def limited(self, batch, way):
         if len(batch[0]) > limit:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return prepare(self, batch, way)
 
-    monkeypatch.setattr(HessianOperator, "prepare", limited)
+    monkeypatch.setattr(LocalProduct, "prepare", limited)
 
 
 def test_out_of_memory_for_one_vector_cuts_the_batches(monkeypatch, caplog):
@@ -198,7 +200,7 @@ def test_a_wrong_way_is_left_out(monkeypatch, caplog):
         apply = ways.hessian_batched(loss, params)
         return lambda block: tuple(None if p is None else 1.01 * p for p in apply(block))
 
-    monkeypatch.setitem(hesscurv.operators.hessian._WAYS, "vmapped", wrong)
+    replace_way(monkeypatch, "vmapped", wrong)
     monkeypatch.setattr(calibration, "_REMEMBERED", {})
     H = HessianOperator(net(), TASK, data(6))
     with caplog.at_level(logging.WARNING):
@@ -214,7 +216,7 @@ def test_a_way_that_fails_is_left_out(monkeypatch):
     def failing(loss, params):
         raise NotImplementedError("no rule")
 
-    monkeypatch.setitem(hesscurv.operators.hessian._WAYS, "batched", failing)
+    replace_way(monkeypatch, "batched", failing)
     monkeypatch.setattr(calibration, "_REMEMBERED", {})
     assert "batched" not in HessianOperator(net(), TASK, data(6)).calibrate().seconds
 
@@ -223,7 +225,7 @@ def test_the_choice_is_remembered_in_a_file(remembering, monkeypatch):
     first = HessianOperator(net(), TASK, data(6)).calibrate()
     assert len(list(remembering.iterdir())) == 1
     monkeypatch.setattr(calibration, "_REMEMBERED", {})  # another process
-    monkeypatch.setattr(calibration, "Measurement", None)  # nothing is measured
+    monkeypatch.setattr(calibration, "WayTiming", None)  # nothing is measured
     assert HessianOperator(net(), TASK, data(6)).calibrate() == first
 
 
@@ -303,9 +305,9 @@ def test_the_fastest_way_is_chosen_for_the_width_and_the_number_of_products():
 
 def test_a_long_set_up_is_tried_where_the_products_to_come_are_worth_it():
     H = HessianOperator(net(), TASK, data(6))
-    few, many = (Measurement(H, data(6)[0], expected) for expected in (30, 10**7))
+    few, many = (WayTiming(H.products.local, data(6)[0], expected) for expected in (30, 10**7))
     assert "retained" in few.seconds
-    assert not set(few.seconds) & set(H.traced)
+    assert not {"linearized", "linearized_batched"} & set(few.seconds)
     traced = {"linearized", "linearized_batched"}
     assert traced <= set(many.seconds)
     assert all(many.setup[way] > few.setup["retained"] for way in traced)

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import hesscurv
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from hesscurv.objective import memory
+from hesscurv.operators.local_product import LocalProduct
 from hesscurv.operators.timing import calibration
 
 KINDS = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": EmpiricalFisherOperator}
@@ -115,7 +116,7 @@ def run_out(monkeypatch):
 
     def start(condition):
         monkeypatch.setattr(calibration, "_REMEMBERED", {})
-        prepare = HessianOperator.prepare
+        prepare = LocalProduct.prepare
         sizes = []
 
         def limited(self, batch, way):
@@ -124,7 +125,7 @@ def run_out(monkeypatch):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return prepare(self, batch, way)
 
-        monkeypatch.setattr(HessianOperator, "prepare", limited)
+        monkeypatch.setattr(LocalProduct, "prepare", limited)
         return sizes
 
     return start

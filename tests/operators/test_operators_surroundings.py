@@ -33,7 +33,7 @@ def work(model, **options):
         H.calibrate()
         for way in H.ways:
             if options.get("way", "auto") == "auto":
-                H.product_on(data()[0], torch.ones(2, H.shape[0]), way)
+                H.products.local.product_on(data()[0], torch.ones(2, H.shape[0]), way)
         H @ torch.ones(H.shape[0], 3)
 
 

@@ -75,6 +75,11 @@ class Agreement:
             self._widths = {key: w for key, w in self._widths.items() if key[0] != turn}
             self._turn += 1
 
+    def start_over(self, reference: str) -> None:
+        """Forget everything, and compare with another reference from here on."""
+        self.reference, self._turn = reference, 0
+        self.forget()
+
     def forget(self) -> None:
         """Forget everything: the micro-batches are other ones now."""
         self._widths.clear()

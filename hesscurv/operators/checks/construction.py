@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import logging
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hesscurv.objective.objective import Objective
 from hesscurv.operators.checks.embedding_gradients import cause_of_wrong_gradients
-from hesscurv.operators.checks.references import AsymmetryError, WayError
+from hesscurv.operators.checks.references import AsymmetryError
 from hesscurv.operators.checks.rounding_floor import rounding_floor
+from hesscurv.operators.local_product import LocalProduct
 from hesscurv.operators.ways.linearizations import NonFiniteLossError
-
-if TYPE_CHECKING:
-    from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.ways.way import WayError
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +101,7 @@ def check_dependent(objective: Objective, batch: Any) -> None:
         )
 
 
-def check_symmetric(operator: CurvatureOperator, batch: Any) -> None:
+def check_symmetric(local: LocalProduct, batch: Any) -> None:
     """Compare u.(H v) with v.(H u) for two random pairs on part of a batch; four products.
 
     Where both are below what rounding leaves of a flat loss, nothing is decided.
@@ -111,10 +110,10 @@ def check_symmetric(operator: CurvatureOperator, batch: Any) -> None:
         WayError: If they differ by more than rounding; its error has the likely cause.
     """
     generator = torch.Generator().manual_seed(0)
-    size = operator.shape[0]
+    size = local.layout.numel
     probes_BD = torch.randn(4, size, generator=generator, dtype=torch.float64, device="cpu")
-    probes_BD = probes_BD.to(operator.device, operator.dtype)
-    products_BD = operator.product_on(batch, probes_BD)
+    probes_BD = probes_BD.to(local.objective.device, local.objective.dtype)
+    products_BD = local.product_on(batch, probes_BD)
     for i in (0, 2):
         u, v, h_u, h_v = probes_BD[i], probes_BD[i + 1], products_BD[i], products_BD[i + 1]
         left, right = float(u.double() @ h_v.double()), float(v.double() @ h_u.double())
@@ -122,21 +121,21 @@ def check_symmetric(operator: CurvatureOperator, batch: Any) -> None:
         scale = float(u.norm() * h_v.norm() + v.norm() * h_u.norm()) / (2 * size**0.5)
         # 2e-2 in float32: a derivative that is wrong somewhere is wrong by far more.
         gap = abs(left - right)
-        if gap > torch.finfo(operator.dtype).eps ** 0.25 * scale:
-            if gap <= rounding_floor(operator, batch, u, v):
+        if gap > torch.finfo(local.objective.dtype).eps ** 0.25 * scale:
+            if gap <= rounding_floor(local, batch, u, v):
                 logger.info(
                     "the curvature is below the rounding of %s (products of size %.2g), as that of "
                     "a loss of nearly 0 is; compute_dtype=torch.float64 shows more of it",
-                    operator.dtype,
+                    local.objective.dtype,
                     scale,
                 )
                 continue
-            cause = cause_of_wrong_gradients(operator.objective, batch)
+            cause = cause_of_wrong_gradients(local.objective, batch)
             error = AsymmetryError(
                 f"the operator is not symmetric: u.Hv = {left:.6g} but v.Hu = {right:.6g} for "
                 f"random u, v; {cause}, or pass check=False to go on at your own risk"
             )
-            raise WayError(operator.ways[0], batch, error) from error
+            raise WayError(local.reference, batch, error) from error
 
 
 def _drops_out(module: nn.Module) -> bool:

@@ -9,15 +9,13 @@ eps :math:`\|J u\| \|J v\|`. That is known from the outputs alone.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from hesscurv.operators.local_product import LocalProduct
 from hesscurv.operators.ways.linearizations import output_hessian
-
-if TYPE_CHECKING:
-    from hesscurv.operators.curvature_operator import CurvatureOperator
 
 logger = logging.getLogger(__name__)
 
@@ -25,14 +23,14 @@ logger = logging.getLogger(__name__)
 _TIMES_EPS = 10.0
 
 
-def rounding_floor(operator: CurvatureOperator, batch: Any, u_D: Tensor, v_D: Tensor) -> float:
+def rounding_floor(local: LocalProduct, batch: Any, u_D: Tensor, v_D: Tensor) -> float:
     r"""Return about how large the rounding of ``u . (H v)`` may be, whatever H is.
 
     ``10 eps (||J u|| ||C J v|| + ||J v|| ||C J u||) / 2``, with the outputs' slopes J u by
     differences, and the loss's curvature C where the outputs are of size 1 and nothing saturates.
 
     Args:
-        operator: The operator.
+        local: What multiplies.
         batch: Some samples.
         u_D: A vector.
         v_D: Another one.
@@ -42,8 +40,8 @@ def rounding_floor(operator: CurvatureOperator, batch: Any, u_D: Tensor, v_D: Te
 
     Cost: five forward passes.
     """
-    objective = operator.objective
-    eps = torch.finfo(operator.dtype).eps
+    objective = local.objective
+    eps = torch.finfo(local.objective.dtype).eps
 
     def measure() -> float:
         params, task = objective.parameters(), objective.task_parts
@@ -51,7 +49,7 @@ def rounding_floor(operator: CurvatureOperator, batch: Any, u_D: Tensor, v_D: Te
 
         def slope(x_D: Tensor) -> Tensor:
             h = eps ** (1 / 3) * float(scale) / float(x_D.abs().max())
-            pieces = list(operator.layout.split(x_D).values())
+            pieces = list(local.layout.split(x_D).values())
             up, down = (
                 objective.outputs(
                     tuple(p + side * h * d for p, d in zip(params, pieces, strict=True)), batch

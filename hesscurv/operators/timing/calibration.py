@@ -7,17 +7,16 @@ import hashlib
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hesscurv.interface.descriptions import Described
 from hesscurv.objective.tasks import tensors_of
-from hesscurv.operators.timing.way_timing import WIDTHS, Measurement
+from hesscurv.operators.checks.agreement import Agreement
+from hesscurv.operators.local_product import LocalProduct
+from hesscurv.operators.timing.way_timing import WIDTHS, WayTiming
 from hesscurv.storage.json_files import read_json, write_json
-
-if TYPE_CHECKING:
-    from hesscurv.operators.curvature_operator import CurvatureOperator
 
 _REMEMBERED: dict[str, Calibration] = {}
 
@@ -65,15 +64,16 @@ class Calibration(Described):
         return min(options, default=(float("inf"), "", 1))
 
 
-def calibrate(operator: CurvatureOperator, batch: Any, expected: int) -> Calibration:
-    """Measure the ways of an operator on one micro-batch, or recall what was measured before.
+def calibrate(local: LocalProduct, agreement: Agreement, batch: Any, expected: int) -> Calibration:
+    """Measure the ways on one micro-batch, or recall what was measured before.
 
     A way that fails or disagrees with the first one, the reference, is left out. Results are kept
     for the process and, so that the same run takes the same steps and gives the same bits next
     time, in a file of the user's cache folder (`HESSCURV_CACHE`, "off" for none).
 
     Args:
-        operator: The operator.
+        local: What multiplies.
+        agreement: Notes the ways that agree on this micro-batch.
         batch: A micro-batch.
         expected: The number of products to come, to a factor of two: the more, the more is tried.
 
@@ -81,15 +81,15 @@ def calibrate(operator: CurvatureOperator, batch: Any, expected: int) -> Calibra
         The calibration; it takes about a quarter of the time of the products to come, at most.
     """
     bucket = bucket_of(expected)
-    key = _key(operator, batch, bucket)
-    known = _REMEMBERED.get(key) or _read(key, operator.ways)
+    key = _key(local, batch, bucket)
+    known = _REMEMBERED.get(key) or _read(key, local.ways)
     if known is None:
-        found = Measurement(operator, batch, 3 * 2**bucket // 2)
-        known = Calibration(found.seconds, found.setup, operator.memory_plan.keep_graphs)
+        found = WayTiming(local, batch, 3 * 2**bucket // 2)
+        known = Calibration(found.seconds, found.setup, local.plan.keep_graphs)
         for way in known.seconds:  # compared while they were measured
-            operator.agreement.passed(0, way)
+            agreement.passed(0, way)
         if found.traced is not None:
-            operator.keep(*found.traced)
+            local.keep(*found.traced)
         _write(key, known)
     _REMEMBERED[key] = known
     return known
@@ -108,20 +108,20 @@ def forget() -> None:
 # -- memory across processes ------------------------------------------------------------------
 
 
-def _key(operator: CurvatureOperator, batch: Any, bucket: int) -> str:
-    device = operator.device
+def _key(local: LocalProduct, batch: Any, bucket: int) -> str:
+    device = local.objective.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     parts = [
-        type(operator).__name__,
-        *operator.ways,
-        type(operator.objective.model).__qualname__,
-        str(operator.layout.to_dict()),
+        local.curvature.name,
+        *local.ways,
+        type(local.objective.model).__qualname__,
+        str(local.layout.to_dict()),
         str([(tuple(t.shape), str(t.dtype)) for t in tensors_of(batch)]),
-        str(operator.dtype),
-        str(operator.objective.training),
-        str(operator.memory_plan.max_vectors >= WIDTHS[-1] or operator.memory_plan.max_vectors),
-        str(operator.memory_plan.keep_graphs),
-        str(operator.objective.batches.count),
+        str(local.objective.dtype),
+        str(local.objective.training),
+        str(local.plan.max_vectors >= WIDTHS[-1] or local.plan.max_vectors),
+        str(local.plan.keep_graphs),
+        str(local.objective.batches.count),
         str(bucket),
         name,
         str(torch.get_num_threads()),

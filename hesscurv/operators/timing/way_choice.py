@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from hesscurv.operators.checks.agreement import Agreement
+from hesscurv.operators.local_product import LocalProduct
 from hesscurv.operators.timing.calibration import Calibration, bucket_of, calibrate
-
-if TYPE_CHECKING:
-    from hesscurv.operators.curvature_operator import CurvatureOperator
 
 # Below this many products in all, measuring which way is fastest costs more than it saves.
 _CALIBRATE_FROM = 24
@@ -24,35 +23,35 @@ class WayChoice:
     caller of `calibrate` said, or else what was computed so far.
 
     Args:
-        operator: The operator, whose `way` may name one way for all, or the reference.
+        local: What multiplies.
+        agreement: Notes which ways have been compared.
+        way: "auto" measures and chooses; "reference", or the name of the way for all products.
     """
 
-    def __init__(self, operator: CurvatureOperator) -> None:
-        self._operator = operator
+    def __init__(self, local: LocalProduct, agreement: Agreement, way: str) -> None:
+        self._local, self._agreement, self._way = local, agreement, way
         self._calibrations: dict[int, Calibration] = {}
         self._expected, self._asked_for = EXPECTED, 0
         self._told = False
         self._left_out: set[str] = set()
 
-    def prepare(self, width: int) -> None:
-        """Measure, if that pays off, before a block of `width` vectors is multiplied."""
-        done = self._operator.num_matvecs
+    def prepare(self, width: int, done: int) -> None:
+        """Measure, if that pays off, before a block of `width` vectors, `done` products before."""
         if not self._told:
             self._expected = max(EXPECTED, done, self._asked_for)
-        if self._operator.way == "auto" and (self._told or done + width > _CALIBRATE_FROM):
+        if self._way == "auto" and (self._told or done + width > _CALIBRATE_FROM):
             self._measured()
 
     def choose(self, width: int) -> tuple[str, int]:
         """Return the way and the number of vectors at once for a block of `width` vectors."""
-        operator = self._operator
-        limit = max(1, min(width, operator.memory_plan.max_vectors))
-        if operator.way == "reference":
-            return operator.ways[0], limit
-        if operator.way != "auto":
-            return operator.way, limit
+        limit = max(1, min(width, self._local.plan.max_vectors))
+        if self._way == "reference":
+            return self._local.reference, limit
+        if self._way != "auto":
+            return self._way, limit
         calibration = self._calibrations.get(bucket_of(self._expected))
         if self._expected < _CALIBRATE_FROM or calibration is None or not calibration.seconds:
-            return operator.ways[0], limit
+            return self._local.reference, limit
         return calibration.choose(limit, self._expected)
 
     def calibrate(self, expected: int) -> Calibration:
@@ -107,13 +106,15 @@ class WayChoice:
         self._calibrations.clear()
 
     def _measured(self) -> Calibration | None:
-        bucket, operator = bucket_of(self._expected), self._operator
-        if operator.own_weight == 0:  # other ranks have all the data
+        bucket, local = bucket_of(self._expected), self._local
+        if local.own_weight == 0:  # other ranks have all the data
             return None
         if bucket not in self._calibrations and self._expected >= _CALIBRATE_FROM:
             with torch.inference_mode(False):
-                found = operator.within_memory(
-                    lambda: calibrate(operator, operator.first_microbatch(), self._expected)
+                found = local.within_memory(
+                    lambda: calibrate(
+                        local, self._agreement, next(local.shares())[1], self._expected
+                    )
                 )
             for way in self._left_out:
                 found = found.without(way)

@@ -7,15 +7,13 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from hesscurv.operators.checks.agreement import agree
-from hesscurv.operators.checks.references import on_batch
-
-if TYPE_CHECKING:
-    from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.local_product import LocalProduct
+from hesscurv.operators.ways.way import on_batch
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +28,15 @@ _OVERHEAD = 0.002  # seconds of a product that are not worth mentioning
 _TRACING = 0.012
 
 
-class Measurement:
-    """Seconds per vector of an operator's ways on one micro-batch, by the number of vectors.
+class WayTiming:
+    """Seconds per vector of the ways on one micro-batch, by the number of vectors.
 
     The first way is the reference: the others must agree with it. They are tried in their order, as
     long as the budget lasts, and the best of those that take vectors at once is tried at narrower
     and at wider blocks, as long as that gains.
 
     Args:
-        operator: The operator.
+        local: What multiplies.
         batch: A micro-batch.
         expected: The number of products to come.
 
@@ -48,31 +46,31 @@ class Measurement:
         traced: The fastest of the ways with a long set-up, and what it was set up to be.
     """
 
-    def __init__(self, operator: CurvatureOperator, batch: Any, expected: int) -> None:
+    def __init__(self, local: LocalProduct, batch: Any, expected: int) -> None:
         self.seconds: dict[str, dict[int, float]] = {}
         self.setup: dict[str, float] = {}
-        self._operator, self._batch = operator, batch
-        self._widths = [w for w in WIDTHS if w <= operator.memory_plan.max_vectors]
+        self._local, self._batch = local, batch
+        self._widths = [w for w in WIDTHS if w <= local.plan.max_vectors]
         # GPUs are filled by wider blocks.
-        first = 1 if operator.device.type == "cpu" else 3
+        first = 1 if local.objective.device.type == "cpu" else 3
         self._first_width = self._widths[min(first, len(self._widths) - 1)] if self._widths else 0
-        self._few = probes(operator, 2)
+        self._few = probes(local, 2)
         self._reference: torch.Tensor | None = None
         # Graphs are large: only the best one of a kind stays.
         self._batched: tuple[str, Any] | None = None
         self.traced: tuple[str, Any] | None = None
         self._budget, self._spent = 0.0, 0.0
 
-        reference, *others = operator.ways
+        reference, *others = local.ways
         with on_batch(reference, batch):
             self._try(reference)
-        passes = 1 if operator.memory_plan.keep_graphs else max(1, operator.objective.batches.count)
+        passes = 1 if local.plan.keep_graphs else max(1, local.objective.batches.count)
         self._budget = self._spent + _SHARE * expected * passes * self._best()
         if self._best() > _OVERHEAD:  # then one vector at once, by a better graph, gains most
-            others.sort(key=lambda way: way not in operator.loops)
-        tracing = _TRACING * operator.objective.count_operations(batch)
+            others.sort(key=lambda way: not local[way].looped)
+        tracing = _TRACING * local.objective.count_operations(batch)
         for way in others:
-            if self._spent + (tracing if way in operator.traced else 0.0) >= self._budget:
+            if self._spent + (tracing if local[way].traced else 0.0) >= self._budget:
                 continue
             try:
                 self._try(way)
@@ -83,16 +81,16 @@ class Measurement:
                 self._look_around(*self._batched)
 
     def _try(self, way: str) -> None:
-        operator = self._operator
+        local = self._local
         best = self._best()
-        setup, apply = self._timed(lambda: operator.prepare(self._batch, way))
-        pair, got = self._timed(lambda: operator.run(apply, self._few, way))
+        setup, apply = self._timed(lambda: local.prepare(self._batch, way))
+        pair, got = self._timed(lambda: local.apply(apply, self._few, way))
         self._reference = got if self._reference is None else self._reference
-        if not agree(self._reference, got, precision=self._operator.objective.precision):
+        if not agree(self._reference, got, precision=self._local.objective.precision):
             logger.warning("way %r disagrees with double backward; left out", way)
             return
         self.setup[way] = setup
-        if way in operator.loops:
+        if local[way].looped:
             self.seconds[way] = {1: self._per_vector(apply, way, 2, pair / 2)}
         elif self._first_width and not (pair / 2 > 1.25 * best > 1.25 * _LONG_PRODUCT):
             width = self._first_width
@@ -100,9 +98,9 @@ class Measurement:
             self.seconds[way] = {width: self._per_vector(apply, way, width, best)}
             if self.seconds[way][width] < before:
                 self._batched = way, apply
-        if way == operator.ways[0] and way not in operator.loops:  # for single vectors too
+        if way == local.reference and not local[way].looped:  # for single vectors too
             self.seconds.setdefault(way, {}).setdefault(1, pair / 2)
-        if way in operator.traced and min(self.seconds.get(way, {0: best}).values()) < best:
+        if local[way].traced and min(self.seconds.get(way, {0: best}).values()) < best:
             self.traced = way, apply
 
     def _look_around(self, way: str, apply: Any) -> None:
@@ -121,12 +119,12 @@ class Measurement:
                 last = found[width]
 
     def _best(self, *, batched: bool = False) -> float:
-        loops = self._operator.loops if batched else ()
-        found = [min(s.values()) for way, s in self.seconds.items() if way not in loops]
+        taken = (way for way in self.seconds if not (batched and self._local[way].looped))
+        found = [min(self.seconds[way].values()) for way in taken]
         return min(found, default=float("inf"))
 
     def _per_vector(self, apply: Any, way: str, width: int, best: float) -> float:
-        if way in self._operator.traced:  # which may go on tracing in the first call
+        if self._local[way].traced:  # which may go on tracing in the first call
             self.setup[way] += self._timed(partial(self._run, apply, way, width))[0]
         times: list[float] = []
         spent = 0.0
@@ -141,25 +139,25 @@ class Measurement:
         return min(times)
 
     def _run(self, apply: Any, way: str, width: int) -> torch.Tensor:
-        return self._operator.run(apply, probes(self._operator, width), way)
+        return self._local.apply(apply, probes(self._local, width), way)
 
     def _timed(self, fn: Callable[[], Any]) -> tuple[float, Any]:
-        _synchronize(self._operator.device)
+        _synchronize(self._local.objective.device)
         start = time.perf_counter()
         out = fn()
-        _synchronize(self._operator.device)
+        _synchronize(self._local.objective.device)
         seconds = time.perf_counter() - start
         self._spent += seconds
         return seconds, out
 
 
-def probes(operator: CurvatureOperator, width: int) -> torch.Tensor:
+def probes(local: LocalProduct, width: int) -> torch.Tensor:
     """Return random vectors (width, D), the same every time."""
     generator = torch.Generator().manual_seed(width)
     vectors = torch.randn(
-        width, operator.shape[0], generator=generator, dtype=torch.float32, device="cpu"
+        width, local.layout.numel, generator=generator, dtype=torch.float32, device="cpu"
     )
-    return vectors.to(operator.device, operator.dtype)
+    return vectors.to(local.objective.device, local.objective.dtype)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from hesscurv.objective.memory import memory_budget
+from hesscurv.linalg.device_memory import memory_budget
 from hesscurv.optim.newton.closure_derivatives import may_lack_derivative
 from hesscurv.optim.newton.closure_hessian import ClosureHessian
 from hesscurv.optim.newton.closure_loss import LossGraph
