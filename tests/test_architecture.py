@@ -321,7 +321,9 @@ def test_importing_changes_no_global_flag(statement, expected):
 
 
 def test_importing_brings_in_no_optional_library():
-    loaded = run_python("import sys, hesscurv; print(*{m.split('.')[0] for m in sys.modules})")
+    loaded = run_python(
+        "import sys, hesscurv.integrations; print(*{m.split('.')[0] for m in sys.modules})"
+    )
     optional = {
         *("matplotlib", "sklearn", "scipy", "torch_pruning"),
         *("lightning", "transformers", "tensorboard", "wandb"),
