@@ -20,6 +20,7 @@ from hesscurv.operators import (
     HessianOperator,
     LinearOperator,
     ParameterLayout,
+    SymmetricOperator,
     Task,
     supervised,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "GGNOperator",
     "EmpiricalFisherOperator",
     "LinearOperator",
+    "SymmetricOperator",
     "ParameterLayout",
     "Task",
     "supervised",

@@ -1,19 +1,10 @@
 """Adapters between hesscurv and other libraries, imported as ``hesscurv.integrations``.
 
-Each module adapts one library. Only torch-pruning, which hesscurv depends on, is imported here; the
-others import theirs when they are used, so that importing this package needs none of them. That is
-why `CurvatureCallback` (Lightning) and `CurvatureTrainerCallback` (Transformers), whose bases are
-classes of those libraries, are not in ``__all__``: they are imported when asked for.
+Each module adapts one library, which is imported when a name of it is first used: importing this
+package imports none of them. `CurvatureCallback` (Lightning) and `CurvatureTrainerCallback`
+(Transformers), whose libraries are extras, are not in ``__all__``.
 """
 
-from hesscurv.integrations.channels.compensation import compensate_channels_
-from hesscurv.integrations.channels.costs import macs_per_entry
-from hesscurv.integrations.channels.removal import remove_channels_
-from hesscurv.integrations.importances.compensated_importance import CompensatedImportance
-from hesscurv.integrations.importances.pruning_importance import (
-    EigenspaceImportance,
-    FisherImportance,
-)
 from hesscurv.integrations.optional_names import __dir__, __getattr__  # noqa: F401
 from hesscurv.integrations.training.causal_lm_task import CausalLMTask, ModelLossTask
 from hesscurv.integrations.training.training_loggers import TensorBoardLogger, WandbLogger

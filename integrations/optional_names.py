@@ -1,4 +1,4 @@
-"""The adapters whose libraries are optional, imported when they are asked for."""
+"""Names of the package whose libraries are imported when they are asked for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ import sys
 from typing import Any
 
 _PACKAGE = "hesscurv.integrations"
+_CHANNELS = ("torch-pruning", "")  # a dependency, but seconds to import
 # Each with its module, its library's name, and the extra that installs it.
 _HOMES = {
-    "CurvatureCallback": ("lightning_callback", "Lightning", "lightning"),
-    "CurvatureTrainerCallback": ("trainer_callback", "Transformers", "transformers"),
+    "EigenspaceImportance": ("importances.pruning_importance", *_CHANNELS),
+    "FisherImportance": ("importances.pruning_importance", *_CHANNELS),
+    "CompensatedImportance": ("importances.compensated_importance", *_CHANNELS),
+    "compensate_channels_": ("channels.compensation", *_CHANNELS),
+    "remove_channels_": ("channels.removal", *_CHANNELS),
+    "macs_per_entry": ("channels.costs", *_CHANNELS),
+    "CurvatureCallback": ("training.lightning_callback", "Lightning", "lightning"),
+    "CurvatureTrainerCallback": ("training.trainer_callback", "Transformers", "transformers"),
 }
 
 
@@ -27,9 +34,10 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(importlib.import_module(f"{_PACKAGE}.{home}"), name)
     except ModuleNotFoundError as error:
+        package = f"hesscurv[{extra}]" if extra else library
         raise ImportError(
             f"{name} needs {library}, and {error.name} is not installed; install it with "
-            f"pip install 'hesscurv[{extra}]'"
+            f"pip install '{package}'"
         ) from error
 
 

@@ -15,7 +15,8 @@ import hesscurv
 from hesscurv import Eigenpairs, ParameterLayout, hooks, integrations, operators, pruning, spectra
 from hesscurv.eigensolvers.sketch.folder import MeasurementFolder
 from hesscurv.interface.descriptions import brief, describe_object
-from hesscurv.operators.linear_operator import ForeignOperator, LinearOperator
+from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.matrix_operators import ForeignOperator
 
 PARTS = (
     "hesscurv",
@@ -38,7 +39,7 @@ def public_classes():
         module = importlib.import_module(part)
         for name in getattr(module, "__all__", ()):
             value = getattr(module, name)
-            if inspect.isclass(value):
+            if inspect.isclass(value) and not getattr(value, "_is_protocol", False):
                 found[f"{value.__module__}.{value.__qualname__}"] = value
     return found
 

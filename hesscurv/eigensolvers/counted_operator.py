@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from hesscurv.linalg.floating_range import require_range
 from hesscurv.operators.linear_operator import LinearOperator
-from hesscurv.operators.scaled_operator import require_range
 
 
 class CountedOperator(LinearOperator):

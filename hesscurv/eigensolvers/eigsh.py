@@ -22,9 +22,10 @@ from hesscurv.eigensolvers.sketch.single_pass import single_pass
 from hesscurv.eigensolvers.sketch.two_pass import rayleigh_ritz
 from hesscurv.interface.integers import as_int
 from hesscurv.interface.uncompiled import uncompiled
+from hesscurv.linalg.floating_range import RangeError
 from hesscurv.linalg.ritz import sides_of
-from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
-from hesscurv.operators.scaled_operator import RangeError, ScaledOperator
+from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.matrix_operators import as_linear_operator
 
 logger = logging.getLogger(__name__)
 
@@ -144,7 +145,7 @@ def eigsh(
         generator.set_state(state)
     lost = operator.num_matvecs - before
     left = None if max_matvecs is None else max(k, max_matvecs - lost)
-    pairs = solver(ScaledOperator(operator, factor), k, max_matvecs=left, **options)
+    pairs = solver(operator * factor, k, max_matvecs=left, **options)
     operator.confirm()
     return replace(
         pairs,

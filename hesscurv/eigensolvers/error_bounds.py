@@ -13,7 +13,8 @@ from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
-from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
+from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.matrix_operators import as_linear_operator
 
 # Keeps the probes apart from the test matrices of a solver that was given an equal generator.
 _PROBE_SEED = 0x5BD1E995

@@ -5,7 +5,12 @@ from hesscurv.objective.tasks import Task, supervised
 from hesscurv.operators.fisher import EmpiricalFisherOperator
 from hesscurv.operators.ggn import GGNOperator
 from hesscurv.operators.hessian import HessianOperator
-from hesscurv.operators.linear_operator import DenseOperator, LinearOperator, as_linear_operator
+from hesscurv.operators.linear_operator import LinearOperator, OperatorSum
+from hesscurv.operators.matrix_operators import (
+    DenseOperator,
+    SymmetricOperator,
+    as_linear_operator,
+)
 
 __all__ = [
     "DenseOperator",
@@ -13,7 +18,9 @@ __all__ = [
     "GGNOperator",
     "HessianOperator",
     "LinearOperator",
+    "OperatorSum",
     "ParameterLayout",
+    "SymmetricOperator",
     "Task",
     "as_linear_operator",
     "select_parameters",

@@ -108,6 +108,18 @@ class CurvatureOperator(SummedOperator):
         process_group: Any = None,
         precision: str = "highest",
     ) -> None:
+        self._arguments: dict[str, Any] = {
+            "model": model,
+            "task": task,
+            "batches": batches,
+            "training": training,
+            "compute_dtype": compute_dtype,
+            "way": way,
+            "memory_budget": memory_budget,
+            "check": check,
+            "process_group": process_group,
+            "precision": precision,
+        }
         communicator = Communicator.of(process_group, device_of(model))
         known = type(self).ways + type(self).extra_ways
         with communicator.together("reading the arguments"), torch.inference_mode(False):
@@ -178,6 +190,26 @@ class CurvatureOperator(SummedOperator):
         self.num_matvecs = before
         return (exact_DB - reduced_DB).double().norm(dim=0).cpu()
 
+    def restrict(self, params: ParamSelection) -> CurvatureOperator:
+        """Return the same curvature of some of these parameters: a principal submatrix.
+
+        Args:
+            params: Names, parameters or a predicate, as for the operator itself.
+
+        Raises:
+            ValueError: If it picks parameters that this operator does not have.
+
+        Cost: that of building an operator; products cost what fewer parameters cost.
+        """
+        restricted = type(self)(params=params, **self._arguments)
+        others = [name for name in restricted.layout.names if name not in self.layout.names]
+        if others:
+            raise ValueError(
+                f"expected parameters among those of this operator, got {others[:4]} too; build a "
+                "new operator for these"
+            )
+        return restricted
+
     def release(self) -> None:
         """Give up graphs and copies of the weights; the next product takes them again."""
         self._forget()
@@ -222,7 +254,7 @@ class CurvatureOperator(SummedOperator):
         """Choose from here on as the operator did whose `settings` these are."""
         self.products.choice.load(settings)
 
-    def seconds_per_vector(self, block: int) -> float:
+    def seconds_per_vector(self, block: int) -> float | None:
         """Return the predicted seconds per vector and pass over the data, in blocks of `block`.
 
         On many ranks the slowest one's, the same on all of them, and to be called on all.

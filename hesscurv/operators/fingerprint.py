@@ -12,8 +12,8 @@ from torch import Tensor
 
 from hesscurv.linalg.random_matrices import make_test_matrix
 from hesscurv.objective.tasks import tensors_of
-from hesscurv.operators.linear_operator import DenseOperator, LinearOperator, SparseOperator
-from hesscurv.operators.scaled_operator import ScaledOperator
+from hesscurv.operators.linear_operator import LinearOperator, OperatorSum
+from hesscurv.operators.matrix_operators import DenseOperator, SparseOperator
 
 _SAMPLE_SEED = 0x2C1B3C6D
 _CHUNK_NUMEL = 2**22  # entries copied to the host at once
@@ -37,8 +37,12 @@ def fingerprint(H: LinearOperator) -> dict[str, Any]:
 
     Cost: one reading of the weights and of the batches.
     """
-    if isinstance(H, ScaledOperator):
-        H = H.operator
+    if isinstance(H, OperatorSum):
+        (first, *others), shift = H.terms, H.shift
+        if not others and not shift:  # a factor shows in products, and may be a change of unit
+            return fingerprint(first[1])
+        parts = [[factor, fingerprint(term)] for factor, term in H.terms]
+        return {"operator": "OperatorSum", "terms": parts, "shift": shift}
     out: dict[str, Any] = {
         "operator": type(H).__name__,
         "size": H.shape[0],

@@ -1,21 +1,19 @@
-"""A symmetric linear operator known by its products alone."""
+"""Symmetric linear operators known by their products, and their sums."""
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from hesscurv.distributed import Communicator
 from hesscurv.interface.descriptions import Words, describe_object, inherit_arguments
 from hesscurv.interface.uncompiled import uncompiled
-from hesscurv.linalg.precision import full_precision, require_float64
+from hesscurv.linalg.precision import require_float64
 from hesscurv.linalg.transfers import all_finite
 
 
@@ -126,6 +124,49 @@ class LinearOperator(ABC):
             return (self @ other.mT).mT
         return self @ other
 
+    # -- algebra ----------------------------------------------------------------------------------
+
+    def __mul__(self, factor: float) -> OperatorSum:
+        """Return the operator times a number."""
+        if not _is_number(factor):
+            return NotImplemented
+        terms, shift = self._terms()
+        return OperatorSum([(factor * a, H) for a, H in terms], factor * shift)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> OperatorSum:
+        """Return the operator divided by a number."""
+        return self * (1 / divisor) if _is_number(divisor) else NotImplemented
+
+    def __neg__(self) -> OperatorSum:
+        """Return the negative."""
+        return self * -1.0
+
+    def __add__(self, other: LinearOperator | float) -> OperatorSum:
+        """Return the sum with another operator, or with a number times the identity."""
+        terms, shift = self._terms()
+        if isinstance(other, LinearOperator):
+            more, further = other._terms()
+            return OperatorSum(terms + more, shift + further)
+        return OperatorSum(terms, shift + other) if _is_number(other) else NotImplemented
+
+    __radd__ = __add__
+
+    def __sub__(self, other: LinearOperator | float) -> OperatorSum:
+        """Return the difference from another operator, or from a number times the identity."""
+        if not (_is_number(other) or isinstance(other, LinearOperator)):
+            return NotImplemented
+        return self + other * -1.0
+
+    def __rsub__(self, other: float) -> OperatorSum:
+        """Return a number times the identity, minus the operator."""
+        return self * -1.0 + other
+
+    def _terms(self) -> tuple[list[tuple[float, LinearOperator]], float]:
+        """Return factors and operators that add up to this one, and a multiple of the identity."""
+        return [(1.0, self)], 0.0
+
     def matvec(self, vector: Tensor) -> Tensor:
         """Return ``H @ v``."""
         return self @ vector
@@ -163,12 +204,26 @@ class LinearOperator(ABC):
         """
         return 0
 
+    def seconds_per_vector(self, block: int) -> float | None:
+        """Return the predicted seconds per vector in blocks of `block`; None where not known."""
+        return None
+
     def settings(self) -> dict[str, Any]:
         """Return, in plain values, what decides the rounding of products beside H itself."""
         return {}
 
     def adopt(self, settings: dict[str, Any]) -> None:  # noqa: B027, there may be nothing to adopt
         """Compute from here on as the operator did whose `settings` these are."""
+
+    def restrict(self, params: Any) -> LinearOperator:
+        """Return the operator on some of the parameters; see `CurvatureOperator.restrict`.
+
+        Raises:
+            TypeError: If it has no parameters.
+        """
+        raise TypeError(
+            f"a {type(self).__name__} has no parameters to restrict it to; index its matrix"
+        )
 
     @property
     def T(self) -> LinearOperator:
@@ -250,133 +305,111 @@ class LinearOperator(ABC):
             require_finite(other)
 
 
-class DenseOperator(LinearOperator):
-    """A symmetric matrix as an operator.
+class OperatorSum(LinearOperator):
+    r"""The operator :math:`\sum_i a_i H_i + \sigma I`.
+
+    Made by arithmetic: ``H + G``, ``H - G``, ``2 * H``, ``H / 3``, ``-H``, ``H - sigma``.
 
     Args:
-        matrix: Shape (D, D), floating, symmetric to rounding.
+        terms: Pairs of a real factor a_i and an operator H_i, one at least, all of one size, dtype,
+            device and group of ranks.
+        shift: sigma, in the unit of the eigenvalues.
 
     Raises:
-        TypeError: If it is not a floating tensor.
-        ValueError: If it is not square, finite and symmetric.
+        ValueError: If the operators do not fit.
+
+    Cost: a product takes one with each operator, which counts it as well.
     """
 
-    def __init__(self, matrix: Tensor) -> None:
-        if not isinstance(matrix, Tensor) or not matrix.is_floating_point():
-            raise TypeError(f"expected a real floating matrix, got {_kind(matrix)}")
-        _check_square(matrix)
-        matrix = matrix.detach()
-        _check_symmetric(_largest(matrix), _largest(matrix - matrix.mT), matrix.dtype)
-        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
-        self.matrix = matrix
+    def __init__(self, terms: list[tuple[float, LinearOperator]], shift: float = 0.0) -> None:
+        first = terms[0][1]
+        for _, other in terms[1:]:
+            for what in ("shape", "dtype", "device"):
+                wanted, got = getattr(first, what), getattr(other, what)
+                if wanted != got:
+                    raise ValueError(
+                        f"expected operators of one {what}, got {wanted} and {got}; build both of "
+                        "the same parameters, dtype and device"
+                    )
+            if first.communicator.size != other.communicator.size:
+                raise ValueError("expected operators of the same ranks; pass one process_group")
+        super().__init__(first.shape[0], first.dtype, first.device)
+        self.terms, self.shift = terms, shift
+        self.communicator = first.communicator
+        self.checks_late = all(H.checks_late for _, H in terms)
+        layouts = [getattr(H, "layout", None) for _, H in terms]
+        if all(layout == layouts[0] for layout in layouts):
+            self.layout = layouts[0]
 
-    def _matmat(self, vectors_DB: Tensor) -> Tensor:
-        with full_precision(self.device):
-            return self.matrix @ vectors_DB
-
-
-class SparseOperator(LinearOperator):
-    """A symmetric sparse matrix as an operator.
-
-    Args:
-        matrix: Shape (D, D), floating, symmetric to rounding, in any of torch's sparse layouts.
-
-    Raises:
-        TypeError: If it is not floating.
-        ValueError: If it is not square, finite and symmetric.
-
-    Cost: a product takes two multiply-adds for each stored entry and vector.
-    """
-
-    def __init__(self, matrix: Tensor) -> None:
-        if not matrix.is_floating_point():
-            raise TypeError(f"expected a real floating matrix, got {_kind(matrix)}")
-        _check_square(matrix)
-        # Entries that are stored twice add up; only this layout can be transposed and subtracted.
-        matrix = matrix.detach().to_sparse_coo().coalesce()
-        asymmetric = (matrix - matrix.t()).coalesce()
-        _check_symmetric(_largest(matrix.values()), _largest(asymmetric.values()), matrix.dtype)
-        super().__init__(matrix.shape[0], matrix.dtype, matrix.device)
-        self.matrix = matrix
-
-    def _matmat(self, vectors_DB: Tensor) -> Tensor:
-        with full_precision(self.device):
-            return torch.sparse.mm(self.matrix, vectors_DB)
-
-
-class ForeignOperator(LinearOperator):
-    """Another library's symmetric operator, by its `shape`, `dtype`, `device` and `@`.
-
-    Args:
-        operator: An object with a square `shape` and ``@`` on tensors (D,) and (D, b), as those of
-            curvlinops and skerch. Without `dtype` or `device`: float32 on the CPU.
-
-    Raises:
-        TypeError: If it lacks `shape` or ``@``.
-        ValueError: If it is not square.
-    """
-
-    def __init__(self, operator: Any) -> None:
-        if not hasattr(operator, "shape") or not hasattr(operator, "__matmul__"):
-            raise TypeError(
-                "expected an operator with shape, dtype, device and @, or a symmetric tensor; got "
-                f"{_kind(operator)}"
-            )
-        shape = tuple(operator.shape)
-        if len(shape) != 2 or shape[0] != shape[1] or shape[0] == 0:
-            raise ValueError(f"expected a square operator (D, D), got shape {shape}")
-        dtype = getattr(operator, "dtype", None)
-        super().__init__(
-            int(shape[0]),
-            dtype if isinstance(dtype, torch.dtype) else torch.float32,
-            torch.device(getattr(operator, "device", None) or "cpu"),
-        )
-        self._operator = operator
-        self.layout = getattr(operator, "layout", None)
+    def _terms(self) -> tuple[list[tuple[float, LinearOperator]], float]:
+        return self.terms, self.shift
 
     def _description(self) -> dict[str, Any]:
-        return {
-            "operator": Words(type(getattr(self, "_operator", None)).__name__),
-            **super()._description(),
-        }
+        shift = f" {self.shift:+g} I" if self.shift else ""
+        sum_ = " ".join(f"{a:+g} {type(H).__name__}" for a, H in self.terms)
+        return {"sum": Words(sum_ + shift), **super()._description()}
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
-        with full_precision(self.device):
-            out = self._operator @ vectors_DB
-        like = isinstance(out, Tensor) and out.shape == vectors_DB.shape
-        if not like or out.dtype != self.dtype or out.device != vectors_DB.device:
-            raise ValueError(
-                f"expected the operator to return a tensor of shape {tuple(vectors_DB.shape)} and "
-                f"dtype {self.dtype} on {vectors_DB.device}, got {_kind(out)}"
-            )
-        return out.detach()
+        return self._add_up([H @ vectors_DB for _, H in self.terms], vectors_DB)
 
+    def product_rows(self, rows_RB: Tensor) -> Tensor:
+        """Return this rank's rows of the product, given its rows of V; see `LinearOperator`."""
+        out_RB = self._add_up([H.product_rows(rows_RB) for _, H in self.terms], rows_RB)
+        self.num_matvecs += rows_RB.shape[1]
+        return out_RB
 
-def as_linear_operator(operator: Any) -> LinearOperator:
-    """Return the operator itself, or a symmetric matrix or another library's operator as one.
+    def _add_up(self, products: list[Tensor], vectors: Tensor) -> Tensor:
+        out = vectors * self.shift if self.shift else torch.zeros_like(vectors)
+        for (factor, _), product in zip(self.terms, products, strict=True):
+            out.add_(product, alpha=factor)
+        return out
 
-    Raises:
-        TypeError: If it is neither, or an array of a library whose products are no tensors.
-        ValueError: If it is not square, finite and symmetric.
-    """
-    if isinstance(operator, LinearOperator):
-        return operator
-    if isinstance(operator, Tensor):
-        sparse = operator.layout != torch.strided and operator.is_floating_point()
-        return SparseOperator(operator) if sparse else DenseOperator(operator)
-    if isinstance(operator, np.ndarray):
-        raise TypeError(
-            "expected an operator or a torch.Tensor, got a NumPy array; pass "
-            "torch.from_numpy(array)"
-        )
-    if type(operator).__module__.startswith("scipy.sparse"):
-        raise TypeError(
-            f"expected an operator or a torch.Tensor, got SciPy's {type(operator).__name__}, which "
-            "does not multiply tensors; pass torch.from_numpy(A.toarray()), of a large sparse A "
-            "torch.sparse_csr_tensor(A.indptr, A.indices, A.data, A.shape), or subclass "
-            "hesscurv.LinearOperator"
-        )
-    return ForeignOperator(operator)
+    def restrict(self, params: Any) -> OperatorSum:
+        """Return the same sum of operators on some of the parameters; see `CurvatureOperator`."""
+        return OperatorSum([(a, H.restrict(params)) for a, H in self.terms], self.shift)
+
+    def expect(self, products: int) -> None:
+        """Announce the number of products to come."""
+        for _, H in self.terms:
+            H.expect(products)
+
+    def confirm(self) -> None:
+        """Compare the products since `expect` with independent ones, and warn of a gap."""
+        for _, H in self.terms:
+            H.confirm()
+
+    @contextmanager
+    def solving(self) -> Iterator[None]:
+        """Multiply inside for a solver that looks at every product itself."""
+        with ExitStack() as stack:
+            for _, H in self.terms:
+                stack.enter_context(H.solving())
+            yield
+
+    def product_errors(self, vectors_DB: Tensor) -> Tensor | None:
+        """Return bounds on the norms of the products' errors, (B,); None where they are exact."""
+        found = [(abs(a), H.product_errors(vectors_DB)) for a, H in self.terms]
+        errors = [a * e for a, e in found if e is not None]
+        return sum(errors[1:], errors[0]) if errors else None
+
+    def memory_needed(self, width: int) -> int:
+        """Return the bytes that a product of `width` vectors takes: graphs of all are kept."""
+        return sum(H.memory_needed(width) for _, H in self.terms)
+
+    def seconds_per_vector(self, block: int) -> float | None:
+        """Return the predicted seconds per vector of all operators; see `LinearOperator`."""
+        found = [H.seconds_per_vector(block) for _, H in self.terms]
+        known = [seconds for seconds in found if seconds is not None]
+        return sum(known) if known else None
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the rounding of products, of each operator."""
+        return {str(i): H.settings() for i, (_, H) in enumerate(self.terms)}
+
+    def adopt(self, settings: dict[str, Any]) -> None:
+        """Compute from here on as the operators did whose `settings` these are."""
+        for i, (_, H) in enumerate(self.terms):
+            H.adopt(settings[str(i)])
 
 
 def require_finite(vectors: Tensor) -> None:
@@ -389,27 +422,5 @@ def require_finite(vectors: Tensor) -> None:
         raise ValueError("expected a finite vector, got NaN or inf entries")
 
 
-def _check_square(matrix: Tensor) -> None:
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
-        raise ValueError(f"expected a square matrix (D, D), got {tuple(matrix.shape)}")
-
-
-def _check_symmetric(largest: float, gap: float, dtype: torch.dtype) -> None:
-    """Require a finite matrix A with these max|A| and max|A - A^T| to be symmetric to rounding."""
-    if not math.isfinite(largest):
-        raise ValueError("expected a finite matrix, got NaN or inf entries")
-    if gap > 1e3 * torch.finfo(dtype).eps * largest:
-        raise ValueError(
-            f"expected a symmetric matrix, got one with max|A - A^T| = {gap:.3g} against "
-            f"max|A| = {largest:.3g}; symmetrise it with (A + A.mT) / 2"
-        )
-
-
-def _largest(entries: Tensor) -> float:
-    return float(entries.abs().max()) if entries.numel() else 0.0
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)} and dtype {value.dtype} on {value.device}"
-    return f"a {type(value).__name__}"
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

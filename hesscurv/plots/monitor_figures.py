@@ -58,7 +58,7 @@ def draw_all(
         yield _encode(draw().figure, caption)
 
 
-def _choose(
+def _choose(  # noqa: C901, one condition a figure
     records: list[Record], pairs: Eigenpairs | None, num_parameters: int | None
 ) -> Iterator[tuple[Callable[[], Any], str]]:
     """Yield what draws each figure, with its caption."""

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
+from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.matrix_operators import as_linear_operator
 
 
 def check_operator(H: Any) -> LinearOperator:

@@ -12,7 +12,7 @@ from torch import nn
 import hesscurv
 from hesscurv.distributed import Communicator
 from hesscurv.operators.fingerprint import fingerprint
-from hesscurv.operators.linear_operator import DenseOperator
+from hesscurv.operators.matrix_operators import DenseOperator
 
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())
 KINDS = {

@@ -12,7 +12,7 @@ from distributed.worlds import SHARDS_ON_CPUS, die, refused
 
 import hesscurv
 from hesscurv.eigensolvers.krylov.checkpoint import Checkpoint
-from hesscurv.operators.linear_operator import DenseOperator
+from hesscurv.operators.matrix_operators import DenseOperator
 from hesscurv.storage.mapped_files import DiskFullError
 from hesscurv.storage.placement import Placement
 

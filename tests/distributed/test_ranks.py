@@ -11,7 +11,7 @@ from torch import nn
 import hesscurv
 from hesscurv.distributed import Communicator
 from hesscurv.distributed.checksums import checksum
-from hesscurv.operators.linear_operator import DenseOperator
+from hesscurv.operators.matrix_operators import DenseOperator
 
 PROGRAMS = ("communicate", "disagree", "multiply", "wrap_ddp", *(["shard"] * SHARDS_ON_CPUS))
 KINDS = programs.KINDS

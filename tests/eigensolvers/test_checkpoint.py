@@ -16,7 +16,7 @@ from planted import planted
 
 import hesscurv
 from hesscurv.eigensolvers.krylov.checkpoint import Checkpoint
-from hesscurv.operators.linear_operator import DenseOperator
+from hesscurv.operators.matrix_operators import DenseOperator
 from hesscurv.storage.checked_files import read_checked, write_checked
 from hesscurv.storage.mapped_files import DiskFullError
 

@@ -12,7 +12,7 @@ from torch import nn
 
 import hesscurv
 from hesscurv import ConvergenceWarning, assemble, measure, missing
-from hesscurv.operators.linear_operator import as_linear_operator
+from hesscurv.operators.matrix_operators import as_linear_operator
 
 every_kind = pytest.mark.parametrize("measurements", ["ssrft", "gaussian", "rademacher"])
 every_seed = pytest.mark.parametrize("seed", [0, 1, 2])

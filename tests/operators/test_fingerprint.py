@@ -8,7 +8,7 @@ from torch import nn
 
 import hesscurv
 from hesscurv.operators.fingerprint import differences, fingerprint
-from hesscurv.operators.linear_operator import as_linear_operator
+from hesscurv.operators.matrix_operators import as_linear_operator
 
 
 @pytest.fixture

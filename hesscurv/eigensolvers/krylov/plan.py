@@ -34,7 +34,7 @@ def choose_block_size(H: LinearOperator, k: int) -> int:
     degree: see `expected_matvecs`.
     """
     dim = H.shape[0]
-    if not hasattr(H, "seconds_per_vector"):
+    if H.seconds_per_vector(4) is None:
         return max(1, min(16, k // 4 if k > 16 else 4, dim))
     # Orders of magnitude are enough: entries per second read, multiplied and added.
     read, multiplied = (2.5e9, 5e10) if H.device.type == "cpu" else (4e11, 1e13)
@@ -42,7 +42,7 @@ def choose_block_size(H: LinearOperator, k: int) -> int:
     def seconds(b: int) -> float:
         # A measured projection reads the basis, of k vectors on average, twice a block.
         gram_schmidt = 2 * k * dim * (1 / (b * read) + 1 / multiplied)
-        return float((H.seconds_per_vector(b) + gram_schmidt) * expected_matvecs(k, b))
+        return ((H.seconds_per_vector(b) or 0.0) + gram_schmidt) * expected_matvecs(k, b)
 
     return min(dim, min((b for b in (4, 8, 16, 32, 64) if b <= max(4, k // 4)), key=seconds))
 

@@ -23,11 +23,11 @@ from hesscurv.eigensolvers.krylov.basis import Basis
 from hesscurv.eigensolvers.residuals import convergence_threshold
 from hesscurv.linalg.block_norms import BlockSize, block_size
 from hesscurv.linalg.eigenvalue_bounds import schur_complement
+from hesscurv.linalg.floating_range import SAFE_RANGE, require_range
 from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_out_
 from hesscurv.linalg.ritz import sides_of, wanted_first
 from hesscurv.linalg.small_eigenproblems import eigh
 from hesscurv.operators.linear_operator import LinearOperator
-from hesscurv.operators.scaled_operator import SAFE_RANGE, require_range
 from hesscurv.storage.placement import Placement
 
 

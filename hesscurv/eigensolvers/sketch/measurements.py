@@ -33,7 +33,8 @@ from hesscurv.linalg.orthogonalization import orthonormalize_
 from hesscurv.linalg.random_matrices import TestMatrix, draw_seed, make_test_matrix
 from hesscurv.objective.parameters import ParameterLayout
 from hesscurv.operators.fingerprint import fingerprint, product_sample
-from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
+from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.matrix_operators import as_linear_operator
 
 logger = logging.getLogger(__name__)
 

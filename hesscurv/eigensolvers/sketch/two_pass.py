@@ -14,7 +14,8 @@ from hesscurv.eigensolvers.sketch.ritz_result import ritz_result
 from hesscurv.interface.integers import as_int
 from hesscurv.linalg.orthogonalization import inner_products, orthonormalize_
 from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
-from hesscurv.operators.linear_operator import LinearOperator, as_linear_operator
+from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.operators.matrix_operators import as_linear_operator
 from hesscurv.storage.placement import allocate_basis
 
 
