@@ -44,7 +44,7 @@ def schur_complement(
     gaps_m = x - side * values_m
     decoupled = (gaps_m.abs() <= near) | (gaps_m == 0)
     decoupled[k:] = False
-    # The inner where keeps inf out of the branch that the outer one discards.
+    # The inner where avoids 1 / 0 = inf, whose product with a zero coupling would be NaN.
     weights_m = torch.where(decoupled, 0.0, 1 / torch.where(gaps_m == 0, 1.0, gaps_m))
     S = (coupling_qm * weights_m) @ coupling_qm.mT
     return (S + S.mT) / 2

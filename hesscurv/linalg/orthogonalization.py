@@ -465,7 +465,7 @@ def _factor_(
             f"a block of {len(P_bD)} vectors did not become orthonormal in {_MAX_PASSES} passes; "
             "check that nothing else writes to it meanwhile"
         )
-    # R of a whitened block is not triangular in order of size: only its singular values show rank.
+    # R is not rank-revealing: only its singular values tell which directions are noise.
     sigma = torch.linalg.svdvals(R_bn)
     threshold = max(threshold, 4 * eps * sigma[0].item())
     if sigma[-1] > threshold:

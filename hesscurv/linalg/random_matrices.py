@@ -152,7 +152,7 @@ class SSRFTMatrix(TestMatrix):
         ValueError: If n > D: there are only D orthogonal columns.
 
     Cost: two FFTs of length D for each column, and for each column of V in `transpose_matmul`,
-    independent of n. Stored: two vectors of 64-bit integers, two of bytes and D / 2 complex numbers.
+    independent of n. Storage: two vectors of 64-bit integers, two of bytes, D / 2 complex numbers.
 
     References:
         Tropp, Yurtsever, Udell, Cevher, "Streaming low-rank matrix approximation with an

@@ -35,7 +35,6 @@ def ritz_pairs(T: Tensor, which: str = "LM") -> tuple[Tensor, Tensor]:
     """
     if T.ndim != 2 or T.shape[0] != T.shape[1]:
         raise ValueError(f"expected a square matrix, got shape {tuple(T.shape)}")
-    # float64 on the CPU: the same bits wherever the operator runs.
     T = T.detach().to("cpu", torch.float64)
     if not T.isfinite().all():
         raise ValueError(
