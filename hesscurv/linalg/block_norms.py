@@ -55,7 +55,7 @@ class BlockSize:
     def take(self, numbers: Tensor) -> None:
         """Set the numbers from a copy on the CPU that was transferred with others."""
         low, high, *norms = numbers.tolist()
-        # NaN propagates to both bounds; it is reported as inf, since comparisons with NaN are false.
+        # NaN propagates to both bounds; reported as inf, since comparisons with NaN are false.
         finite = math.isfinite(low) and math.isfinite(high)
         largest = max(-low, high) if finite else math.inf
         if self._across is not None:
