@@ -309,12 +309,12 @@ def _chosen(index: Any, k: int) -> Tensor:
 
 
 def _columns(tensor: Tensor, chosen: Tensor) -> Tensor:
-    """Return entries (k,) or columns (D, k) of these numbers, as a copy."""
+    """Return the selected entries (k,) or columns (D, k), as a copy."""
     if not is_sharded(tensor):
         return tensor.index_select(tensor.ndim - 1, chosen.to(tensor.device))
     from torch.distributed.tensor import DTensor
 
-    sharded: Any = tensor  # cut by rows: the columns of each part are those of the whole
+    sharded: Any = tensor  # split by rows: columns can be selected locally
     own = sharded.to_local()
     return DTensor.from_local(
         own.index_select(1, chosen.to(own.device)),

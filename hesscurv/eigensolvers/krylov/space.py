@@ -85,7 +85,7 @@ class KrylovSpace:
         self._generator = generator
 
     def start(self, initial: Tensor | None) -> None:
-        """Add the first pending vectors: the given ones, (D, k0), and random ones if they are few."""
+        """Make the initial vectors (D, k0) pending, and random ones if these are few."""
         if initial is not None:
             start_KD = initial.mT
             if self.capacity < min(self.dim, 2 * len(start_KD) + 3 * self.block):
