@@ -81,7 +81,7 @@ def best_mask(pairs: Subspace, k: int | None = None) -> Tensor:
         k: The size of the mask and the number of columns used, 1 <= k <= K; K by default.
 
     Returns:
-        Shape (D,), bool, exactly k True. Of equal scores the one that comes first is kept.
+        Shape (D,), bool, exactly k True. Ties keep the first entry.
 
     Raises:
         TypeError: If `pairs` is neither, or k is not an integer.
@@ -105,7 +105,7 @@ def overlap_by_k(scores: Tensor, pairs: Subspace, ks: Iterable[int] | None = Non
 
     Args:
         scores: Shape (D,), integer or floating: the largest are kept. For the magnitude mask pass
-            the absolute values of the flat parameter vector. Of equal scores the first is kept.
+            the absolute values of the flat parameter vector. Ties keep the first entry.
         pairs: `Eigenpairs`, or a basis (D, K) with orthonormal columns, most important first.
         ks: The ranks to evaluate, each between 1 and K, in any order; 1, ..., K by default.
 

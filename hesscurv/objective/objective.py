@@ -57,7 +57,7 @@ class Objective:
     over ranks (FSDP2) are gathered by `refresh`, each at a time, into whole copies.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
         task: A `Task`, a callable ``(model, batch) -> scalar mean loss``, or without batches a
             closure ``(model) -> scalar`` or ``() -> scalar``.
         batches: Re-iterable batches; None for a closure.

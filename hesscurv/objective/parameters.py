@@ -172,7 +172,7 @@ def select_parameters(model: nn.Module, params: ParamSelection = None) -> dict[s
     """Return the selected parameters of a model by name, tied ones once, in the model's order.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
         params: Which parameters: None for all that require grad; a name or names, each a full
             dotted name or the name of a submodule, which takes all that lies under it; parameters
             of the model; or a predicate ``(name, parameter) -> bool`` over those that require grad.

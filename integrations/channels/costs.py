@@ -20,7 +20,7 @@ def macs_per_entry(model: nn.Module, example_inputs: Any) -> dict[str, float]:
     serves all steps of iterative pruning.
 
     Args:
-        model: The module; wrappers of torch.compile and DDP are looked through.
+        model: The module; wrappers of torch.compile and DDP are unwrapped.
         example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of
             keyword arguments, with the samples along the first axis of their first tensor.
 

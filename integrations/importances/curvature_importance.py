@@ -40,7 +40,7 @@ class CurvatureImportance(tp.importance.Importance):
     A subclass says what has been measured, and gives the form of some slices of parameters.
 
     Args:
-        model: The model that the pruner has; wrappers of torch.compile and DDP are looked through.
+        model: The model that the pruner has; wrappers of torch.compile and DDP are unwrapped.
         weights: Which weights stand for a channel. "group": all that it takes along. "readers": the
             weights that read it alone, the input side of convolutions and dense layers; at zero
             they remove the channel just as well, and then no layer counts it a second time. Groups

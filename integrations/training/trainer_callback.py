@@ -58,7 +58,7 @@ class CurvatureTrainerCallback(TrainerCallback):
         records: All records.
 
     Raises:
-        TypeError: If an argument is of a wrong type.
+        TypeError: If an argument has the wrong type.
         ValueError: When training starts, if the training loader cannot be read beside it, there is
             no task and the Trainer's loss is not the model's own, or the file in the checkpoint is
             damaged.

@@ -92,7 +92,7 @@ def quadratic_model_of(
     ``H = V |L| V^T + D0`` on these weights; the layout's other entries stand still.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
         pairs: The top eigenpairs (L, V), with the layout of the model's parameters, dense or
             pruned.
         diagonal: Shape (D,), floating: an estimate of the Hessian's own diagonal, such as

@@ -41,7 +41,7 @@ def compensate_(
     step once more, so measure the curvature again first.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
         masks: A dict from dotted dense name to a bool tensor of the weight's shape, on any device,
             True where it is kept; None for the model's own, `masks_of`. They are applied on top of
             those that the model has.

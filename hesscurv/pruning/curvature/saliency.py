@@ -48,7 +48,7 @@ def saliency(
     A pruned weight enters with zeros where it is masked.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
         pairs: The top eigenpairs, with the layout of the model's parameters, dense or pruned.
         kind: "obd", "obs" or "leverage".
         diagonal: Shape (D,), floating: an estimate of the Hessian's own diagonal, such as
