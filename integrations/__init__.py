@@ -1,9 +1,9 @@
 """Adapters between hesscurv and other libraries, imported as ``hesscurv.integrations``.
 
-Each module adapts one library. Only torch-pruning, which hesscurv depends on, is imported here; the
-others import theirs when they are used, so that importing this package needs none of them. That is
-why `CurvatureCallback` (Lightning) and `CurvatureTrainerCallback` (Transformers), whose bases are
-classes of those libraries, are not in ``__all__``: they are imported when asked for.
+Each module adapts one library. Only torch-pruning, a dependency of hesscurv, is imported here; the
+others import theirs on use, so that importing this package needs none of them. Therefore
+`CurvatureCallback` (Lightning) and `CurvatureTrainerCallback` (Transformers), which derive from
+classes of those libraries, are not in ``__all__``: they are imported on first access.
 """
 
 from hesscurv.integrations.channels.compensation import compensate_channels_

@@ -1,4 +1,4 @@
-"""The adapters whose libraries are optional, imported when they are asked for."""
+"""Lazy import of adapters for optional libraries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def __getattr__(name: str) -> Any:
     """Import an adapter, as an attribute of the package.
 
     Raises:
-        AttributeError: If there is none of this name.
+        AttributeError: If there is no adapter of this name.
         ImportError: If its library is not installed.
     """
     if name not in _HOMES:
@@ -34,5 +34,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the package's names, with those that are imported when asked for."""
+    """Return the package's names, including the lazily imported ones."""
     return sorted({*vars(sys.modules[_PACKAGE]), *_HOMES})
