@@ -58,7 +58,7 @@ class Communicator:
             return
         if group is getattr(dist.GroupMember, "NON_GROUP_MEMBER", None):
             raise ValueError(
-                "expected a process group that this process is in, got one that it is not; build "
+                "expected a process group that contains this process, got one that does not; build "
                 "the operator on the group's own ranks"
             )
         if not isinstance(group, dist.ProcessGroup):
@@ -359,7 +359,7 @@ class Communicator:
                 raise
             cause = DistributedError(
                 f"rank {self.rank} got no answer from the other ranks: one of them has ended or "
-                "failed, or has been at something else for longer than the timeout of the process "
+                "failed, or has been in another step for longer than the timeout of the process "
                 "group; look for the first error in the output of the others, and where they were "
                 "only slow, give init_process_group a longer timeout. The backend says: "
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"

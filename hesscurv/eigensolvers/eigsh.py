@@ -193,13 +193,13 @@ def _check_numbers(
         max_matvecs = as_int("max_matvecs", max_matvecs)
         if max_matvecs < k:
             raise ValueError(
-                f"expected max_matvecs >= k = {k}, got {max_matvecs}: every pair needs a product "
-                "at least, usually two"
+                f"expected max_matvecs >= k = {k}, got {max_matvecs}: every pair needs at least "
+                "one product, usually two"
             )
     if operator.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"expected an operator of dtype float32 or float64, got {operator.dtype}; an "
-            "orthonormal basis needs the digits"
+            "orthonormal basis needs this precision"
         )
     return k, max_matvecs
 

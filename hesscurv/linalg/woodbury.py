@@ -360,4 +360,4 @@ class SupportSystem:
 
 def _require_positive(what: str, x: Tensor) -> None:
     if not bool(((x > 0) & x.isfinite()).all()):
-        raise ValueError(f"expected {what} to be positive and finite, got a least of {x.min()}")
+        raise ValueError(f"expected {what} to be positive and finite, got a minimum of {x.min()}")

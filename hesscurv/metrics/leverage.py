@@ -179,7 +179,7 @@ def leverage_by_parameter(
 def overlap_by_parameter(
     mask: Tensor, pairs: Subspace, layout: ParameterLayout | None = None
 ) -> dict[str, ParameterOverlap]:
-    """Return what each named parameter contributes to the overlap of a mask and a space.
+    """Return the contribution of each named parameter to the overlap of a mask and a space.
 
     Args:
         mask: Shape (D,), bool, with at least one True.

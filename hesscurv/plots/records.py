@@ -68,7 +68,7 @@ def having(records: Any, quantity: str) -> list[Record]:
 
 
 def missing(records: list[Record], quantity: str) -> ValueError:
-    """Return the error that no record holds a quantity."""
+    """Return the error for a quantity that no record holds."""
     held = sorted({key for record in records for key in record} - {"step", "status", "error"})
     num_failed = sum(map(failed, records))
     return ValueError(

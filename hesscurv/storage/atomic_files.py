@@ -109,7 +109,7 @@ def _temporary_file(
     folder = target.parent
     if not folder.is_dir():
         raise FileNotFoundError(
-            errno.ENOENT, f"expected an existing folder, got {str(folder)!r}; make it first"
+            errno.ENOENT, f"expected an existing folder, got {str(folder)!r}; create it first"
         )
     # Not by tempfile, which creates files that only the owner may read.
     name = f".{target.name[:_NAME_CHARACTERS]}.{os.getpid()}-{secrets.token_hex(4)}"
@@ -121,7 +121,7 @@ def _temporary_file(
     except PermissionError as error:
         raise PermissionError(
             error.errno,
-            f"expected a folder in which files can be made, got {str(folder)!r}: the new "
+            f"expected a folder in which files can be created, got {str(folder)!r}: the new "
             f"{target.name!r} is written beside the old one, which stays whole until it is done; "
             "name another folder",
         ) from error
@@ -189,7 +189,7 @@ def _explained(target: Path) -> Iterator[None]:
         raise DiskFullError(
             error.errno,
             f"{os.strerror(error.errno)}: the disk is full, {target} was not written and what was "
-            "there before is whole; free some room and make the same call again, or name another "
+            "there before is whole; free some space and make the same call again, or name another "
             "folder",
         ) from error
 

@@ -82,7 +82,7 @@ def require_regular_file(path: Path, kind: str) -> None:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
-            errno.ENOENT, f"expected {kind}, found none at {path}; look for the name"
+            errno.ENOENT, f"expected {kind}, found none at {path}; check the name"
         ) from error
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, f"expected {kind}, got the folder {path}")

@@ -85,7 +85,7 @@ def disk_full(error: OSError, folder: Path, size: int) -> OSError:
         return error
     return DiskFullError(
         error.errno,
-        f"the disk is full: {size / 1e9:.3g} GB were to be written to {folder}; free some room "
+        f"the disk is full: {size / 1e9:.3g} GB were to be written to {folder}; free some space "
         "there and make the same call again, name another folder, or take fewer vectors "
         "(max_basis, k) or storage_dtype=torch.float16",
     )

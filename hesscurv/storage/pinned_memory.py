@@ -37,8 +37,8 @@ def pinned_if_possible(
     free = int(_SHARE * free_memory(torch.device("cpu")))
     if sharing * (rounded + beside) > free:
         logger.debug(
-            "%.3g GB of a basis are not pinned: %.3g GB of the host's memory are to be "
-            "had, %.3g GB would be needed in all",
+            "%.3g GB of a basis are not pinned: %.3g GB of host memory are available, "
+            "%.3g GB would be needed in total",
             nbytes / 1e9,
             free / 1e9,
             sharing * (rounded + beside) / 1e9,

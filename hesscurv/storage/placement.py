@@ -278,7 +278,7 @@ def _refusal(options: list[tuple[Placement, int]], least: int, dim: int) -> str:
     tried = "; ".join(
         f"{str(o.dtype).removeprefix('torch.')} on "
         f"{o.folder if o.kind == 'disk' else o.device if o.kind == 'device' else 'the host'}: "
-        f"{least * dim * o.dtype.itemsize / 1e9:.3g} GB needed, {room / 1e9:.3g} GB to be had"
+        f"{least * dim * o.dtype.itemsize / 1e9:.3g} GB needed, {room / 1e9:.3g} GB available"
         for o, room in options
     )
     remedies = ["lower k, max_basis or block_size", "select fewer parameters"]

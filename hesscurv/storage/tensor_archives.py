@@ -26,7 +26,7 @@ def save_archive(data: dict[str, Any], file: Any) -> None:
 
     Raises:
         TypeError: If it holds anything else, which could not be read without pickle.
-        OSError: What `file.write` raises.
+        OSError: Any error of `file.write`.
     """
     sink = _Sink(file)
     torch.save(as_plain(data), sink)  # type: ignore[arg-type]

@@ -156,9 +156,7 @@ def keep_scale_(attention: nn.MultiheadAttention, head_dim: int) -> None:
 
 
 def _refuse(name: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise ValueError(
-        f"expected channels of {name} that are there still, got a group that has been pruned"
-    )
+    raise ValueError(f"expected present channels of {name}, got a group that has been pruned")
 
 
 def _axes(group: Any) -> list[Axis]:

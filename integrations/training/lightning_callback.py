@@ -49,8 +49,8 @@ class CurvatureCallback(Callback):
         records: All records.
 
     Raises:
-        TypeError: If an argument is of a wrong type; when training starts, if the training step is
-            to be the task and is no function of a batch.
+        TypeError: If an argument has the wrong type; when training starts, if the training step is
+            the task but not a function of a batch.
         ValueError: When training starts, if the training loader cannot be read without disturbing
             it.
 

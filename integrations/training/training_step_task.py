@@ -16,17 +16,17 @@ _INTERNALS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_se
 
 
 class TrainingStepTask(Described):
-    """The loss that ``module.training_step(batch, 0)`` returns, for the Hessian.
+    """The loss returned by ``module.training_step(batch, 0)``, for the Hessian.
 
-    What the step does beside it comes to nothing: ``self.log``, the trainer's loggers, attributes
-    of modules and the tensors, lists, dicts and sets in them (outputs that are collected, states of
-    metrics). What reaches further, files or global variables say, is the step's own responsibility.
+    Side effects of the step are undone: ``self.log``, the trainer's loggers, attributes of modules
+    and the tensors, lists, dicts and sets in them (collected outputs, states of metrics). Others,
+    such as files or global variables, are not.
 
-    A module with manual optimization is refused: its step trains. A batch counts by its samples,
-    and operators test whether the loss is a mean over them.
+    A module with manual optimization is refused, since its step trains. The weight of a batch is
+    its number of samples, and operators test whether the loss is a mean over them.
 
     Raises:
-        TypeError: When called, for a module without such a step, or whose loss is no tensor.
+        TypeError: When called, for a module without such a step, or whose loss is not a tensor.
     """
 
     tests_mean = True  # its weights are tested by operators

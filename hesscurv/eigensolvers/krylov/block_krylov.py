@@ -168,7 +168,7 @@ def block_krylov(
             state=state,
         )
         if checkpoint is not None and state is None:
-            with ranks.together("looking at the disk"):
+            with ranks.together("checking the disk"):
                 check_disk(checkpoint, placement, k, block, ranks.size)
         space = KrylovSpace(H, k, tol, block, placement, generator, which)
         with H.solving(), Progress(k, progress) as bar:

@@ -322,7 +322,7 @@ def check_room(folder: str | os.PathLike[str], nbytes: int) -> None:
     if nbytes > free:
         raise DiskFullError(
             f"the checkpoint will take {nbytes / 1e9:.3g} GB, and the disk of {folder} has "
-            f"{free / 1e9:.3g} GB left; free some room, name a folder on another disk, or take "
+            f"{free / 1e9:.3g} GB left; free some space, name a folder on another disk, or take "
             "fewer vectors (k, max_basis) or storage_dtype=torch.float16"
         )
 

@@ -148,7 +148,7 @@ class KrylovRun:
     def _save_if_due(self) -> None:
         if self.checkpoint is None:
             return
-        with self.space.H.communicator.together("looking at the clock") as step:
+        with self.space.H.communicator.together("checking whether a checkpoint is due") as step:
             step.note = int(self.checkpoint.due)
         if any(step.notes):
             self.save()

@@ -75,7 +75,7 @@ class KrylovSpace:
         self.num_expanded = 0
         # Starting vectors, expanded before all others, whether or not they couple to Ritz pairs.
         self.num_initial = 0
-        with H.communicator.together("taking memory"):
+        with H.communicator.together("allocating the basis"):
             self.basis = Basis(placement, k, max(block, k // 2), H.dtype)
         self.A = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
         self._ritz: dict[torch.dtype, tuple[Tensor, ...]] = {}  # cached Ritz pairs of the last T
@@ -487,7 +487,7 @@ class KrylovSpace:
         return torch.randn(shape, generator=generator, device=generator.device, dtype=self.H.dtype)
 
     def _rotate(self, start: int, stop: int, Y: Tensor) -> None:
-        with self.H.communicator.together("turning vectors"):
+        with self.H.communicator.together("rotating the basis"):
             self.basis.rotate_(start, stop, Y)
 
     def _from_first(self, factors: Iterable[Tensor]) -> list[Tensor]:

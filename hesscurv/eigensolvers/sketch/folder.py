@@ -191,7 +191,7 @@ class MeasurementFolder:
             raise OSError(
                 error.errno,
                 f"could not write measurements {start} to {stop} ({needed}): {error.strerror}. "
-                "What was written before is whole; make room and run the same call again",
+                "What was written before is whole; free some space and run the same call again",
                 str(self.path),
             ) from error
 
@@ -287,7 +287,7 @@ def _read_member(archive: zipfile.ZipFile, name: str, out: Tensor | np.ndarray[A
             flat[filled : filled + len(part)] = np.frombuffer(part, dtype=np.uint8)
             filled += len(part)
         if member.read(1):  # zipfile verifies the checksum at the end of the member
-            raise ValueError(f"{name} goes on after {filled} bytes")
+            raise ValueError(f"{name} continues after {filled} bytes")
 
 
 def _size(num_bytes: float) -> str:

@@ -226,7 +226,7 @@ def sketch_sizes(
     if not k <= outer <= inner:
         raise ValueError(
             f"expected k <= outer <= inner, got k={k}, outer={outer}, inner={inner}; "
-            "usual are outer = 2 k and inner = 2 outer"
+            "usual values are outer = 2 k and inner = 2 outer"
         )
     if inner > most:
         raise ValueError(

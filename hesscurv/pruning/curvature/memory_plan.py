@@ -164,8 +164,8 @@ def _remedy(
     numel = min(numel, int(sizes.numel * free / least))
     some = f"name `weights` of at most {numel:,} entries, or " if numel > 0 else ""
     return (
-        f"with {rows} rows, the least, it is {_gb(least)}: {some}use method='magnitude', which "
-        "needs none of it"
+        f"with {rows} rows, the minimum, it needs {_gb(least)}: {some}use method='magnitude', "
+        "which needs none of it"
     )
 
 

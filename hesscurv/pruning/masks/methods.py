@@ -102,7 +102,7 @@ class CurvatureStructured(_CurvatureMethod):
     """Prune whole slices of lowest score along one dimension, such as output channels.
 
     The score of a slice is the sum of the scores of its entries that are not yet pruned: scores
-    that estimate what the loss gains by removing one entry add up to the slice's.
+    that estimate the rise in loss from removing one entry add up to that of the slice.
 
     Args:
         amount: A float in [0, 1] is a fraction of the slices not yet pruned, an int a number of
@@ -283,7 +283,7 @@ def curvature_unstructured(
         The module: ``name`` is masked, ``name_orig`` the parameter and ``name_mask`` a buffer.
 
     Raises:
-        TypeError: If the scores are missing or no real tensor, or `amount` is no number.
+        TypeError: If the scores are missing or not a real tensor, or `amount` is not a number.
         ValueError: If the scores have another shape or NaN, `amount` is out of range, or the
             tensor cannot be pruned; see `find_weights`. The module is left as it was.
 
@@ -318,7 +318,7 @@ def curvature_structured(
         The module: ``name`` is masked, ``name_orig`` the parameter and ``name_mask`` a buffer.
 
     Raises:
-        TypeError: If the scores are missing or no real tensor, or `amount` is no number.
+        TypeError: If the scores are missing or not a real tensor, or `amount` is not a number.
         IndexError: If the tensor has no dimension `dim`.
         ValueError: If the scores have another shape or NaN, `amount` is out of range, the tensor
             has one dimension or cannot be pruned, or `dim` is not given and the layer's type is
@@ -356,7 +356,7 @@ def curvature_nm(
         The module: ``name`` is masked, ``name_orig`` the parameter and ``name_mask`` a buffer.
 
     Raises:
-        TypeError: If the scores are missing or no real tensor, or n, m or dim is no int.
+        TypeError: If the scores are missing or not a real tensor, or n, m or dim is not an int.
         IndexError: If the tensor has no dimension `dim`.
         ValueError: If the scores have another shape or NaN, n or m is out of range, m does not
             divide the inputs (of one group of a grouped convolution), the tensor cannot be pruned,

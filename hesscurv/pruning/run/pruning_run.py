@@ -180,7 +180,7 @@ class PruningRun:
             magnitude_loss = self._loss(self.dense * mask)
             if magnitude_loss < loss:
                 logger.warning(
-                    "magnitude pruning has less calibration loss, %.4g against %.4g: taken",
+                    "magnitude pruning has a lower calibration loss, %.4g against %.4g: taken",
                     magnitude_loss,
                     loss,
                 )
