@@ -163,7 +163,7 @@ def leverage_by_parameter(
         A dict from name to a tensor of the parameter's shape; all entries together sum to k.
 
     Raises:
-        TypeError: If `pairs` is neither of the two, or `layout` is no layout.
+        TypeError: If `pairs` is neither of the two, or `layout` is not a ParameterLayout.
         ValueError: If there is no layout or it has another D, or the basis is not finite or not
             orthonormal.
 

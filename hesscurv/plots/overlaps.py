@@ -46,7 +46,8 @@ def overlap_by_k(
 
     Raises:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
-        TypeError: If the arguments are neither scores with a space nor records, or `ax` is not an Axes.
+        TypeError: If the arguments are neither scores with a space nor records, or `ax` is not an
+            Axes.
         ValueError: As `hesscurv.overlap_by_k`; or if no record holds the quantity, or D is less
             than the largest k.
 

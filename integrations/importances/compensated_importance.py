@@ -59,7 +59,7 @@ class CompensatedImportance(CurvatureImportance):
         generator: Source of the random signs, on the CPU; default a new one with seed 0.
 
     Raises:
-        TypeError: If the model, the task or the batches are of a wrong type.
+        TypeError: If the model, the task or the batches have the wrong type.
         ValueError: If an option is out of range. When scoring: if a group has no measured layer,
             the samples are not along the first axis of a layer's inputs, and as in
             `CurvatureImportance`.

@@ -66,7 +66,7 @@ class EigenspaceImportance(CurvatureImportance):
             then loss per unit of cost. Default None, the loss itself.
 
     Raises:
-        TypeError: If the model or the pairs are of a wrong type.
+        TypeError: If the model or the pairs have the wrong type.
         ValueError: If the pairs have no layout, or an option is unknown. When scoring: if the
             model's shapes are no longer those of the pairs, and as in `CurvatureImportance`.
 
@@ -264,7 +264,7 @@ class FisherImportance(CurvatureImportance):
         generator: Source of the random signs, on the CPU; default a new one with seed 0.
 
     Raises:
-        TypeError: If the model, the task or the batches are of a wrong type.
+        TypeError: If the model, the task or the batches have the wrong type.
         ValueError: If an option is unknown or out of range. When scoring: if the loss is not a mean
             over samples, there are too many outputs for "ggn", and as in `CurvatureImportance`.
 

@@ -69,7 +69,7 @@ def require_same_operator(space: KrylovSpace, folder: str | os.PathLike[str]) ->
             f"operator differs from the stored ones by {gap:.2g} of the operator's norm, where "
             f"rounding explains {explained:.1g}; weights, batches and settings are the same, so "
             "what differs is the loss function (its arguments, its class weights) or the model's "
-            "code (activations, constants that are no buffers); give the same as before, or name "
+            "code (activations, constants that are not buffers); give the same as before, or name "
             "another folder"
         )
 

@@ -194,7 +194,7 @@ class Manifest(Described):
                 f"first job's by {gap:.2g} of its norm, where rounding explains {allowed:.1g}; "
                 "weights, batches and settings are the same, so what differs is the loss function "
                 "(its arguments, its class weights) or the model's code (activations, constants "
-                "that are no buffers); give the same in all jobs, or take another folder"
+                "that are not buffers); give the same in all jobs, or take another folder"
             )
 
     def require_settings(self, other: Manifest, folder: Path) -> None:
