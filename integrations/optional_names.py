@@ -1,4 +1,4 @@
-"""Names of the package whose libraries are imported when they are asked for."""
+"""Lazy import of the adapters whose libraries take time or are optional."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
     """Import an adapter, as an attribute of the package.
 
     Raises:
-        AttributeError: If there is none of this name.
+        AttributeError: If there is no adapter of this name.
         ImportError: If its library is not installed.
     """
     if name not in _HOMES:
@@ -42,5 +42,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the package's names, with those that are imported when asked for."""
+    """Return the package's names, including the lazily imported ones."""
     return sorted({*vars(sys.modules[_PACKAGE]), *_HOMES})

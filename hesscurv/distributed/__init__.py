@@ -1,4 +1,4 @@
-"""Many processes: what they send each other, and what they do when one of them fails."""
+"""Communication between ranks: collectives, agreement, and failures that raise on every rank."""
 
 from hesscurv.distributed.communicator import Communicator
 from hesscurv.distributed.steps import DistributedError, Step

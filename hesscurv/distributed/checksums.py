@@ -1,4 +1,4 @@
-"""Numbers by which ranks compare tensors without sending them."""
+"""Checksums of tensors, compared between ranks in place of the entries."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def checksum(tensors: Iterable[Tensor]) -> int:
-    r"""Return an integer that tells tensors apart by their bits and places.
+    r"""Return an order-sensitive checksum of the bits of some tensors.
 
     :math:`\sum_i (2 i + 1)\, (k x_i \oplus (k x_i \gg 29)) \bmod 2^{64}` over all entries, read as
-    integers. Integers sum to the same number in every order and on every device, so that ranks
-    with other hardware compute the same; it is no hash against an adversary.
+    integers. Integer sums do not depend on the order of summation or on the device, so ranks with
+    different hardware agree; it is not a cryptographic hash.
 
     Args:
-        tensors: Dense tensors of any dtype; sparse and quantised ones are left out.
+        tensors: Dense tensors of any dtype; sparse and quantised ones are skipped.
 
-    Cost: one reading of the entries, in pieces of 8 MiB, on their device.
+    Cost: one read of the entries, in chunks of 8 MiB, on their device.
     """
     total, offset = 0, 0
     for tensor in tensors:
@@ -37,7 +37,7 @@ def checksum(tensors: Iterable[Tensor]) -> int:
             places = torch.arange(offset, offset + part.numel(), device=part.device)
             total += int((mixed * (2 * places + 1)).sum())
             offset += part.numel()
-        offset += 1  # so that another cut of the same entries differs
+        offset += 1  # the same entries, split into tensors differently, give another checksum
     return total % 2**64
 
 

@@ -1,6 +1,6 @@
-"""What the ranks of a process group send each other, so that none waits for one that has failed.
+"""Collectives of a process group, in which a failure on one rank raises on every rank.
 
-Legend: B vectors, D their length; a rank has the D_local entries ``rows(D)`` of each.
+Shapes: B vectors of length D; a rank holds the D_local entries ``rows(D)`` of each.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from hesscurv.distributed.steps import (
     who_has_what,
 )
 
-_TEXT_BYTES = 2000  # the most that is sent of an error or of a value that differs
-_SLAB_NUMEL = 2**22  # entries of full vectors that are sent at once
+_TEXT_BYTES = 2000  # longest text sent of an error or of a value that differs
+_SLAB_NUMEL = 2**22  # entries of full vectors sent per collective
 
 
 class Communicator:
-    """A process group, or a single process, for which every method returns what it was given.
+    """A process group, or a single process, for which every method returns its input.
 
     All ranks of the group call the same methods in the same order. Tensors may lie on any device:
-    where the group's backend cannot carry them they travel over another one. What goes wrong on
-    one rank alone is announced to the others by `together`, in whose place they would else wait.
+    those that the backend cannot send are copied to a device that it can. `together` reports a
+    failure on one rank to the others, which would otherwise wait for it.
 
     Args:
         group: The group; None for a single process.
-        device: The device to send over where the backend wants a device's tensors (NCCL); default
-            the current one.
+        device: The device to send from if the backend has no CPU transport (NCCL); default the
+            current one.
 
     Raises:
         TypeError: If `group` is not a process group.
@@ -58,7 +58,7 @@ class Communicator:
             return
         if group is getattr(dist.GroupMember, "NON_GROUP_MEMBER", None):
             raise ValueError(
-                "expected a process group that this process is in, got one that it is not; build "
+                "expected a process group that contains this process, got one that does not; build "
                 "the operator on the group's own ranks"
             )
         if not isinstance(group, dist.ProcessGroup):
@@ -94,21 +94,21 @@ class Communicator:
     # -- rows -----------------------------------------------------------------------------------
 
     def rows(self, dim: int, rank: int | None = None) -> tuple[int, int]:
-        """Return the first of a rank's rows of `dim`, and the one after its last.
+        """Return the half-open range ``(start, stop)`` of a rank's rows.
 
-        Rows are cut as `torch.chunk` and DTensors do: all ranks have as many, but the last ones,
-        which have what is left.
+        Rows are split as by `torch.chunk` and DTensor: equal parts of ceil(dim / size) rows, the
+        remainder on the last ranks.
 
         Args:
-            dim: The number of rows in all.
-            rank: Whose; default this one's.
+            dim: Total number of rows.
+            rank: The rank; default this one.
         """
         rank = self.rank if rank is None else rank
         share = -(-dim // self.size)
         return min(rank * share, dim), min((rank + 1) * share, dim)
 
     def gather_rows(self, local_BR: Tensor, dim: int) -> Tensor:
-        """Put together vectors of which each rank has its `rows`.
+        """Gather vectors of which each rank holds its `rows`.
 
         Args:
             local_BR: Shape (B, D_local), B the same on all ranks.
@@ -116,7 +116,7 @@ class Communicator:
 
         Returns:
             Shape (B, D), the same on all ranks, on the device of `local_BR`. Each rank receives
-            the B D entries; beside them, those of a slab of vectors are held while they travel.
+            B D entries, plus a buffer for one slab of vectors in flight.
         """
         if self.size == 1:
             return local_BR
@@ -145,8 +145,8 @@ class Communicator:
         start, stop = self.rows(full_BD.shape[1])
         scatter = getattr(dist, "reduce_scatter_single", None)
         scatter = scatter or getattr(dist, "reduce_scatter_tensor", None)
-        # Gloo sums whole vectors: older ones cannot do otherwise, and so rows have the same bits
-        # as a product whose rows are not split.
+        # Gloo all-reduces whole vectors: older versions have no reduce-scatter, and the rows are
+        # bit-identical to those of a product that is not split by rows.
         if scatter is None or self._route(full_BD) != "nccl":
             for vectors in self._slabs(*full_BD.shape):
                 self.sum_(full_BD[vectors])
@@ -172,15 +172,15 @@ class Communicator:
     # -- sums and copies ------------------------------------------------------------------------
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor over the ranks, in place: the same bits on all of them."""
+        """Sum a tensor over the ranks, in place; bit-identical on all of them."""
         return self._reduce_(tensor, "SUM")
 
     def max_(self, tensor: Tensor) -> Tensor:
-        """Take the largest of each entry over the ranks, in place."""
+        """Take the entrywise maximum over the ranks, in place."""
         return self._reduce_(tensor, "MAX")
 
     def broadcast_(self, tensor: Tensor, src: int = 0) -> Tensor:
-        """Overwrite a tensor by that of one rank of the group, in place."""
+        """Overwrite a tensor with that of one rank of the group, in place."""
         if self.size == 1 or tensor.numel() == 0:
             return tensor
         source = dist.get_global_rank(self.group, src)
@@ -189,12 +189,12 @@ class Communicator:
         )
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have called this."""
         if self.size > 1:
             self._exchange("a barrier", Step())
 
     def gather_texts(self, text: str) -> list[str]:
-        """Return a text of every rank, by rank, each cut to 2000 bytes."""
+        """Return the text of every rank, in rank order, each truncated to 2000 bytes."""
         if self.size == 1:
             return [text]
         data = text.encode()[:_TEXT_BYTES]
@@ -210,15 +210,15 @@ class Communicator:
 
     @contextmanager
     def together(self, what: str) -> Iterator[Step]:
-        """Do work of this rank's own, and hear at its end whether all ranks have done theirs.
+        """Run local work, and raise on every rank if it fails on one.
 
-        No collective may be called inside, so that a rank which fails there is waited for by the
-        others here and nowhere else. The failing rank raises its own error, the others one that
-        quotes it. Exceptions that are no `Exception` (an interrupt) end the process, and the others
-        learn it by the closed connection.
+        Call no collective inside: the other ranks wait for a failing one here and nowhere else.
+        The failing rank raises its own error, the others raise one that quotes it. An exception
+        that is not an `Exception` (an interrupt) ends the process; the others notice the closed
+        connection.
 
         Args:
-            what: The step, in words: all ranks must be in the same one.
+            what: The step, in words; the same on all ranks.
 
         Yields:
             The step, for a note to all ranks or a value that must be the same on all.
@@ -243,13 +243,13 @@ class Communicator:
         self._exchange(what, step)
 
     def announce(self, error: BaseException, handled: BaseException | None = None) -> None:
-        """Tell the others, who end a step or are about to, that this rank raises an error.
+        """Announce this rank's error to the others, at the end of the step that they are in.
 
         An error that all ranks know of already is not announced again.
 
         Args:
             error: The error.
-            handled: The error in whose handler the step was begun: an older story.
+            handled: The error in whose handler the step began; it is not announced.
         """
         if self.size == 1 or is_known(error, handled):
             return
@@ -264,9 +264,9 @@ class Communicator:
         """Require a value, by its `repr`, to be the same on all ranks.
 
         Args:
-            value: An int, float, str or the like; of larger things, a hash.
-            what: What it is, for the error.
-            remedy: What to do where it differs.
+            value: An int, float, str or similar; a hash of anything larger.
+            what: Name of the value in the error.
+            remedy: Advice in the error.
 
         Raises:
             ValueError: On all ranks, with the ranks that differ.
@@ -302,7 +302,7 @@ class Communicator:
     def _refuse_difference(self, step: Step) -> None:
         for what, (value, remedy) in step.same.items():
             texts = self.gather_texts(value)
-            hashes = self.gather_texts(str(hash_text(value)))  # what was cut off may differ too
+            hashes = self.gather_texts(str(hash_text(value)))  # truncated texts may agree
             if len(set(hashes)) > 1:
                 raise make_known(
                     ValueError(
@@ -327,10 +327,10 @@ class Communicator:
         return tensor
 
     def _all_gather(self, tensor: Tensor) -> Tensor:
-        """Return the tensors of all ranks, all of one shape, stacked on the device of this one."""
+        """Stack the tensors of all ranks, of equal shape, on the device of this one."""
         sent = self._carried(tensor).contiguous()
         out = sent.new_empty(self.size, *sent.shape)
-        # The name since torch 2.13, and the one before, which warns there.
+        # The name since torch 2.13; the former one warns there.
         gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         flat = out.view(self.size * sent.shape[0], *sent.shape[1:])
         self.answered(lambda: gather(flat, sent, group=self.group))
@@ -340,17 +340,17 @@ class Communicator:
         return self._routes.get(tensor.device.type, "")
 
     def _carried(self, tensor: Tensor) -> Tensor:
-        """Return a tensor where the group's backend can send it from."""
+        """Return a tensor on a device that the group's backend can send from."""
         kind, route = tensor.device.type, self._route(tensor)
         if route and (route != "gloo" or kind == "cpu"):
             return tensor
         return tensor.to(self._device)
 
     def answered(self, collective: Callable[[], Any]) -> None:
-        """Call a collective of another's making, whose errors are taken for a rank's failure.
+        """Call a collective of torch, and treat its errors as the failure of another rank.
 
         Raises:
-            DistributedError: In place of any `RuntimeError` but running out of memory.
+            DistributedError: In place of any `RuntimeError` except out of memory.
         """
         try:
             collective()
@@ -359,7 +359,7 @@ class Communicator:
                 raise
             cause = DistributedError(
                 f"rank {self.rank} got no answer from the other ranks: one of them has ended or "
-                "failed, or has been at something else for longer than the timeout of the process "
+                "failed, or has been in another step for longer than the timeout of the process "
                 "group; look for the first error in the output of the others, and where they were "
                 "only slow, give init_process_group a longer timeout. The backend says: "
                 f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"

@@ -1,4 +1,4 @@
-"""A matrix whose rows are spread over the ranks, as the DTensor that it is."""
+"""DTensor view of a matrix whose rows are split over the ranks."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hesscurv.distributed.communicator import Communicator
 
 
 def as_rows(local_RB: Tensor, communicator: Communicator, dim: int) -> Tensor:
-    """Return the matrix of which each rank has its `Communicator.rows`, as a DTensor.
+    """Return a matrix of which each rank holds its `Communicator.rows` as a DTensor.
 
     Args:
         local_RB: Shape (D_local, B), this rank's rows; not copied.
-        communicator: The ranks; of a single process, the matrix itself is returned.
-        dim: The number of rows D.
+        communicator: The ranks; for a single process, the matrix itself is returned.
+        dim: Number of rows D.
 
     Returns:
-        Shape (D, B): ``.to_local()`` is this rank's part, ``.full_tensor()`` gathers all of it.
+        Shape (D, B): ``.to_local()`` is this rank's part, ``.full_tensor()`` gathers the whole.
     """
     if communicator.size == 1:
         return local_RB

@@ -1,4 +1,4 @@
-"""Parameters that are sharded over ranks (DTensor, by FSDP2), seen as plain tensors."""
+"""Plain tensors from parameters sharded over ranks (DTensor, by FSDP2)."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from torch import Tensor, nn
 
 from hesscurv.distributed.communicator import Communicator
 
-# Whose hooks gather a module's parameters before its forward, and free them after it.
+# Modules whose hooks gather a layer's parameters before its forward and free them afterwards.
 _SHARDING = ("torch.distributed.fsdp", "torch.distributed._composable")
 
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor."""
-    # Where the class has not been imported there is no object of it, and importing takes a second.
+    # No instance exists unless the class has been imported; importing it takes a second.
     module: Any = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def own_shard(tensor: Any) -> Tensor:
-    """Return this rank's part of a DTensor, other tensors as they are; nothing is sent."""
+    """Return this rank's part of a DTensor, other tensors unchanged; without communication."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
 def whole(tensor: Any) -> Tensor:
-    """Return a DTensor's whole, gathered from all of its ranks; other tensors as they are.
+    """Gather a DTensor from all of its ranks; other tensors are returned unchanged.
 
-    A matrix that is cut by rows travels by whatever way its group has, also where that cannot send
-    from the device the matrix lies on.
+    A matrix split by rows goes through `Communicator`, so its group may have a backend that cannot
+    send from the matrix's device.
     """
     if not is_sharded(tensor):
         return tensor
@@ -42,9 +42,9 @@ def whole(tensor: Any) -> Tensor:
 
 
 def reshard(model: nn.Module) -> None:
-    """Put the sharded parameters back in place of gathered ones that a forward has left behind.
+    """Free the gathered parameters that a forward has left behind, keeping their shards.
 
-    They are gathered again by FSDP when they are needed, in a backward too.
+    FSDP gathers them again when a forward or backward needs them.
     """
     module: Any = sys.modules.get("torch.distributed.fsdp")
     kind: Any = getattr(module, "FSDPModule", ())
@@ -54,15 +54,15 @@ def reshard(model: nn.Module) -> None:
 
 
 def is_sharding_hook(hook: Callable[..., Any]) -> bool:
-    """Whether a module's hook is one that gathers or frees its parameters."""
+    """Whether a module's hook gathers or frees its parameters."""
     return str(getattr(hook, "__module__", "")).startswith(_SHARDING)
 
 
 def refuse_flattened(model: nn.Module) -> None:
-    """Refuse the older FSDP, whose flat parameters are none of the model's own.
+    """Refuse FSDP1, whose flat parameters replace those of the model.
 
     Raises:
-        ValueError: If a module is wrapped in it.
+        ValueError: If a module is wrapped in `FullyShardedDataParallel`.
     """
     if any(type(part).__name__ == "FullyShardedDataParallel" for part in model.modules()):
         raise ValueError(
@@ -72,10 +72,10 @@ def refuse_flattened(model: nn.Module) -> None:
 
 
 def require_members(tensors: Iterable[Tensor], communicator: Communicator) -> None:
-    """Require that all ranks which hold shards of the tensors are the communicator's.
+    """Require every rank that holds shards of the tensors to be in the communicator.
 
     Raises:
-        ValueError: If one is not: it would be waited for.
+        ValueError: If one is not; the others would wait for it forever.
     """
     for tensor in filter(is_sharded, tensors):
         holders = int(tensor.device_mesh.mesh.numel())  # type: ignore[attr-defined]

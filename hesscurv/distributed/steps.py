@@ -1,4 +1,4 @@
-"""Steps that all ranks take, and the errors that end them on all ranks."""
+"""Steps taken by all ranks, and errors known to all of them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 
 class DistributedError(RuntimeError):
-    """Another rank has failed, does not answer, or does something else than this one."""
+    """Another rank has failed, does not answer, or is in a different step."""
 
 
 class Step:
-    """What a rank says at the end of a step that all ranks take, see `Communicator.together`.
+    """A rank's message at the end of a step that all ranks take, see `Communicator.together`.
 
     Attributes:
-        note: An integer of this rank's own, for all others to see.
-        notes: After the step, the notes of all ranks, by rank.
-        same: What must be the same on all ranks: its `repr`, and the remedy where it is not.
+        note: This rank's integer, sent to all others.
+        notes: After the step, the notes of all ranks, in rank order.
+        same: Values that must agree between the ranks: name to (`repr`, remedy).
     """
 
     def __init__(self) -> None:
@@ -28,25 +28,25 @@ class Step:
         """Require a value, by its `repr`, to be the same on all ranks when the step ends.
 
         Args:
-            what: What the value is, for the error.
-            value: An int, float, str or the like.
-            remedy: What to do where it is not.
+            what: Name of the value in the error.
+            value: An int, float, str or similar.
+            remedy: Advice in the error.
         """
         self.same[what] = repr(value), remedy
 
 
 def make_known(error: Any) -> Any:
-    """Mark an error as one that all ranks know of, and return it."""
+    """Mark an error as known to all ranks, and return it."""
     error._known_to_all_ranks = True
     return error
 
 
 def is_known(error: BaseException | None, handled: BaseException | None = None) -> bool:
-    """Whether an error, or what it was raised from, is one that all ranks know of.
+    """Whether an error, or one that it was raised from, is known to all ranks.
 
     Args:
         error: The error.
-        handled: The error that was being handled before; it and what it came from do not count.
+        handled: The error that was being handled before; it and its causes do not count.
     """
     seen: set[int] = set()
     while error is not None and error is not handled and id(error) not in seen:
@@ -63,13 +63,13 @@ def hash_text(text: str) -> int:
 
 
 def name_ranks(ranks: list[int]) -> str:
-    """Name ranks in words, the first eight of them."""
+    """Return "rank 3" or "ranks 0, 1, ...", the first eight of them."""
     shown = ", ".join(map(str, ranks[:8])) + (f", ... ({len(ranks)})" if len(ranks) > 8 else "")
     return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"
 
 
 def who_has_what(texts: list[str]) -> str:
-    """Say which ranks have which of the texts, given by rank."""
+    """Say which ranks hold which text; `texts` is in rank order."""
     by_text: dict[str, list[int]] = {}
     for rank, text in enumerate(texts):
         by_text.setdefault(text, []).append(rank)

@@ -1,4 +1,4 @@
-"""Eigensolvers for the top eigenpairs of a symmetric operator known by its products."""
+"""Matrix-free eigensolvers for the top eigenpairs of a symmetric operator."""
 
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.eigsh import eigsh

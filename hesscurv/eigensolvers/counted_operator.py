@@ -1,4 +1,4 @@
-"""An operator whose products are counted, checked and shown, for the length of one solve."""
+"""Operator wrapper that counts, checks and displays the matvecs of one solve."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from hesscurv.operators.linear_operator import LinearOperator
 
 
 class CountedOperator(LinearOperator):
-    """The operator H with a count of its own, a check for NaN, and a progress bar over products.
+    """The operator H with its own matvec count, a check for NaN, and a progress bar.
 
     A context manager, which closes the bar.
 
     Args:
         H: The symmetric operator.
-        total: The number of products that are planned.
-        description: What stands before the bar.
-        progress: Whether to show it.
+        total: Planned number of matvecs.
+        description: Label of the bar.
+        progress: Whether to show the bar.
     """
 
     def __init__(self, H: LinearOperator, total: int, description: str, progress: bool) -> None:
@@ -35,7 +35,7 @@ class CountedOperator(LinearOperator):
         self._bar = tqdm(total=total, desc=description, unit=" products", disable=not progress)
 
     def __enter__(self) -> CountedOperator:
-        """Return the operator; products are looked at here, for NaN and inf."""
+        """Return the operator; its own check of products is off, as `_matmat` makes it."""
         self._solve.enter_context(self._operator.solving())
         return self
 
@@ -45,18 +45,18 @@ class CountedOperator(LinearOperator):
         value: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Close the bar; at the end of a solve that went well, have its products confirmed."""
+        """Close the bar; after a successful solve, let the operator confirm its products."""
         self._bar.close()
         self._solve.close()
         if kind is None:
             self._operator.confirm()
 
     def _check(self, other: Any) -> None:
-        """Leave it to the operator, which checks what it multiplies itself."""
+        """Do nothing: the wrapped operator checks its own arguments."""
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
         out = self._operator @ vectors_DB
-        # One reading of the block finds NaN as well as inf, without a mask of its size.
+        # aminmax finds NaN and inf in one pass, without a mask of the block's size.
         largest = float(torch.stack(out.aminmax()).abs().max())  # NaN propagates
         if not math.isfinite(largest):
             raise ValueError(
@@ -64,7 +64,7 @@ class CountedOperator(LinearOperator):
                 "operator have NaN or inf entries; check the model's loss and parameters, or "
                 "compute in float64"
             )
-        if not self._in_range:  # before anything of a usual size was seen
+        if not self._in_range:  # until one product is nonzero and within range
             require_range(largest)
             self._in_range = largest > 0
         self._bar.update(out.shape[1])

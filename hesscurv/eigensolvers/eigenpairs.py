@@ -1,4 +1,4 @@
-"""The result of an eigensolver: eigenpairs with their residuals and cost, saved without pickle."""
+"""Eigenpairs: the result of an eigensolver, with residuals and cost, saved without pickle."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ class Eigenpairs:
     """The k eigenpairs of largest magnitude of a symmetric operator of size D.
 
     Sorted by ``|eigenvalue|``, largest first, both signs. ``pairs[:10]`` are the first ten,
-    ``pairs[3]`` is the fourth alone, and ``for pair in pairs`` goes over them one by one: each time
-    Eigenpairs, of as many columns. Values and vectors by themselves are
+    ``pairs[3]`` is the fourth, and ``for pair in pairs`` iterates over them; each of these is an
+    Eigenpairs. For values and vectors as tensors use
     ``zip(pairs.eigenvalues, pairs.eigenvectors.mT)``.
 
     Args:
         eigenvalues: Shape (k,), real.
-        eigenvectors: Shape (D, k), orthonormal columns; column i belongs to eigenvalue i. Computed
-            by several processes together, a DTensor of which each has some rows (see `gather`).
+        eigenvectors: Shape (D, k), orthonormal columns; column i belongs to eigenvalue i. If
+            computed by several processes, a DTensor split by rows (see `gather`).
         residuals: Shape (k,), ``||H v_i - lambda_i v_i||``, absolute; NaN where not measured.
         converged: Shape (k,), bool: ``residual_i <= max(tol |lambda_i|, 10 eps |lambda_1|)``.
-        num_matvecs: Products with H that were used, each vector counted once.
+        num_matvecs: Matvecs with H, each vector counted once.
         method: The solver's name.
-        layout: Names and shapes of the parameters that the rows stand for; None for an operator
+        layout: Names and shapes of the parameters that the rows correspond to; None for an operator
             without a model.
         info: Plain values about the run (tol, block size, seconds, seed, ...), kept when saved.
 
     Raises:
-        ValueError: If shapes do not fit each other.
+        ValueError: If shapes do not match.
     """
 
     eigenvalues: Tensor
@@ -56,7 +56,7 @@ class Eigenpairs:
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Check that the parts fit each other."""
+        """Check that the shapes match."""
         k = self.eigenvalues.shape[0] if self.eigenvalues.ndim == 1 else -1
         if k < 0 or self.eigenvectors.ndim != 2 or self.eigenvectors.shape[1] != k:
             raise ValueError(
@@ -79,19 +79,19 @@ class Eigenpairs:
         return self.eigenvalues.shape[0]
 
     def __getitem__(self, index: Any) -> Eigenpairs:
-        """Return some of the pairs, in the order in which they are asked for.
+        """Return a subset of the pairs, in the order of the index.
 
         Args:
-            index: One number, from the end if negative; a slice; a mask (k,); or several numbers,
-                as a list, an array or a tensor.
+            index: An integer, negative ones from the end; a slice; a mask (k,); or several
+                integers, as a list, an array or a tensor.
 
         Returns:
-            Eigenpairs, also of a single one or of none. Of one number and of a slice that goes
-            forward, views of these; else copies.
+            Eigenpairs, also for a single pair or none. Views for an integer or a slice with a
+            positive step, copies otherwise.
 
         Raises:
-            IndexError: If a number is out of range, or a mask is not of k entries.
-            TypeError: If it is something else.
+            IndexError: If an integer is out of range, or a mask does not have k entries.
+            TypeError: If the index is anything else.
         """
         k = len(self)
         if isinstance(index, slice) and (index.step is None or operator.index(index.step) > 0):
@@ -112,7 +112,7 @@ class Eigenpairs:
         return self._map(lambda tensor: _columns(tensor, chosen))
 
     def __iter__(self) -> Iterator[Eigenpairs]:
-        """Go over the pairs one by one, each as Eigenpairs of one column, a view of these."""
+        """Iterate over the pairs, each as Eigenpairs of one column, a view."""
         return (self[i] for i in range(len(self)))
 
     def _map(self, of: Callable[[Tensor], Tensor]) -> Eigenpairs:
@@ -161,8 +161,8 @@ class Eigenpairs:
     def gather(self) -> Eigenpairs:
         """Return the pairs with all rows of the eigenvectors on every process.
 
-        To be called by all processes that have computed them; of a single one, the pairs
-        themselves.
+        Collective: call it on all processes that have computed the pairs. On a single process it
+        returns the pairs themselves.
         """
         if not is_sharded(self.eigenvectors):
             return self
@@ -171,19 +171,19 @@ class Eigenpairs:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the pairs to one file, atomically: the old file stays until the new one is whole.
 
-        The file is read by `load`, and by ``torch.load(weights_only=True)``; it holds tensors and
-        plain values alone, and a checksum of all of its bytes. Its size is that of the
-        eigenvectors, D k floats. A symbolic link is written through, a file that is there keeps its
-        mode and owner, and devices and FIFOs are written to. Of pairs that are spread over
-        processes, all call it; all gather them, and the first one writes.
+        The file is read by `load` and by ``torch.load(weights_only=True)``; it holds only tensors
+        and plain values, and a checksum over all bytes. Its size is that of the eigenvectors, D k
+        floats. Symbolic links, devices and FIFOs are written through; an existing file keeps its
+        mode and owner. For pairs distributed over processes this is collective: all gather, and the
+        first process writes.
 
         Args:
             path: The file to write; its folder must exist.
 
         Raises:
             FileNotFoundError: If the folder does not exist.
-            TypeError: If `info` holds something that is no plain value.
-            OSError: If the disk is full; the old file is untouched and no part is left.
+            TypeError: If `info` holds anything but plain values.
+            OSError: If the disk is full; the old file is untouched and no partial file remains.
         """
         if is_sharded(self.eigenvectors):
             mesh = self.eigenvectors.device_mesh  # type: ignore[attr-defined]
@@ -214,14 +214,14 @@ class Eigenpairs:
         path: str | os.PathLike[str],
         map_location: str | torch.device | None = "cpu",
     ) -> Eigenpairs:
-        """Read pairs that `save` wrote.
+        """Read pairs from a file of `save`.
 
-        The checksum is compared before anything is taken from the file. Files from before there was
-        one are compared part by part.
+        The checksum is verified before any content is used; older files without one are verified
+        member by member.
 
         Args:
             path: The file.
-            map_location: Where to put the tensors, as in `torch.load`; the CPU by default.
+            map_location: Device of the tensors, as in `torch.load`; default the CPU.
 
         Returns:
             The eigenpairs.
@@ -229,14 +229,14 @@ class Eigenpairs:
         Raises:
             FileNotFoundError: If there is no such file.
             IsADirectoryError: If it is a folder.
-            ValueError: If the file is not one of `save`'s, is damaged, or comes from a newer
+            ValueError: If the file was not written by `save`, is damaged, or comes from a newer
                 version.
 
         Cost: the file is read twice.
         """
         path = Path(path)
         if isinstance(map_location, (str, torch.device)):
-            # What is wrong with the device is not the file's error.
+            # Before the file is read, so that a missing device is not reported as damage.
             torch.empty(0, dtype=torch.uint8, device=map_location)
         try:
             data, lost = read_archive(path, _KIND, map_location)
@@ -261,7 +261,7 @@ _REMEDY = "take another copy, or compute and save it again"
 
 
 def _parts(data: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments that a file holds, of the right kinds."""
+    """Return the constructor arguments in a file, type-checked."""
     layout = data["layout"]
     parts = {
         "eigenvalues": data["eigenvalues"],
@@ -285,7 +285,7 @@ def _parts(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _chosen(index: Any, k: int) -> Tensor:
-    """Return the numbers of pairs that a mask or several numbers choose, (n,), int64."""
+    """Return the indices selected by a mask or a sequence of integers, (n,), int64."""
     try:
         listed = [] if isinstance(index, list) and not index else index
         chosen = listed if isinstance(listed, Tensor) else torch.as_tensor(listed, device="cpu")
@@ -309,12 +309,12 @@ def _chosen(index: Any, k: int) -> Tensor:
 
 
 def _columns(tensor: Tensor, chosen: Tensor) -> Tensor:
-    """Return entries (k,) or columns (D, k) of these numbers, as a copy."""
+    """Return the selected entries (k,) or columns (D, k), as a copy."""
     if not is_sharded(tensor):
         return tensor.index_select(tensor.ndim - 1, chosen.to(tensor.device))
     from torch.distributed.tensor import DTensor
 
-    sharded: Any = tensor  # cut by rows: the columns of each part are those of the whole
+    sharded: Any = tensor  # split by rows: columns can be selected locally
     own = sharded.to_local()
     return DTensor.from_local(
         own.index_select(1, chosen.to(own.device)),

@@ -1,4 +1,4 @@
-"""One entry for all eigensolvers: the top eigenpairs of a symmetric operator."""
+"""Entry point of all eigensolvers: top eigenpairs of a symmetric operator."""
 
 from __future__ import annotations
 
@@ -62,25 +62,23 @@ def eigsh(
         H: A hesscurv operator, a dense or sparse symmetric tensor (D, D), or any object with
             `shape`, `dtype`, `device` and ``@`` on tensors (D,) and (D, b).
         k: Number of pairs, 1 <= k <= D.
-        method: "auto" (default: "block_krylov"), "block_krylov" (fewest products at every
-            accuracy), "single_pass" (the sketch of the paper: products independent of each other,
-            accuracy not controlled) or "rayleigh_ritz" (two passes, optional subspace iterations).
+        method: "auto" (default: "block_krylov"), "block_krylov" (fewest matvecs at every accuracy),
+            "single_pass" (the sketch of the paper: independent matvecs, uncontrolled accuracy) or
+            "rayleigh_ritz" (two passes, optional subspace iterations).
         which: "LM", the k largest magnitudes (default); "LA", the k largest values, largest first;
-            "SA", the k smallest values, smallest first; as in SciPy. "LA" and "SA" are slow where
-            fewer than k eigenvalues have the sign, since the others lie inside the spectrum.
+            "SA", the k smallest values, smallest first; as in SciPy. "LA" and "SA" are slow if
+            fewer than k eigenvalues have that sign, since the others lie inside the spectrum.
         tol: Pair i has converged when its residual is at most
-            ``max(tol |lambda_i|, 10 eps |lambda_1|)``, with the largest magnitude known for
-            ``|lambda_1|``, and no eigenvalue is missed before it, for which see `block_krylov`;
-            default 1e-3.
-        max_matvecs: The most products; default the method's own.
+            ``max(tol |lambda_i|, 10 eps |lambda_1|)``, with the largest known magnitude as
+            ``|lambda_1|``, and no eigenvalue is missed before it, see `block_krylov`; default 1e-3.
+        max_matvecs: Maximal number of matvecs; default depends on the method.
         generator: Source of random numbers; default a new one with seed 0, so that the same call
             gives the same result. The global generator is never used.
-        initial: A space (D, k0), or Eigenpairs, to start from; not for "single_pass".
-        storage: Where the basis lives, "device", "host" (or "cpu", the same) or a folder on a
-            disk; by default chosen from what memory is free. With "block_krylov" also
-            `storage_dtype`.
-        checkpoint: A folder to save the work in, so that the same call goes on after a kill; for
-            "block_krylov". The single pass is saved by `measure` and `assemble`.
+        initial: A space (D, k0), or Eigenpairs, for a warm start; not for "single_pass".
+        storage: Location of the basis, "device", "host" (or "cpu", the same) or a folder on a
+            disk; by default chosen from the free memory. With "block_krylov" also `storage_dtype`.
+        checkpoint: A folder for checkpoints, from which the same call resumes after a kill; for
+            "block_krylov". For the single pass use `measure` and `assemble`.
         progress: Whether to show a progress bar.
         **options: The method's own options; see `block_krylov`, `single_pass`, `rayleigh_ritz`.
 
@@ -88,13 +86,13 @@ def eigsh(
         The eigenpairs with residuals, convergence and cost.
 
     Raises:
-        TypeError: If H is no operator, k no int, or an option unknown to the method.
+        TypeError: If H is not an operator, k not an int, or an option unknown to the method.
         ValueError: If a value is out of range.
 
     Warns:
         ConvergenceWarning: If pairs have not converged.
-        RuntimeWarning: If the operator's products, all together, differ from those of its reference
-            way of computing.
+        RuntimeWarning: If the operator's products differ, taken together, from those of its
+            reference linearization.
 
     Example:
         >>> pairs = eigsh(torch.diag(torch.tensor([1.0, -3.0, 2.0])), k=2)
@@ -106,7 +104,7 @@ def eigsh(
     sides_of(which)
     solver = METHODS[method]
     operator = as_linear_operator(H)
-    if initial is not None:  # gathered before the checks, which are each rank's own
+    if initial is not None:  # a collective, so before the checks, which run on each rank alone
         initial = whole(initial.eigenvectors if isinstance(initial, Eigenpairs) else initial)
     with operator.communicator.together("reading the arguments of eigsh"):
         k, max_matvecs = _check_numbers(operator, k, tol, max_matvecs)
@@ -157,10 +155,10 @@ def eigsh(
 
 
 def _with_product_errors(operator: LinearOperator, pairs: Eigenpairs, tol: float) -> Eigenpairs:
-    """Add the error of products to the residuals, where they are computed in fewer digits.
+    """Add the error of reduced-precision products to the residuals.
 
-    It is measured on a few of the pairs, and taken to be the same on the others: rounding inside a
-    model does not know how small an eigenvalue is.
+    Measured on a few of the pairs and assumed for the others: the rounding inside a model does not
+    depend on the eigenvalue.
     """
     few = pairs[evenly_spaced(4, len(pairs))]
     errors = operator.product_errors(whole(few.eigenvectors))
@@ -185,7 +183,7 @@ def _with_product_errors(operator: LinearOperator, pairs: Eigenpairs, tol: float
 def _check_numbers(
     operator: LinearOperator, k: int, tol: float, max_matvecs: int | None
 ) -> tuple[int, int | None]:
-    """Return k and max_matvecs as plain ints, or refuse them."""
+    """Validate k, tol and max_matvecs; return k and max_matvecs as plain ints."""
     dim = operator.shape[0]
     k = as_int("k", k)
     if not 1 <= k <= dim:
@@ -196,13 +194,13 @@ def _check_numbers(
         max_matvecs = as_int("max_matvecs", max_matvecs)
         if max_matvecs < k:
             raise ValueError(
-                f"expected max_matvecs >= k = {k}, got {max_matvecs}: every pair needs a product "
-                "at least, usually two"
+                f"expected max_matvecs >= k = {k}, got {max_matvecs}: every pair needs at least "
+                "one product, usually two"
             )
     if operator.dtype not in (torch.float32, torch.float64):
         raise TypeError(
             f"expected an operator of dtype float32 or float64, got {operator.dtype}; an "
-            "orthonormal basis needs the digits"
+            "orthonormal basis needs this precision"
         )
     return k, max_matvecs
 

@@ -1,4 +1,4 @@
-"""How far eigenpairs are from their operator: an a-posteriori estimate with its tail bounds."""
+"""A-posteriori error estimate of an eigendecomposition, with tail bounds."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.matrix_operators import as_linear_operator
 
-# Keeps the probes apart from the test matrices of a solver that was given an equal generator.
+# Makes the probes independent of the random matrices of a solver with an equal generator.
 _PROBE_SEED = 0x5BD1E995
 
 
 @dataclass(frozen=True)
 class ErrorEstimate:
-    """Estimates of squared Frobenius norms from n Gaussian probes, and how sure they are.
+    """Estimates of squared Frobenius norms from n Gaussian probes, with tail bounds.
 
     For any matrix E independent of the probes z_i, ``est = (1/n) sum_i ||E z_i||^2`` has the mean
     ``||E||_F^2``, and the tails that `probability_below` and `probability_above` bound.
@@ -119,10 +119,10 @@ def a_posteriori_error(
     generator: torch.Generator | None = None,
     block_size: int = 32,
 ) -> ErrorEstimate:
-    """Estimate how much of H its eigenpairs leave out, by products with fresh Gaussian probes.
+    """Estimate the part of H that its eigenpairs leave out, by fresh Gaussian probes.
 
     ``||E||_F^2 ~ (1/n) sum_i ||E z_i||^2`` for E = H, ``Hhat = V Lambda V^T`` and ``H - Hhat``.
-    All three come from the same probes, so that their ratios are steadier than they are.
+    All three share the probes, so their ratios have less variance than each of them.
 
     Args:
         H: The symmetric operator, D x D.
@@ -130,15 +130,15 @@ def a_posteriori_error(
         num_probes: n, at least 1; default 30.
         generator: Source of the probes' seed; default a new one with seed 0. An equal generator in
             the solver still gives independent probes.
-        block_size: Products at a time; default 32.
+        block_size: Matvecs per block; default 32.
 
     Returns:
         The estimates, with their tail bounds.
 
     Raises:
-        ValueError: If the sizes do not fit, there is no probe, or a product has NaN or inf entries.
+        ValueError: If the sizes do not match, num_probes < 1, or a product has NaN or inf entries.
 
-    Cost: n products, four blocks of D floats, 2 n k D multiply-adds.
+    Cost: n matvecs, four blocks of D floats, 2 n k D multiply-adds.
 
     References:
         Tropp, Yurtsever, Udell, Cevher, "Streaming low-rank matrix approximation with an
@@ -170,7 +170,7 @@ def a_posteriori_error(
 
 
 def _bisect(bound: Callable[[float], float], highest: float, tail: float) -> float:
-    """Return the smallest e in [0, highest] where the falling bound is <= tail, to rounding."""
+    """Return the smallest e in [0, highest] with a decreasing bound <= tail, to rounding."""
     low, high = 0.0, highest
     while low < (middle := (low + high) / 2) < high:
         if bound(middle) > tail:

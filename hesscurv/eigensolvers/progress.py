@@ -1,4 +1,4 @@
-"""A progress bar for eigensolvers: pairs converged, products done, rate."""
+"""Progress bar of eigensolvers: converged pairs, matvecs, rate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ logger = logging.getLogger(__name__)
 
 
 class Progress(tqdm):
-    """A tqdm bar over converged pairs, to be used as a context manager.
+    """A tqdm bar over converged pairs, used as a context manager.
 
     Args:
         total: The number of wanted pairs.
@@ -21,20 +21,20 @@ class Progress(tqdm):
     def __init__(self, total: int, enabled: bool) -> None:
         super().__init__(total=total, unit="pair", desc="eigenpairs", disable=not enabled)
         self._begun = self._shown = time.perf_counter()
-        self._before = 0  # products done before, by a run that is gone on with
+        self._before = 0  # matvecs of the run that is resumed
 
     def go_on_from(self, num_matvecs: int) -> None:
-        """Leave the products that were done before out of the rate."""
+        """Exclude the matvecs of a resumed run from the rate."""
         self._before = num_matvecs
 
     def say(self, text: str, *, unusual: bool = False) -> None:
-        """Log a line, as a warning if it is unusual, and write it above the bar if there is one."""
+        """Log a line, as a warning if unusual, and print it above a visible bar."""
         logger.log(logging.WARNING if unusual else logging.INFO, text)
         if not self.disable:
             self.write(text)
 
     def show(self, converged: int | None, num_matvecs: int) -> None:
-        """Show how many pairs have converged (None: as before) after so many products."""
+        """Update the bar: converged pairs (None: unchanged) and matvecs."""
         now = time.perf_counter()
         if self.disable or (converged is None and now - self._shown < self.mininterval):
             return

@@ -1,4 +1,4 @@
-"""Residuals of eigenpairs, and when a pair counts as converged."""
+"""Residuals of eigenpairs and the convergence criterion."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ConvergenceWarning(UserWarning):
 
 
 def evenly_spaced(count: int, total: int) -> Tensor:
-    """Return about so many of the numbers 0 to total - 1, first and last among them, ascending."""
+    """Return about `count` ascending integers from 0 to total - 1, both ends included."""
     spread = torch.linspace(0, total - 1, count, dtype=torch.float64, device="cpu")
     return spread.round().long().unique()
 
@@ -22,14 +22,14 @@ def evenly_spaced(count: int, total: int) -> Tensor:
 def measured_residuals(
     H: LinearOperator, eigenvalues: Tensor, V_Dk: Tensor, block_size: int = 32
 ) -> Tensor:
-    r"""Measure :math:`\|H v_i - \lambda_i v_i\|` for every pair, by k more products.
+    r"""Measure :math:`\|H v_i - \lambda_i v_i\|` for every pair, by k more matvecs.
 
     Args:
         H: The operator, D x D.
         eigenvalues: Shape (k,).
-        V_Dk: Shape (D, k), unit columns; cast to H's dtype block by block. Where H is spread over
-            processes, this process' rows.
-        block_size: Products at a time; temporary memory is three blocks of D floats each.
+        V_Dk: Shape (D, k), unit columns; cast to H's dtype block by block. For a distributed H,
+            this process's rows.
+        block_size: Matvecs per block; temporary memory is three blocks of D floats each.
 
     Returns:
         Shape (k,), float64, on the CPU.
@@ -49,15 +49,14 @@ def convergence_threshold(
 ) -> Tensor:
     r"""Return the largest residuals of converged pairs.
 
-    :math:`\max(tol |\lambda_i|, 10 \epsilon |\lambda_1|)`. The second bound is the
-    rounding of the products, below which a residual says nothing.
+    :math:`\max(tol |\lambda_i|, 10 \epsilon |\lambda_1|)`. The second bound is the rounding of
+    products, below which a residual carries no information.
 
     Args:
         eigenvalues: Shape (k,), in any order.
         tol: Relative tolerance.
         eps: Machine epsilon of the operator's dtype.
-        largest: The largest magnitude known of the operator's spectrum, where that is not among
-            these eigenvalues.
+        largest: Largest known magnitude in the operator's spectrum, if not among these eigenvalues.
 
     Returns:
         Shape (k,).
@@ -70,7 +69,7 @@ def convergence_threshold(
 def converged(
     residuals: Tensor, eigenvalues: Tensor, tol: float, eps: float, largest: float = 0.0
 ) -> Tensor:
-    """Return which pairs have converged: those with a residual up to `convergence_threshold`.
+    """Return which pairs have converged: residual at most `convergence_threshold`.
 
     Args:
         residuals: Shape (k,); NaN (not measured) counts as not converged.

@@ -1,4 +1,4 @@
-"""Watch the curvature of a model while it trains."""
+"""Monitoring of curvature during training, and pruning triggered by it."""
 
 from hesscurv.hooks.loggers import MonitorWarning
 from hesscurv.hooks.monitoring.monitor import CurvatureMonitor

@@ -1,4 +1,4 @@
-"""Where records go: any object with `log(record, step)`, files of JSON lines and CSV among them."""
+"""Dispatch of records to loggers: objects with `log(record, step)`."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ class MonitorWarning(UserWarning):
 
 
 class Logger(Protocol):
-    """What takes records."""
+    """Receiver of records."""
 
     def log(self, record: dict[str, Any], step: int) -> Any:
-        """Take one record, flat, of plain values."""
+        """Log one record, a flat dict of plain values."""
 
 
 class Loggers:
-    """Several loggers, none of which can end a training run.
+    """Several loggers, whose errors never end a training run.
 
     Args:
         loggers: Objects with ``log(record, step)``.
@@ -40,7 +40,7 @@ class Loggers:
                 )
 
     def log(self, record: dict[str, Any], step: int) -> list[str]:
-        """Hand a copy of the record to each; return what went wrong, once for each logger."""
+        """Pass a copy of the record to each; return failures, once per logger."""
         wrong = []
         for index, logger in enumerate(self._loggers):
             try:
@@ -57,6 +57,6 @@ class Loggers:
 
 
 def warn(messages: Iterable[str]) -> None:
-    """Warn of failures that training survives."""
+    """Warn of failures that do not interrupt training."""
     for message in messages:
         warn_user(message, MonitorWarning)

@@ -1,4 +1,4 @@
-"""Prune while training, once the mask of the largest weights and the eigenspace have settled."""
+"""Pruning during training, once the magnitude mask and the top eigenspace are stable."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ Prune = Callable[[nn.Module, float], Any]
 class PruneWhenStable:
     r"""Prune a model in training as soon as its magnitude mask and top eigenspace are stable.
 
-    After each measurement of a `CurvatureMonitor` three things are compared with the measurement
-    before: the mask of the weights that magnitude pruning would keep (intersection over union), the
-    top eigenspace (overlap), and the share of the eigenspace that lies in the weights of the mask
-    (relative change). The mask is that of the next sparsity, not the monitor's, which has few
-    weights, so that its overlap is left to chance. When all three are within their bounds for
-    `patience` measurements in a row, the model is pruned to the first sparsity; further ones follow
-    every `every` steps, or whenever it has become stable again. The optimizer's momentum of pruned
-    weights is set to zero, a `PreconditionedOptimizer` computes its eigenspace anew, and the
-    monitor goes on with the pruned model::
+    After each measurement of a `CurvatureMonitor` three quantities are compared with the previous
+    measurement: the mask of the weights that magnitude pruning would keep (intersection over
+    union), the top eigenspace (overlap), and the share of the eigenspace that lies in the mask
+    (relative change). The mask is that of the next sparsity, not the monitor's, which keeps so few
+    weights that its overlap is noisy. Once all three are within their bounds for `patience`
+    consecutive measurements, the model is pruned to the first sparsity; further ones follow every
+    `every` steps, or whenever it is stable again. The optimizer's momentum of pruned weights is set
+    to zero, a `PreconditionedOptimizer` recomputes its eigenspace, and the monitor continues with
+    the pruned model::
 
         monitor = CurvatureMonitor(model, task, probe, schedule=every(50), quantities="overlap")
         trigger = PruneWhenStable(monitor, batches, sparsity=0.8, optimizer=optimizer)
@@ -56,31 +56,31 @@ class PruneWhenStable:
             trigger.step(step)
 
     Args:
-        monitor: Measures the eigenspace. "space_overlap" must be on where `stability` bounds it.
-        batches: Re-iterable batches for `prune_model`; some 1000 samples or more, best not the
-            monitor's few. None is allowed with `prune` alone.
-        sparsity: Fraction of the selected weights to prune, in (0, 1); or several, rising.
-        stability: The bounds; default `Stability()`. None: prune at `deadline` alone.
-        every: Steps from one sparsity to the next; default None: each waits until it is stable.
+        monitor: Measures the eigenspace; must measure "space_overlap" if `stability` bounds it.
+        batches: Re-iterable batches for `prune_model`, about 1000 samples or more, preferably not
+            the few of the monitor. None is allowed only with `prune`.
+        sparsity: Fraction of the selected weights to prune, in (0, 1); or several, increasing.
+        stability: The bounds; default `Stability()`. None: prune only at `deadline`.
+        every: Steps from one sparsity to the next; default None: each waits for stability.
         not_before: The first step at which pruning is allowed; default 0.
-        deadline: The step at which the first sparsity is due even if nothing is stable; default
-            None: never.
-        optimizer: The optimizer that trains the model, to be told; default None.
+        deadline: The step at which the first sparsity is due even without stability; default None:
+            never.
+        optimizer: The optimizer that trains the model, adapted after pruning; default None.
         prune: Prunes in place, ``prune(model, sparsity) -> anything``; default `prune_model` with
             the monitor's task, `batches` and `options`. Masks must be those of
             ``torch.nn.utils.prune``.
-        weights: Which weights, see `find_weights`; default those of all layers that can be.
-        on_prune: Called after each pruning with the step and what `prune` returned.
+        weights: The weights to prune, see `find_weights`; default all prunable ones.
+        on_prune: Called after each pruning with the step and the result of `prune`.
         **options: More arguments of `prune_model`, such as ``method="magnitude"`` or ``stages=4``.
 
     Attributes:
-        signals: A dict for each measurement looked at: ``step``, ``mask_iou``, ``space_overlap``,
-            ``overlap_change`` (None without an earlier one), ``share`` (of the eigenspace,
-            in the mask), ``stable``, ``in_a_row``.
-        pruned: The steps and sparsities of the prunings so far, as (int, float).
+        signals: A dict for each inspected measurement: ``step``, ``mask_iou``, ``space_overlap``,
+            ``overlap_change`` (None without an earlier one), ``share`` (of the eigenspace, in the
+            mask), ``stable``, ``in_a_row``.
+        pruned: Steps and sparsities of the prunings so far, as (int, float).
 
     Raises:
-        TypeError: If an argument is of a wrong type.
+        TypeError: If an argument has the wrong type.
         ValueError: If one is out of range, no weight can be pruned, or the monitor does not measure
             what is needed.
 
@@ -88,8 +88,8 @@ class PruneWhenStable:
         D bits for the mask, a selection in O(D) and a sum in O(k D) for each measurement; that of
         `prune_model` when it prunes.
 
-    Small steps change little: with a learning rate near zero everything is stable. Bounds belong
-    to the interval between measurements and to the learning rate.
+    With a learning rate near zero everything is stable: choose bounds for the interval between
+    measurements and the learning rate.
 
     References:
         You et al., "Drawing early-bird tickets", ICLR 2020, for the distance of masks as a signal;
@@ -147,11 +147,11 @@ class PruneWhenStable:
         self.pruned: list[tuple[int, float]] = []
         self._mask: Tensor | None = None
         self._share: float | None = None
-        self._seen = -1  # step of the last record that was looked at
+        self._seen = -1  # step of the last inspected record
         self._in_a_row = 0
 
     def __repr__(self) -> str:
-        """Say to what it prunes, when, and what it has done."""
+        """Return the sparsities, the conditions, and the prunings so far."""
         return describe_object(
             self,
             sparsities=self.sparsities,
@@ -170,16 +170,16 @@ class PruneWhenStable:
 
     @uncompiled
     def step(self, step: int) -> Any:
-        """Look at what the monitor has measured since, and prune if it is time; after its `step`.
+        """Inspect new measurements and prune if due; call it after the monitor's `step`.
 
         Args:
-            step: The number of the training step, as for the monitor.
+            step: The training step, as for the monitor.
 
         Returns:
-            What pruning returned, a `PruningReport` by default; None where nothing was pruned.
+            The result of pruning, a `PruningReport` by default; None if nothing was pruned.
 
         Raises:
-            Exception: What pruning raises. The model and the trigger are as they were then.
+            Exception: Any error of pruning. The model and the trigger are unchanged then.
         """
         if self.done:
             return None
@@ -199,7 +199,7 @@ class PruneWhenStable:
         return report
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a run needs to go on, of tensors and plain values; not the model's masks."""
+        """Return the state of the trigger as tensors and plain values, without the masks."""
         return {
             "signals": [dict(signal) for signal in self.signals],
             "pruned": [list(event) for event in self.pruned],
@@ -210,11 +210,11 @@ class PruneWhenStable:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; load the pruned model by `load_pruned_` before.
+        """Resume from a `state_dict`; load the pruned model by `load_pruned_` first.
 
         Raises:
-            ValueError: If the state is of other sparsities than this trigger's, or its model is
-                not pruned where the state's was.
+            ValueError: If the state has other sparsities than this trigger, or the model is not
+                pruned as the state says.
         """
         try:
             pruned = [(int(step), float(sparsity)) for step, sparsity in state["pruned"]]
@@ -247,7 +247,7 @@ class PruneWhenStable:
         return self.stability is not None and self._in_a_row >= self.stability.patience
 
     def _look(self) -> None:
-        """Compare the last record, if it is new, with the one looked at before."""
+        """Compare the last record, if it is new, with the one inspected before."""
         # From the end: this is called after every step of training.
         new = takewhile(lambda r: r["step"] > self._seen, reversed(self.monitor.records))
         record = next((r for r in new if r["status"] == "ok"), None)
@@ -305,7 +305,7 @@ class PruneWhenStable:
 
 
 def _check_measured(monitor: CurvatureMonitor, stability: Stability, weights: set[str]) -> None:
-    """Raise unless the monitor measures what there are bounds on."""
+    """Raise unless the monitor measures all bounded quantities."""
     measured = set(monitor.quantities)
     missing = set(stability.needs) - measured
     if stability.overlap_change is not None and not measured & NEED_PAIRS:
@@ -325,7 +325,7 @@ def _check_measured(monitor: CurvatureMonitor, stability: Stability, weights: se
 
 
 def _as_sparsities(sparsity: float | Sequence[float]) -> list[float]:
-    """Return sparsities that rise within (0, 1)."""
+    """Return sparsities as a list, increasing within (0, 1)."""
     given = [sparsity] if isinstance(sparsity, (int, float)) else list(sparsity)
     if not all(isinstance(s, (int, float)) and not isinstance(s, bool) for s in given):
         raise TypeError(f"expected sparsity as a number or several, got {sparsity!r}")

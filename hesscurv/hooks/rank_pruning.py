@@ -1,4 +1,4 @@
-"""Prune on one rank, and bring its masks and weights to the others."""
+"""Pruning on one rank, with a broadcast of masks and weights to the others."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from hesscurv.pruning.weights import as_dense_name
 
 
 def prune_on_first_rank(model: nn.Module, prune: Callable[[], Any]) -> Any:
-    """Prune a model on the first rank, by its batches, and make the others' weights the same.
+    """Prune a model on the first rank, by its batches, and broadcast the result.
 
-    In a single process that is ``prune()``. Otherwise the first rank's masks and parameters are
-    sent to all: each would come to masks of its own from batches of its own. Buffers other than
-    masks, such as statistics of batch norms, stay each rank's; DDP sends them by itself.
+    In a single process that is ``prune()``. Otherwise the masks and parameters of the first rank
+    are sent to all: with batches of their own the ranks would arrive at different masks. Other
+    buffers, such as batch-norm statistics, stay as they are on each rank; DDP synchronises them.
 
     Args:
         model: The module, the same on all ranks, not sharded.
         prune: Prunes it in place, by masks of ``torch.nn.utils.prune``.
 
     Returns:
-        What `prune` returned; None on the other ranks.
+        The result of `prune`; None on the other ranks.
 
     Raises:
         NotImplementedError: If the model is sharded over ranks.
         DistributedError: On the other ranks, if `prune` raises on the first, whose error it quotes.
 
     Cost:
-        The others wait while the first one prunes, as long as the group's timeout lets them; then
-        D numbers and D bytes travel.
+        The others wait while the first one prunes, within the group's timeout; then D numbers and
+        D bytes are sent.
     """
     if any(map(is_sharded, model.parameters())):
         raise NotImplementedError(
@@ -53,9 +53,9 @@ def prune_on_first_rank(model: nn.Module, prune: Callable[[], Any]) -> Any:
 
 
 def _take_from_first_rank(model: nn.Module, ranks: Communicator) -> None:
-    """Overwrite masks and parameters by those of the first rank."""
+    """Overwrite masks and parameters with those of the first rank."""
     masks = masks_of(model)
-    # Pruning moves a parameter to its module's end, so that the order is no longer the same.
+    # Sorted by name: pruning moves a parameter to the end of its module, so the order differs.
     parameters = dict(sorted((as_dense_name(n), p) for n, p in model.named_parameters()))
     masked = torch.tensor([name in masks for name in parameters], dtype=torch.uint8, device="cpu")
     ranks.broadcast_(masked)

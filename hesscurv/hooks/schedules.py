@@ -1,4 +1,4 @@
-"""At which steps curvature is measured: callables of the step."""
+"""Measurement schedules: callables of the training step."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hesscurv.optim.arguments import check_count
 
 Schedule = Callable[[int], bool]
-"""Returns whether to measure after a step, by its number alone, so that all ranks agree."""
+"""Returns whether to measure after a step; depends only on the step, so that all ranks agree."""
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,11 @@ class every:  # noqa: N801, reads as a function: schedule=every(100)
 
 @dataclass(frozen=True)
 class logarithmic:  # noqa: N801
-    """Steps that are evenly spaced on a logarithmic scale: 0, 1, 2, ... and ever more rarely.
-
-    Those are 0 and the integers round(10^(i / per_decade)), i = 0, 1, ...
+    """Steps spaced evenly on a logarithmic scale: 0 and round(10^(i / per_decade)), i = 0, 1, ...
 
     Args:
-        per_decade: How many in each factor of ten, at least 1; default 5: 1, 2, 3, 4, 6, 10, 16,
-            25, 40, 63, 100, ...
+        per_decade: Steps per factor of ten, at least 1; default 5: 1, 2, 3, 4, 6, 10, 16, 25, 40,
+            63, 100, ...
 
     Raises:
         TypeError: If it is not an int.
@@ -61,7 +59,7 @@ class logarithmic:  # noqa: N801
         """Return whether to measure after this step."""
         if step < 1:
             return step == 0
-        # The exponents that round to this step lie within a unit around it: a look at a few.
+        # An exponent that rounds to this step lies within one of its logarithm: try a few.
         nearest = 0
         while round(10 ** ((nearest + 1) / self.per_decade)) <= step:
             nearest += 1
@@ -70,12 +68,12 @@ class logarithmic:  # noqa: N801
 
 @dataclass(frozen=True)
 class dense_then_sparse:  # noqa: N801
-    """Often at first, where curvature changes most, and rarely after that.
+    """Frequent steps at first, when curvature changes most, and rare ones afterwards.
 
     Args:
-        until: The step up to which it is often, at least 0; default 100.
-        dense: The interval up to there, at least 1; default 10.
-        sparse: The interval from there on, counted from `until`, at least 1; default 500.
+        until: Last step of the dense phase, at least 0; default 100.
+        dense: Interval of the dense phase, at least 1; default 10.
+        sparse: Interval afterwards, counted from `until`, at least 1; default 500.
 
     Raises:
         TypeError: If a number is not an int.

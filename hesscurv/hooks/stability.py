@@ -1,4 +1,4 @@
-"""Whether what is measured along training has settled: the mask, the eigenspace, their overlap."""
+"""Stability criterion for mask, eigenspace and their overlap during training."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from hesscurv.optim.arguments import check_count
 
 @dataclass(frozen=True)
 class Stability:
-    """What counts as settled, between one measurement and the next.
+    """Bounds on the change from one measurement to the next.
 
-    Each bound compares with the measurement before, so that it belongs to the interval between
-    two: over more steps, or at a larger learning rate, more changes. None leaves a quantity out.
+    Each bound compares with the previous measurement and so depends on the interval between them:
+    over more steps, or at a larger learning rate, more changes. None disables a bound.
 
     Args:
-        mask_iou: The least intersection over union of the magnitude mask with its earlier self, in
-            (0, 1]; default .95.
-        space_overlap: The least overlap of the eigenspace with its earlier self, in (0, 1]; default
-            .7.
-        overlap_change: The largest change of the share of the eigenspace that lies in the mask,
-            relative to the larger of the two; default .2.
-        patience: How many measurements in a row have to be settled; default 3.
+        mask_iou: Least intersection over union with the previous magnitude mask, in (0, 1]; default
+            0.95.
+        space_overlap: Least overlap with the previous eigenspace, in (0, 1]; default 0.7.
+        overlap_change: Largest relative change of the share of the eigenspace that lies in the
+            mask; default 0.2.
+        patience: Number of consecutive measurements within the bounds; default 3.
 
     Raises:
-        TypeError: If a bound is no number, or `patience` no int.
+        TypeError: If a bound is not a number, or `patience` not an int.
         ValueError: If one is out of range, or all are None.
     """
 
@@ -53,11 +52,11 @@ class Stability:
 
     @property
     def needs(self) -> list[str]:
-        """The quantities that records have to hold."""
+        """The quantities required in records."""
         return [] if self.space_overlap is None else ["space_overlap"]
 
     def holds(self, signals: dict[str, Any]) -> bool:
-        """Return whether one measurement is settled; not where a quantity has no earlier self.
+        """Return whether a measurement is within the bounds; False without a previous one.
 
         Args:
             signals: ``mask_iou``, ``space_overlap`` and ``overlap_change``, each a number or None.
@@ -75,7 +74,7 @@ class Stability:
 
 
 def relative_change(before: float | None, after: float | None) -> float | None:
-    """Return ``|after - before| / max(|before|, |after|)``; None where one is missing."""
+    """Return ``|after - before| / max(|before|, |after|)``; None if one is missing."""
     if before is None or after is None:
         return None
     largest = max(abs(before), abs(after))

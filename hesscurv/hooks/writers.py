@@ -1,4 +1,4 @@
-"""Records in files that a kill leaves whole: JSON lines, and CSV."""
+"""Crash-safe record files: JSON lines and CSV."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from hesscurv.storage.destinations import (
 
 
 class JSONLinesWriter:
-    """Appends each record to a file, one JSON object a line.
+    """Appends each record to a file, one JSON object per line.
 
-    A line is written by one call and reaches the disk before `log` returns. A file that is there
-    is gone on with; half a line at its end, of a machine that has lost power, is removed before.
-    Devices, FIFOs and /dev/stdout are written to; a FIFO that nobody reads is an error of `log`,
-    which a monitor survives.
+    A line is written by one call and synced to disk before `log` returns. An existing file is
+    continued; an incomplete last line, left by a power failure, is removed first. Devices, FIFOs
+    and /dev/stdout are supported; a FIFO without a reader makes `log` fail, which a monitor
+    survives.
 
     Args:
         path: The file; its folder must exist.
@@ -55,13 +55,13 @@ class JSONLinesWriter:
 
 
 class CSVWriter:
-    """Appends each record to a table; lists and dicts are JSON texts in their cells.
+    """Appends each record to a CSV table; lists and dicts are stored as JSON in their cells.
 
-    A record with keys that the table has no column for makes the whole file be written anew, with
-    these columns added, atomically; all others are appended as lines.
+    A record with new keys rewrites the whole file atomically, with these columns added; all others
+    are appended as lines.
 
     Args:
-        path: The file; its folder must exist. One that is there is gone on with.
+        path: The file; its folder must exist. An existing one is continued.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -69,7 +69,7 @@ class CSVWriter:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = _in_a_folder(path)
-        self._columns: list[str] = []  # of what cannot be read again: a device, a FIFO
+        self._columns: list[str] = []  # for streams, which cannot be read back
 
     def __repr__(self) -> str:
         """Name the file."""
@@ -80,18 +80,18 @@ class CSVWriter:
 
         Raises:
             OSError: If it cannot be written; the file is as before.
-            ValueError: If the file that is there is no table.
+            ValueError: If the existing file is not a table.
         """
         record = {"step": step} | record
         cells = {key: _cell(value) for key, value in record.items()}
-        once = is_stream(follow_links(self.path))  # what is written cannot be read or changed
+        once = is_stream(follow_links(self.path))  # cannot be read back or rewritten
         columns, rows = (self._columns, []) if once else self._read()
         new = [key for key in cells if key not in columns]
         if not new:
             _append(self.path, _lines(columns, [cells]))
             return
         columns = [*columns, *new]
-        # A row is a line, so that the new columns' empty cells are commas at its end.
+        # A row is one line, so empty cells of new columns are appended as commas.
         head = _lines(columns, [dict(zip(columns, columns, strict=True))])
         before = "".join(row.rstrip("\r") + "," * len(new) + "\n" for row in rows)
         text = head + before + _lines(columns, [cells])
@@ -102,7 +102,7 @@ class CSVWriter:
             write_atomically(self.path, lambda file: file.write(_encode(text)))
 
     def _read(self) -> tuple[list[str], list[str]]:
-        """Return the columns, and the rows as they stand in the file."""
+        """Return the columns, and the rows as raw lines."""
         if not self.path.exists():
             return [], []
         try:
@@ -117,17 +117,17 @@ class CSVWriter:
 
 
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the records of a file of JSON lines, in the order of their steps.
+    """Return the records of a file of JSON lines, sorted by step.
 
-    Of several for one step, as a run leaves them that was resumed from an earlier checkpoint, the
-    last one counts; half a line at the end counts as not written.
+    Of several records for one step, left by a run resumed from an earlier checkpoint, the last one
+    counts; an incomplete last line is ignored.
 
     Args:
         path: A file of `JSONLinesWriter`.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If a line is no record.
+        ValueError: If a line is not a record.
     """
     path = Path(path)
     require_regular_file(path, "a file of JSONLinesWriter")
@@ -165,12 +165,12 @@ def _lines(columns: list[str], rows: list[dict[str, Any]]) -> str:
 
 
 def _encode(text: str) -> bytes:
-    # A module's name may be any text, also what is not Unicode.
+    # A module's name may contain any text, even lone surrogates that UTF-8 cannot encode.
     return text.encode("utf-8", "backslashreplace")
 
 
 def _append(path: Path, text: str) -> None:
-    """Append whole lines by one write, so that a kill leaves all of it or nothing."""
+    """Append whole lines by one write, so that a kill leaves all or nothing."""
     target = follow_links(path)
     if is_stream(target):
         with open_stream(target, wait=False) as stream:
@@ -187,7 +187,7 @@ def _append(path: Path, text: str) -> None:
         except OSError:
             os.ftruncate(handle, end)
             raise
-        if written < len(data):  # a disk may be full in the midst of it
+        if written < len(data):  # the disk became full during the write
             os.ftruncate(handle, end)
             raise OSError(f"expected room for {len(data)} more bytes in {path}, got a full disk")
         os.fsync(handle)
@@ -196,7 +196,7 @@ def _append(path: Path, text: str) -> None:
 
 
 def _end_of_last_line(handle: int) -> int:
-    """Return where the last whole line ends."""
+    """Return the end of the last complete line."""
     end = os.lseek(handle, 0, os.SEEK_END)
     while end > 0:
         start = max(0, end - 4096)

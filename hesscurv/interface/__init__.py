@@ -1,1 +1,1 @@
-"""The conventions that public objects share: printing, warnings, plain integers, torch.compile."""
+"""Conventions shared by public objects: printing, warnings, integers, torch.compile."""

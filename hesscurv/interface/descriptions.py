@@ -1,4 +1,4 @@
-"""What an object is, in a few words: for `repr`, without addresses and without pages of numbers."""
+"""Short representations of objects, without addresses and long listings."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 def brief(value: Any) -> str:
-    """Return a value in at most one line: numbers as such, tensors by shape, functions by name.
+    """Represent a value in at most one line: numbers as such, tensors by shape, functions by name.
 
     Args:
-        value: Anything; what raises an error in its own `repr` is named by its type.
+        value: Anything; an object whose `repr` raises is represented by its type.
 
-    Cost: nothing is computed; a tensor of a few entries is read.
+    Cost: no computation; tensors of a few entries are read.
     """
     try:
         return _brief(value)
-    except Exception:  # a description must not be what fails
+    except Exception:  # a representation must never raise
         return f"{type(value).__name__}(...)"
 
 
 def describe_object(owner: Any, **parts: Any) -> str:
-    """Return ``Type(part=..., ...)``, on several lines where one would be long.
+    """Return ``Type(part=..., ...)``, on several lines if one would be long.
 
     Args:
-        owner: The object, whose type's name comes first.
-        **parts: What is said of it, in this order, each by `brief`.
+        owner: The object, named by its type.
+        **parts: The shown parts, in this order, each formatted by `brief`.
     """
     name = type(owner).__name__
     texts = [f"{key}={brief(value)}" for key, value in parts.items()]
@@ -54,7 +54,7 @@ def describe_object(owner: Any, **parts: Any) -> str:
 
 
 class Described:
-    """A mixin whose `repr` names the public attributes briefly."""
+    """Mixin with a `repr` of the public attributes."""
 
     def __repr__(self) -> str:
         """Name the public attributes."""
@@ -67,7 +67,7 @@ class Described:
 
 
 class Words(str):
-    """Text that `brief` leaves as it is, without quotation marks."""
+    """Text that `brief` shows without quotation marks."""
 
     __slots__ = ()
 
@@ -117,7 +117,7 @@ def _container(value: Collection[Any]) -> str:
 
 
 def _one_line(value: Any) -> str:
-    """Return an object's own `repr` if it is a short line; of text, its beginning."""
+    """Return an object's own `repr` if it is one short line; text is truncated."""
     if getattr(type(value), "__repr__", None) is object.__repr__:
         return ""
     text = _ADDRESS.sub("", repr(value))
@@ -127,12 +127,12 @@ def _one_line(value: Any) -> str:
 
 
 def inherit_arguments(cls: type) -> None:
-    """Document the arguments that a class takes from its base, where it does not itself.
+    """Copy the "Args" and "Raises" sections of a base class into a subclass's docstring.
 
-    Its docstring gets the base's sections "Args" and "Raises"; an example stays at the end.
+    Only for classes that inherit `__init__` and do not document it; an example stays at the end.
 
     Args:
-        cls: A class that has just been made; one with an `__init__` of its own is left alone.
+        cls: The new class.
     """
     doc = cls.__dict__.get("__doc__")
     if not doc or "__init__" in cls.__dict__ or re.search(r"^\s*Args:$", doc, re.MULTILINE):
@@ -152,7 +152,7 @@ def inherit_arguments(cls: type) -> None:
 
 
 def _sections(doc: str) -> dict[str, str]:
-    """Return a docstring's sections by name, with their headings; what comes first has no name."""
+    """Return a docstring's sections by name, with their headings; the preamble is named ""."""
     found: dict[str, str] = {}
     for part in re.split(r"\n+(?=[A-Z][a-z]+:\n    )", doc):
         heading = re.match(r"([A-Z][a-z]+):\n    ", part)

@@ -1,4 +1,4 @@
-"""Counts as plain integers, whatever kind of integer they come as."""
+"""Conversion of integer arguments to plain ints."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from typing import Any
 
 
 def as_int(name: str, value: Any) -> int:
-    """Return an integer, NumPy's or a tensor's of one entry say, as a plain int.
+    """Convert an integer, such as NumPy's or a one-entry tensor, to a plain int.
 
     Args:
         name: The argument's name, for the message.
-        value: What was passed.
+        value: The argument.
 
     Raises:
-        TypeError: If it is no integer. Truth values are none.
+        TypeError: If it is not an integer; booleans are refused.
     """
-    # NumPy's truth values, and torch's, are not instances of bool.
+    # Booleans of NumPy and torch are not instances of bool, but operator.index accepts them.
     if not isinstance(value, bool) and "bool" not in str(getattr(value, "dtype", "")):
         try:
             return operator.index(value)

@@ -1,4 +1,4 @@
-"""Run a function as plain Python where the caller is compiled."""
+"""Exclude functions from torch.compile."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def uncompiled(function: Function) -> Function:
-    """Decorate a function so that torch.compile leaves it, and all that it calls, to Python.
+    """Decorate a function so that torch.compile runs it, and everything it calls, as plain Python.
 
-    Products need derivatives of any order and change global state for their time (random state,
-    compilation stance), neither of which can be traced: within a compiled training step there is a
-    graph break at the function. With ``fullgraph=True`` torch raises an error that names it.
+    Products need derivatives of any order and temporarily change global state (random state,
+    compilation stance), neither of which can be traced: a compiled training step has a graph break
+    at the function. With ``fullgraph=True`` torch raises an error that names it.
 
-    Unlike `torch.compiler.disable` itself it does not import the compiler, which takes seconds:
-    without it nothing is compiled.
+    Unlike `torch.compiler.disable` it does not import the compiler, which takes seconds: nothing is
+    compiled until something else has imported it.
     """
     disabled: list[Callable[..., Any]] = []
 

@@ -1,4 +1,4 @@
-"""Warnings that name the user's line."""
+"""Warnings attributed to the user's line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NOT_THE_USERS = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1
 
 
 def warn_user(message: str, category: type[Warning]) -> None:
-    """Warn from the line outside torch and this library that led here, however deep."""
+    """Warn at the innermost line of the call stack outside torch and this library."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_NOT_THE_USERS):
         level, frame = level + 1, frame.f_back

@@ -1,1 +1,1 @@
-"""Dense and block linear algebra on tensors; knows nothing of models."""
+"""Dense and block linear algebra on tensors, independent of models."""

@@ -1,6 +1,6 @@
 """Norms and largest entries of blocks of long vectors.
 
-Blocks are row-contiguous, (b, D), one vector in each row.
+Blocks are row-contiguous, (b, D), one vector per row.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from torch import Tensor
 
 
 class Reduction(Protocol):
-    """Sums and maxima over the processes that each hold some rows of the (D, b) matrices."""
+    """Sums and maxima over processes that each hold some rows of the (D, b) matrices."""
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by its sum over all processes, the same bits on each."""
+        """Replace a tensor by its sum over all processes, bit-identical on each."""
 
     def max_(self, tensor: Tensor) -> Tensor:
         """Replace a tensor by its entrywise maximum over all processes."""
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
-        """Replace a tensor by the first process' own."""
+        """Replace a tensor by that of the first process."""
 
 
 class BlockSize:
-    """How large a block's entries and vectors are; a GPU is waited for at the first question.
+    """Largest entry and column norms of a block, copied from the GPU when first read.
 
     Args:
         numbers: Shape (2 + b,), float64, any device: the least entry, the largest, and the norms.
-        across: How they sum up over processes, see `block_size`.
+        across: Reduction over processes, see `block_size`.
     """
 
     def __init__(self, numbers: Tensor, across: Reduction | None = None) -> None:
@@ -39,12 +39,12 @@ class BlockSize:
 
     @property
     def is_read(self) -> bool:
-        """Whether the numbers are on the host, so that a question waits for nothing."""
+        """Whether the numbers are on the host, so that reading them does not synchronise."""
         return self._read is not None or self.numbers.device.type == "cpu"
 
     @property
     def largest(self) -> float:
-        """The largest magnitude of an entry; inf where one is NaN."""
+        """The largest magnitude of an entry; inf if any is NaN."""
         return self._look()[0]
 
     @property
@@ -53,8 +53,9 @@ class BlockSize:
         return self._look()[1]
 
     def take(self, numbers: Tensor) -> None:
-        """Take the numbers from a copy on the CPU, which came with others."""
+        """Set the numbers from a copy on the CPU that was transferred with others."""
         low, high, *norms = numbers.tolist()
+        # NaN propagates to both bounds; reported as inf, since comparisons with NaN are false.
         finite = math.isfinite(low) and math.isfinite(high)
         largest = max(-low, high) if finite else math.inf
         if self._across is not None:
@@ -72,11 +73,11 @@ class BlockSize:
 
 
 def block_size(W_bD: Tensor, across: Reduction | None = None) -> BlockSize:
-    """Return how large a block of long vectors is.
+    """Return largest entry and norms of a block of long vectors.
 
     Args:
         W_bD: Shape (b, D).
-        across: Where every process holds some entries of all vectors: how they sum up.
+        across: Reduction over processes that each hold some entries of all vectors.
     """
     if W_bD.numel() == 0:
         zeros = torch.zeros(2 + len(W_bD), dtype=torch.float64, device="cpu")
@@ -90,14 +91,14 @@ def column_norms(W_bD: Tensor, across: Reduction | None = None) -> Tensor:
 
     Args:
         W_bD: Shape (b, D).
-        across: Where every process holds some entries of all vectors: how they sum up.
+        across: Reduction over processes that each hold some entries of all vectors.
     """
     norms = norms_on_device(W_bD).cpu()
     return norms if across is None else across.sum_(norms.square_()).sqrt_()
 
 
 def norms_on_device(W_bD: Tensor) -> Tensor:
-    """Return the norms of long vectors, shape (b,), float64 where the vectors are: no wait."""
-    # One at a time: in another dtype than the vectors', a norm takes a copy of what it is given.
+    """Return the norms of long vectors, shape (b,), float64 on their device, unsynchronised."""
+    # One at a time: a norm in another dtype than its input casts a copy of the whole input.
     rows = [torch.linalg.vector_norm(w_D, dtype=torch.float64) for w_D in W_bD]
     return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.float64, device=W_bD.device)

@@ -1,4 +1,4 @@
-"""How much memory a device has, and how much of it is free."""
+"""Total and free memory of devices."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import torch
 
-_UNKNOWN = 16 << 30  # what is assumed where it cannot be found out
+_UNKNOWN = 16 << 30  # assumed if the system does not report it
 
 
 def device_memory(device: torch.device) -> int:
-    """Return the bytes of memory that a device has in all, not what is free now.
+    """Return the total memory of a device in bytes, used or not.
 
-    Sizes that are planned from it are the same in every run on one machine. 16 GiB where it
-    cannot be found out.
+    Sizes planned from it are the same in every run on a machine. 16 GiB if the system does not
+    report it.
     """
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
@@ -27,14 +27,14 @@ def device_memory(device: torch.device) -> int:
 
 
 def chunk_entries(device: torch.device, on_host: int) -> int:
-    """Return how many entries of long vectors are best worked on at once.
+    """Return the chunk size, in entries, for algebra on long vectors.
 
-    A CPU's caches want few. A GPU wants enough work for each launch: half a GB in float32, a
-    sixty-fourth of the memory of smaller ones.
+    Small chunks suit a CPU's caches. A GPU needs enough work per launch: half a GB in float32, or
+    1/64 of the memory of smaller ones.
 
     Args:
-        device: Where they are.
-        on_host: The number for CPUs.
+        device: Device of the vectors.
+        on_host: Chunk size on CPUs.
     """
     if device.type != "cuda":
         return on_host
@@ -42,11 +42,11 @@ def chunk_entries(device: torch.device, on_host: int) -> int:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes that can be taken on a device now, with those that caches would give up.
+    """Return the free memory of a device in bytes, reclaimable caches included.
 
-    For a GPU, what the driver has left and what PyTorch's own allocator holds unused; for the CPU,
-    what the kernel calls available, within the container's limit. Where it cannot be found out, the
-    memory in all.
+    On a GPU: memory free in the driver plus memory that PyTorch's allocator holds unused. On the
+    CPU: available memory as reported by the kernel, within the container's limit. The total memory
+    if the system does not report it.
     """
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -66,7 +66,7 @@ def free_memory(device: torch.device) -> int:
 
 
 def _container() -> tuple[int | None, int]:
-    """Return the limit of the control group that the process runs in, and what it uses."""
+    """Return the memory limit of the process's control group, and the memory it uses."""
     for limit, used, cached in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current", "file"),
         (
@@ -81,20 +81,20 @@ def _container() -> tuple[int | None, int]:
             stat = Path(limit).with_name("memory.stat").read_text()
         except (OSError, ValueError):
             continue
-        if most >= 1 << 60:  # no limit, in the older files
+        if most >= 1 << 60:  # cgroup v1 without a limit
             continue
         for line in stat.splitlines():
             if line.split()[0] == cached:
-                now -= int(line.split()[1])  # file pages are given up on demand
+                now -= int(line.split()[1])  # the page cache is reclaimed on demand
         return most, now
     return None, 0
 
 
 def memory_budget(device: torch.device, wanted: int | None) -> int:
-    """Return the bytes to stay within: as wanted, or a share of the device's memory.
+    """Return the memory budget in bytes: the given one, or a fraction of the device's memory.
 
-    The share is of the memory in all, not of what is free now, so that the same run takes the same
-    steps every time: a quarter of a GPU's, an eighth of the machine's.
+    A fraction of the total, not the free memory, so that runs are reproducible: a quarter on a GPU,
+    an eighth on the CPU.
 
     Raises:
         ValueError: If `wanted` is not a positive int.

@@ -1,7 +1,7 @@
-"""Block orthonormalisation by matrix products alone: CholeskyQR2, SVQB, block Gram-Schmidt.
+"""Block orthonormalisation by matrix products: CholeskyQR2, SVQB, block Gram-Schmidt.
 
 Shapes: b vectors in a block, r <= b independent ones, m vectors in the basis, D the length of a
-vector. Blocks and bases are row-contiguous, (b, D), one vector in each row: the columns of the
+vector. Blocks and bases are row-contiguous, (b, D), one vector per row: the columns of the
 formulas. Small matrices (Gram matrices, coefficients, triangular factors) are float64 on the CPU.
 """
 
@@ -21,25 +21,25 @@ from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.ritz import rotate_
 from hesscurv.linalg.transfers import prefetched, to_device_of
 
-_CHUNK_NUMEL = 2**23  # entries of one chunk of a basis: bounds what a cast to W's dtype takes
-_SUM_LENGTH = 4096  # products summed in W's dtype before the sum goes on in float64
+_CHUNK_NUMEL = 2**23  # entries of one chunk of a basis: bounds the memory of casts to W's dtype
+_SUM_LENGTH = 4096  # products summed in W's dtype; partial sums are added in float64
 _MAX_PASSES = 12  # a block of condition 1/eps takes 4 or 5
-_SAFE_PIVOT = 0.1  # of a Gram matrix of unit diagonal
+_SAFE_PIVOT = 0.1  # least pivot of a Gram matrix of unit diagonal
 
 
 def orthonormalize_(W_bD: Tensor, *, floor: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Orthonormalise a block in place, without the directions that it does not determine.
+    """Orthonormalise a block in place, dropping numerically dependent directions.
 
     ``W_Db = Q_Dr R_rb``, ``Q^T Q = I``. The block is multiplied by the inverse Cholesky factor of
     its Gram matrix, scaled to unit diagonal, until that is the identity: twice for a well
-    conditioned block (CholeskyQR2). Where the Cholesky factorisation is not safe, the inverse
-    square root by eigenvalues, clipped from below, takes its place (SVQB); repeating it finds the
-    directions that one pass does not resolve. Singular values of W at or below
+    conditioned block (CholeskyQR2). If the Cholesky factorisation is unsafe, the inverse square
+    root with eigenvalues clipped from below replaces it (SVQB); repetition resolves the directions
+    that one pass does not. Singular values of W at or below
     ``max(floor, 4 eps ||W||_2)`` count as zero.
 
     Args:
         W_bD: Shape (b, D), row-contiguous, float32 or float64, any device. Overwritten: the first
-            r rows hold Q, the others are of no further use.
+            r rows hold Q, the others are undefined.
         floor: Norm at or below which a direction is noise: absolute, in the units of W.
 
     Returns:
@@ -74,12 +74,12 @@ def orthonormalize_against_(
     """Orthonormalise a block against a basis and within itself, in place.
 
     ``W_Db = B_Dm C_mb + Q_Dr R_rb``, ``B^T Q = 0``, ``Q^T Q = I``: projection, orthonormalisation,
-    and both again on the result. The second projection acts on unit vectors, so that it also
-    removes what the first orthonormalisation amplified: a direction that keeps only 1e-6 of its
-    norm carries 1e6 times the rounding error of the first projection. It is repeated while it
-    still finds much. Singular values of the projected W at or below
-    ``max(floor, (4 + sqrt(m)/2) eps max_j ||w_j||, 4 eps ||W||_2)``, the column norms being those
-    before the projection, count as zero: such a direction lies in the basis' span.
+    and both again on the result. The second projection acts on unit vectors and so removes what
+    the first orthonormalisation amplified: a direction that keeps only 1e-6 of its norm carries
+    1e6 times the rounding error of the first projection. It is repeated while its coefficients are
+    large. Singular values of the projected W at or below
+    ``max(floor, (4 + sqrt(m)/2) eps max_j ||w_j||, 4 eps ||W||_2)``, with the column norms before
+    the projection, count as zero: such a direction lies in the span of the basis.
 
     Args:
         W_bD: Shape (b, D), row-contiguous, float32 or float64. Overwritten, as in
@@ -87,13 +87,13 @@ def orthonormalize_against_(
         slabs: The basis B in pieces of shape (m_i, D), row-contiguous, orthonormal together;
             another dtype or device is cast chunk by chunk.
         floor: Norm at or below which a direction is noise: absolute, in the units of W.
-        known_nb: What ``B^T W`` is for the first n <= m basis vectors up to the noise of W, float64
-            on the CPU, shape (n, b), as symmetry gives it for W = H Q. The first projection takes
-            these, which saves their measurement, and all of the work where they are zero; the
-            second measures what they leave.
-        size: `block_size` of W, where it is known already.
-        across: Where every process holds D_local of the D entries of all vectors: how they sum up.
-            All processes get the same coefficients. None: this process holds them all.
+        known_nb: ``B^T W`` for the first n <= m basis vectors up to the noise of W, float64 on the
+            CPU, shape (n, b), as known by symmetry for W = H Q. The first projection uses these,
+            which saves computing them, and all work where they are zero; the second removes the
+            remainder.
+        size: `block_size` of W, if known already.
+        across: Reduction over processes that each hold D_local of the D entries of all vectors; all
+            get the same coefficients. None: this process holds all entries.
 
     Returns:
         Q, the view ``W_bD[:r]``, shape (r, D); C, shape (m, b), the coefficients of all
@@ -102,10 +102,10 @@ def orthonormalize_against_(
     Raises:
         TypeError: If W is not float32 or float64.
         ValueError: If W is not a matrix, has NaN or inf entries, or a slab does not fit it.
-        ArithmeticError: If W does not become orthonormal, which means that its storage is shared.
+        ArithmeticError: If W does not become orthonormal: something else writes to its storage.
 
-    Cost: 4 m b D + 5 b^2 D multiply-adds; four readings of the basis. With known coefficients of
-    which most are zero, half of that.
+    Cost: 4 m b D + 5 b^2 D multiply-adds; four passes over the basis. Half of that with known
+    coefficients of which most are zero.
 
     References:
         Giraud, Langou, Rozloznik, "The loss of orthogonality in the Gram-Schmidt orthogonalization
@@ -136,7 +136,7 @@ def orthonormalize_against_(
 
 
 class _Begun(NamedTuple):
-    """A block W after its first projections: ``W = scale (B C + P R)``, P in W's place."""
+    """A block W after its first projections: ``W = scale (B C + P R)``, P stored in W."""
 
     scale: float
     threshold: float  # what counts as zero, relative to the scale
@@ -164,7 +164,7 @@ def _begin_(
     largest = max(norms, default=0.0)
     negligible = torch.finfo(W_bD.dtype).eps * largest
     taken_nb, measured_pb = _subtract_known_(W_bD, slabs, known_nb / scale, negligible, across)
-    # What was found is read with the Gram matrix of what is left: a GPU is waited for once.
+    # Coefficients and Gram matrix are read together, so that a GPU is synchronised once.
     measured_pb, G_bb = _read(measured_pb, _products(W_bD, W_bD), across)
     C_mb = torch.cat([taken_nb, measured_pb])
     threshold = max(floor / scale, _noise(len(C_mb), W_bD.dtype) * largest)
@@ -180,18 +180,18 @@ def _begin_ahead_(
     size: BlockSize,
     across: Reduction | None,
 ) -> _Begun:
-    """Do as `_begin_`, orthonormalise by Cholesky and project again, before a look at any number.
+    """Project, orthonormalise by Cholesky and project again, synchronising a GPU only once.
 
-    A GPU is waited for once. Where the Cholesky factor is not safe, which the device decides, the
-    block is projected twice and left as it is.
+    The device decides whether the Cholesky factor is safe; if not, the block is projected twice
+    and not orthonormalised.
     """
     eps, (b, device) = torch.finfo(W_bD.dtype).eps, (len(W_bD), W_bD.device)
-    # A power of two again, of exponent 0 for blocks of a usual size.
+    # A power of two as in `_normalize_scale_`, so that scaling does not round.
     exponent = torch.frexp(size.numbers[:2].abs().max()).exponent.clamp(-100, 100)
     exponent = torch.where(exponent.abs() <= 16, 0, exponent)
     shrink = torch.ldexp(torch.ones((), dtype=torch.float64, device=device), -exponent)
     W_bD.mul_(shrink.to(W_bD.dtype))
-    # The norm of what is known is at most W's, which is not at hand.
+    # The norm of the known part bounds that of W from below; W's own is still on the device.
     negligible = eps * float(known_nb.norm(dim=0).max()) if known_nb.numel() else 0.0
     taken_nb, measured_pb = _subtract_known_(W_bD, slabs, known_nb, negligible, None, shrink)
     G_bb = _products(W_bD, W_bD)
@@ -199,6 +199,7 @@ def _begin_ahead_(
     eye_bb = torch.eye(b, dtype=torch.float64, device=device)
     norms_b = G_bb.diagonal().clamp(min=0).sqrt()
     kept = (norms_b > noise.clamp(min=floor) * shrink).all()
+    # Branches are taken by torch.where: an if would wait for the device.
     norms_b = torch.where(kept, norms_b, 1.0)
     L_bb, info = torch.linalg.cholesky_ex(G_bb / torch.outer(norms_b, norms_b))
     safe = kept & (info == 0) & (L_bb.diagonal().min() > _SAFE_PIVOT)
@@ -222,7 +223,7 @@ def _begin_ahead_(
     scale = 2.0 ** float(numbers[2 + b])
     largest = max(size.norms) / scale
     C_mb = torch.cat([taken_nb / scale, measured_pb])
-    # Of vectors that are no unit vectors, the correction says nothing.
+    # The correction bounds the loss of orthogonality only if the vectors had unit norm.
     enough = numbers[3 + b] > 0 and bool((correction_mb.norm(dim=0) < 0.1).all())
     return _Begun(
         scale,
@@ -244,24 +245,24 @@ def project_out_(
     """Remove the span of an orthonormal basis from a block, in place (block Gram-Schmidt).
 
     ``W <- W - B (B^T W)``, `passes` times. After two passes ``|B^T w| <= few eps ||w||`` holds for
-    the projected w, but not for combinations in which the columns of W cancel: where the block is
-    orthonormalised next, use `orthonormalize_against_`.
+    the projected w, but not for combinations in which the columns of W cancel: use
+    `orthonormalize_against_` for a block that is to be orthonormal.
 
     Args:
         W_bD: Shape (b, D), row-contiguous, float32 or float64; overwritten.
         slabs: The basis in pieces of shape (m_i, D), row-contiguous, orthonormal together; another
-            dtype or device is cast chunk by chunk. None at all is a basis of m = 0 vectors.
+            dtype or device is cast chunk by chunk. An empty sequence is a basis of m = 0 vectors.
         passes: The number of projections, 2 by default.
         across: As in `orthonormalize_against_`.
 
     Returns:
-        C, shape (m, b), float64, on W's device, so that a GPU is not waited for, or, summed over
-        processes, on the CPU: the coefficients of all passes, ``W_before = B C + W_after``.
+        C, shape (m, b), float64: the coefficients of all passes, ``W_before = B C + W_after``. On
+        W's device, without synchronisation, or on the CPU if summed over processes.
 
     Raises:
         ValueError: If W is not a matrix, or a slab does not fit it.
 
-    Cost: 2 m b D multiply-adds and two readings of the basis for each pass.
+    Cost: 2 m b D multiply-adds and two reads of the basis for each pass.
     """
     _check_slabs(W_bD, slabs)
     device = W_bD.device if across is None else "cpu"
@@ -275,8 +276,8 @@ def project_out_(
 def inner_products(A_mD: Tensor, B_bD: Tensor, across: Reduction | None = None) -> Tensor:
     """Return the small matrix ``A^T B`` of two sets of long vectors, summed accurately.
 
-    A plain float32 product over D = 1e6 entries is off by 2e-6 to 6e-5 of the norms (MKL; the worse
-    the fewer vectors). Here sums of 4096 terms, a batched product in B's dtype, are added up in
+    A plain float32 product over D = 1e6 entries is off by 2e-6 to 6e-5 of the norms (MKL; worse
+    for fewer vectors). Here sums of 4096 terms, a batched product in B's dtype, are added in
     float64: 1e-7, in the same time.
 
     Args:
@@ -294,7 +295,7 @@ def inner_products(A_mD: Tensor, B_bD: Tensor, across: Reduction | None = None) 
 
 
 def _products(A_mD: Tensor, B_bD: Tensor) -> Tensor:
-    """Do as `inner_products`; the result stays on B's device."""
+    """Return `inner_products` on B's device, unsynchronised."""
     (m, dim), b = A_mD.shape, B_bD.shape[0]
     total_mb = torch.zeros(m, b, dtype=torch.float64, device=B_bD.device)
     entries = chunk_entries(B_bD.device, _CHUNK_NUMEL)
@@ -321,17 +322,18 @@ def complete_(basis_mD: Tensor, rank: int, generator: torch.Generator) -> None:
     Args:
         basis_mD: Shape (m, D), m <= D, row-contiguous; the first `rank` rows are orthonormal and
             stay.
-        rank: How many rows there are already.
+        rank: Number of rows already present.
         generator: Source of the random numbers, which are drawn on its device.
 
     Raises:
         ValueError: If m > D.
 
-    Cost: that of `orthonormalize_against_` for a block of m - rank vectors.
+    Cost: as `orthonormalize_against_` for a block of m - rank vectors.
     """
     m, dim = basis_mD.shape
     if m > dim:
         raise ValueError(f"expected at most {dim} vectors of length {dim}, got {m}")
+    # Repeated, since random rows may turn out dependent on the basis or on each other.
     while rank < m:
         for row in basis_mD[rank:]:
             row.copy_(_drawn(dim, generator))
@@ -351,10 +353,11 @@ def _identity_like(G_bb: Tensor) -> Tensor:
 def _subtract_projection_(
     W_bD: Tensor, slabs: Sequence[Tensor], across: Reduction | None
 ) -> Tensor:
-    """Subtract ``B B^T W`` and return ``B^T W``, (m, b), float64, where it was last computed.
+    """Subtract ``B B^T W`` and return ``B^T W``, (m, b), float64.
 
-    That is W's device, or, summed over processes, the CPU.
+    On W's device, or on the CPU if summed over processes.
     """
+    # All coefficients before any subtraction: classical, not modified, Gram-Schmidt.
     C_mb = torch.cat([_products(slab, W_bD) for slab in slabs])
     if across is not None:
         C_mb = across.sum_(C_mb.cpu())
@@ -384,13 +387,13 @@ def _subtract_known_(
     across: Reduction | None,
     factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Subtract the basis times coefficients, given for its first n vectors and else measured.
+    """Subtract the basis times coefficients, given for its first n vectors, computed for the rest.
 
-    A `factor` on W's device is what the given coefficients are to be multiplied by.
+    A `factor` on W's device multiplies the given coefficients.
 
     Returns:
-        What was subtracted: of the first n, (n, b), float64 on the CPU, and of the others, see
-        `_subtract_projection_`.
+        The subtracted coefficients: of the first n vectors, (n, b), float64 on the CPU, and of the
+        others, see `_subtract_projection_`.
     """
     taken_nb, start, rest = torch.zeros_like(known_nb), 0, []
     with full_precision(W_bD.device):
@@ -408,7 +411,7 @@ def _subtract_known_(
 
 
 def _read(C_mb: Tensor, G_bb: Tensor, across: Reduction | None) -> tuple[Tensor, Tensor]:
-    """Return two small matrices on the CPU, at one look; the second summed over processes."""
+    """Return two small matrices on the CPU in one transfer; the second summed over processes."""
     if C_mb.device == G_bb.device and C_mb.device.type != "cpu":
         both = torch.cat([C_mb.flatten(), G_bb.flatten()]).cpu()
         C_mb, G_bb = both[: C_mb.numel()].view_as(C_mb), both[C_mb.numel() :].view_as(G_bb)
@@ -417,7 +420,7 @@ def _read(C_mb: Tensor, G_bb: Tensor, across: Reduction | None) -> tuple[Tensor,
 
 
 def _runs(marked: Tensor) -> list[tuple[int, int]]:
-    """Cover the marked entries by few ranges: shorter gaps than a block are not worth a cut."""
+    """Cover the marked entries by few ranges, bridging gaps shorter than a block."""
     ranges: list[tuple[int, int]] = []
     for i in marked.nonzero().flatten().tolist():
         if ranges and i - ranges[-1][1] < 16:
@@ -430,9 +433,9 @@ def _runs(marked: Tensor) -> list[tuple[int, int]]:
 def _factor_(
     P_bD: Tensor, G_bb: Tensor, R_bn: Tensor, threshold: float, across: Reduction | None
 ) -> tuple[Tensor, Tensor]:
-    """Orthonormalise P in place, keeping ``W_Dn = P_Db R_bn``; drop what adds <= threshold to W.
+    """Orthonormalise P in place, keeping ``W_Dn = P_Db R_bn``; G is its Gram matrix.
 
-    G is the Gram matrix of P.
+    Directions that contribute at most `threshold` to W are dropped.
     """
     eps = torch.finfo(P_bD.dtype).eps
     for turn in range(_MAX_PASSES):
@@ -444,16 +447,17 @@ def _factor_(
             return P_bD[:0], R_bn[:0]
         if keep.all() and (G_bb - _identity_like(G_bb)).abs().max() <= 8 * eps:
             break
+        # Unit diagonal, so that pivots measure dependence and not the scale of the columns.
         norms = norms[keep]
         scaled = G_bb[keep][:, keep] / torch.outer(norms, norms)
         T_rr, F_rr = _whitening(scaled, eps)
-        if across is not None:  # another processor may find other eigenvectors
+        if across is not None:  # LAPACK may return other eigenvectors on another processor
             T_rr, F_rr = across.broadcast_(torch.stack([T_rr.contiguous(), F_rr.contiguous()]))
         R_bn = F_rr @ (norms[:, None] * R_bn[keep])
         T_rb = torch.zeros(len(norms), len(keep), dtype=torch.float64, device="cpu")
         T_rb[:, keep] = T_rr / norms
         P_bD = rotate_(P_bD, T_rb.mT)
-        # Diagonally dominant means a condition below 3 (Gershgorin): this pass was the last.
+        # Gershgorin: the condition is below 3, after which one pass reaches eps.
         if (scaled - _identity_like(scaled)).abs().sum(dim=1).max() < 0.5:
             break
     else:
@@ -461,6 +465,7 @@ def _factor_(
             f"a block of {len(P_bD)} vectors did not become orthonormal in {_MAX_PASSES} passes; "
             "check that nothing else writes to it meanwhile"
         )
+    # R is not rank-revealing: only its singular values tell which directions are noise.
     sigma = torch.linalg.svdvals(R_bn)
     threshold = max(threshold, 4 * eps * sigma[0].item())
     if sigma[-1] > threshold:
@@ -475,9 +480,9 @@ def _factor_(
 def _whitening(G: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Return T and F with ``T G T^T = I`` (as far as eps allows) and ``F = T^-T``.
 
-    G has unit diagonal and entries that are good to eps. T is the inverse Cholesky factor, or,
-    where a pivot is small, the inverse square root with clipped eigenvalues: it still gives
-    ``P = F^T (T P)`` to a few eps, where the rounding of ``L (L^-1 P)`` grows with L's condition.
+    G has unit diagonal and entries accurate to eps. T is the inverse Cholesky factor or, if a pivot
+    is small, the inverse square root with clipped eigenvalues: it still gives ``P = F^T (T P)`` to
+    a few eps, while the rounding of ``L (L^-1 P)`` grows with the condition of L.
     """
     n = len(G)
     L, info = torch.linalg.cholesky_ex(G)
@@ -493,7 +498,7 @@ def _whitening(G: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _normalize_scale_(
     W_bD: Tensor, size: BlockSize, across: Reduction | None
 ) -> tuple[float, list[float]]:
-    """Divide W by a power of two, without rounding, where its squares could over- or underflow.
+    """Divide W by a power of two, without rounding, if its squares could over- or underflow.
 
     Returns:
         The power, and the norms of W's vectors after the division.

@@ -1,4 +1,4 @@
-"""Full precision of products, whatever the process has switched on, and float64."""
+"""Control of TF32, bfloat16 and autocast for matrix products; requirement of float64."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from hesscurv.linalg.process_settings import SharedSetting
 
-# torch's switches by backend and operation (from 2.9 on), those that others inherit from first.
+# torch's switches by backend and operation (since 2.9); the first ones are inherited by the others.
 _SWITCHES = (
     ("generic", "all"),
     ("cuda", "all"),
@@ -23,17 +23,17 @@ _SWITCHES = (
     ("mkldnn", "conv"),
     ("mkldnn", "rnn"),
 )
-_INHERITED_FROM = 3  # the first so many
+_INHERITED_FROM = 3  # number of leading entries that others inherit from
 
 
 @cache
 def require_float64(device: torch.device) -> None:
-    """Require a device on which float64 works, which sums and small matrices are kept in.
+    """Require a device that supports float64, the dtype of sums and small matrices.
 
     Raises:
-        ValueError: If it does not, as on MPS and on some XPUs.
+        ValueError: If it does not, as MPS and some XPUs.
     """
-    if device.type == "meta":  # it may be given values yet
+    if device.type == "meta":  # may be materialised elsewhere later
         return
     try:
         one = torch.ones(1, dtype=torch.float64, device=device)
@@ -54,14 +54,14 @@ def require_float64(device: torch.device) -> None:
 def full_precision(device: torch.device) -> Iterator[None]:
     """Compute float32 products in float32 inside this context: matrices, convolutions, RNNs.
 
-    TF32 and bfloat16 serve training, but their relative error of 1e-3 and more breaks
-    orthonormality, Rayleigh quotients and residuals. cuDNN's convolutions take TF32 by default,
-    whatever `torch.set_float32_matmul_precision` says. All of it is off inside, and autocast, and
-    as before afterwards. The settings are the process's own, so products in other threads run in
-    full precision meanwhile.
+    TF32 and bfloat16 suffice for training, but their relative error of 1e-3 and more breaks
+    orthonormality, Rayleigh quotients and residuals. cuDNN's convolutions use TF32 by default,
+    whatever `torch.set_float32_matmul_precision` says. All of it, and autocast, is disabled inside
+    and restored afterwards. The settings are per process: other threads run in full precision
+    meanwhile.
 
     Args:
-        device: The device that computes.
+        device: The computing device.
     """
     with torch.autocast(device.type, enabled=False), _IEEE_PRODUCTS.held():
         yield
@@ -69,15 +69,15 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def reduced_precision(device: torch.device, precision: str) -> Iterator[None]:
-    """Compute a model's products in fewer digits inside this context, for speed.
+    """Compute a model's products in reduced precision inside this context, for speed.
 
     Args:
-        device: The device that computes.
+        device: The computing device.
         precision: "tf32": matrix products and convolutions on tensor cores, 11 bits; "bf16":
             autocast to bfloat16, 8 bits.
     """
     if precision == "bf16":
-        # Without the cache, which keeps casts of weights that others stand in for.
+        # Without the cache: it would reuse casts of weights that have since been substituted.
         with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
             yield
         return
@@ -85,13 +85,13 @@ def reduced_precision(device: torch.device, precision: str) -> Iterator[None]:
         yield
 
 
-# The unit of rounding of what products may be computed in, beside the dtype's own.
+# Unit roundoff of each precision, in addition to that of the dtype.
 ROUNDING = {"highest": 0.0, "tf32": 2.0**-11, "bf16": 2.0**-8}
 
 
 @contextmanager
 def _tf32_products() -> Iterator[None]:
-    with _ieee_products():  # all switches, so that none is left as it was found
+    with _ieee_products():  # saves and restores every switch, whatever is set below
         try:
             torch.set_float32_matmul_precision("high")
             torch.backends.cudnn.allow_tf32 = True
@@ -108,19 +108,19 @@ def _ieee_products() -> Iterator[None]:
         if newer:
             for backend, operation in _SWITCHES[:_INHERITED_FROM]:
                 _write_ieee(stack, backend, operation)
-            # The older switch of matrix products, put back, would switch the CPU's on as well.
+            # Restoring the legacy matmul switch would also set that of the CPU backend.
             stack.callback(_write, "mkldnn", "matmul", _read("mkldnn", "matmul"))
         mixed = False
         for read, write, ieee in _OLDER:
             try:
                 before = read()
-            except RuntimeError:  # set by the newer switches, after which the older are refused
+            except RuntimeError:  # torch refuses the legacy switches once the new ones are set
                 mixed = True
                 continue
             if before != ieee:
                 stack.callback(write, before)
                 write(ieee)
-        # With the older switches where these work: code that reads them inside is refused nothing.
+        # Prefer the legacy switches where they work: code that reads them inside must not raise.
         own = _SWITCHES[_INHERITED_FROM:] if mixed else _SWITCHES[-2:]
         for backend, operation in own if newer else ():
             _write_ieee(stack, backend, operation)
@@ -128,9 +128,9 @@ def _ieee_products() -> Iterator[None]:
 
 
 def _write_ieee(stack: ExitStack, backend: str, operation: str) -> None:
-    """Switch one operation of a backend to full precision, until the stack closes.
+    """Switch one operation of a backend to full precision until the stack closes.
 
-    What it inherits is full precision by now, so that another value is its own.
+    The inherited value is full precision already, so any other value was set explicitly.
     """
     before = _read(backend, operation)
     if before not in ("none", "ieee"):
@@ -151,7 +151,7 @@ def _set_cudnn(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-# Reading, writing, and the value of full precision.
+# Getter, setter, and the value that means full precision.
 _OLDER: tuple[tuple[Callable[[], Any], Callable[[Any], None], Any], ...] = (
     (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"),
     (lambda: torch.backends.cudnn.allow_tf32, _set_cudnn, False),

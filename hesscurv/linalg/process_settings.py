@@ -1,4 +1,4 @@
-"""Settings of the whole process that several threads need changed at the same time."""
+"""Process-wide settings changed temporarily by several threads."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-# One lock for all settings: whoever saves one must not find another thread in the middle of
-# changing it. Reentrant, as a loader's code runs under it and may itself measure something.
+# One lock for all settings: none may be saved while another thread is changing it. Reentrant, since
+# a loader's code runs under it and may compute products itself.
 LOCK = threading.RLock()
 
 
 class SharedSetting:
-    """A context that changes the process, entered by the first thread and left by the last one.
+    """A process-wide context, entered by the first thread and left by the last one.
 
-    Were each thread to save what it finds and put it back at its end, a thread that begins while
-    another is inside would save the changed setting, and leave it behind.
+    If each thread saved and restored the setting, a thread that starts while another is inside
+    would save the changed value and leave it behind.
 
     Args:
-        make: Makes the context manager that changes the setting and puts it back.
+        make: Factory of the context manager that changes and restores the setting.
     """
 
     def __init__(self, make: Callable[[], AbstractContextManager[object]]) -> None:

@@ -1,10 +1,10 @@
-"""Seeded random test matrices, one column at a time: Gaussian, Rademacher, SSRFT.
+"""Random matrices for sketching, generated column by column: Gaussian, Rademacher, SSRFT.
 
-A test matrix Omega (D, n) is never stored. Column j is a function of (seed, j) alone, so that any
-number of processes can each take a range of columns of the same matrix, and one that was lost
-can be drawn again. All random numbers are drawn on the CPU: a GPU sees the same matrix.
+A test matrix Omega (D, n) is never stored. Column j depends on (seed, j) only, so any number of
+processes can each generate a range of columns of the same matrix, and a lost column can be
+regenerated. Random numbers are drawn on the CPU: every device gets the same matrix.
 
-Scale, the same for all kinds: each column is isotropic, ``E[omega omega^T] = I``, and so
+All kinds have the same scale: columns are isotropic, ``E[omega omega^T] = I``, hence
 ``E[||omega||^2] = D`` and ``E[Omega Omega^T] = n I``.
 """
 
@@ -23,7 +23,7 @@ _MASK = 2**32 - 1
 
 
 class TestMatrix(ABC):
-    """A random matrix Omega (D, n), known by the seed; subclasses say how a column is drawn.
+    """A random matrix Omega (D, n) defined by its seed; subclasses implement drawing a column.
 
     Args:
         dim: D, the length of a column.
@@ -31,14 +31,14 @@ class TestMatrix(ABC):
         seed: Any integer; the same seed, the same matrix.
         dtype: float32 (default) or float64. The two are different matrices, except for
             Rademacher and, up to rounding, SSRFT.
-        device: Where columns are returned; the CPU by default.
+        device: Device of the returned columns; default the CPU.
 
     Raises:
         TypeError: If dtype is not float32 or float64.
         ValueError: If dim is not positive or num_columns negative.
     """
 
-    __test__ = False  # the name starts like those that pytest collects
+    __test__ = False  # pytest collects classes named Test*
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class TestMatrix(ABC):
         self.device = torch.device(device)
 
     def columns(self, start: int, stop: int) -> Tensor:
-        """Return ``Omega[:, start:stop]``, bitwise the same however the range is cut.
+        """Return ``Omega[:, start:stop]``, bit-identical however the range is split.
 
         Args:
             start: The first column, 0 <= start.
@@ -82,10 +82,10 @@ class TestMatrix(ABC):
         """Return ``Omega^T V``, drawing Omega block by block.
 
         Args:
-            V_DB: Shape (D, B), in the matrix' dtype on its device.
+            V_DB: Shape (D, B), in the dtype and on the device of Omega.
 
         Returns:
-            Shape (n, B): a small matrix, float64 on the CPU; computed in the matrix' dtype.
+            Shape (n, B), float64 on the CPU; computed in the dtype of Omega.
 
         Raises:
             ValueError: If V's shape does not fit.
@@ -133,26 +133,26 @@ class SSRFTMatrix(TestMatrix):
     """Subsampled scrambled randomised trigonometric transform: n orthogonal columns.
 
     ``Omega = sqrt(D) F^T S``, ``F = C E_2 P_2 C E_1 P_1``: P_i random permutations, E_i random
-    signs, C the orthonormal DCT-II, S the first n of a random order of the unit vectors. So
-    ``Omega^T Omega = D I``. The permutations, signs and order belong to the seed and all columns
-    share them. A real counterpart of the transform in Section 3.2 of Tropp et al.
+    signs, C the orthonormal DCT-II, S the first n unit vectors in a random order, so that
+    ``Omega^T Omega = D I``. Permutations, signs and order depend on the seed and are shared by all
+    columns. A real counterpart of the transform in Section 3.2 of Tropp et al.
 
-    The random parts are drawn on the CPU and the transforms run on `device`, in `dtype`: on two
-    devices columns agree up to the rounding of an FFT.
+    The random parts are drawn on the CPU and the transforms run on `device`, in `dtype`: columns on
+    different devices agree up to the rounding of an FFT.
 
     Args:
         dim: D, the length of a column.
         num_columns: n <= D.
         seed: Any integer; the same seed, the same matrix.
         dtype: float32 (default) or float64.
-        device: Where columns are computed; the CPU by default.
+        device: Device of the columns; default the CPU.
 
     Raises:
         TypeError: If dtype is not float32 or float64.
-        ValueError: If n > D: there are no more orthogonal columns.
+        ValueError: If n > D: there are only D orthogonal columns.
 
     Cost: two FFTs of length D for each column, and for each column of V in `transpose_matmul`,
-    whatever n is. Stored: two vectors of 64-bit integers, two of bytes and D / 2 complex numbers.
+    independent of n. Storage: two vectors of 64-bit integers, two of bytes, D / 2 complex numbers.
 
     References:
         Tropp, Yurtsever, Udell, Cevher, "Streaming low-rank matrix approximation with an
@@ -173,14 +173,14 @@ class SSRFTMatrix(TestMatrix):
                 f"expected at most D={dim} orthogonal SSRFT columns, got n={num_columns}; "
                 "take fewer, or kind='gaussian'"
             )
-        # Streams -1, -2, ...: those of the columns in the other kinds are 0, 1, ...
+        # Negative streams: the columns of the other kinds use streams 0, 1, ...
         self._permutations = [
             torch.randperm(dim, generator=self._generator(stream), device="cpu").to(self.device)
             for stream in (-1, -2)
         ]
         self._signs = [_signs(dim, self._generator(stream)).to(self.device) for stream in (-3, -4)]
         rows = torch.randperm(dim, generator=self._generator(-5), device="cpu")[:num_columns]
-        self._rows = rows.clone().to(self.device)  # without the rest of the order
+        self._rows = rows.clone().to(self.device)  # a view would keep all D indices alive
         self._twiddle = dct_twiddle(dim, dtype, self.device)
 
     def transpose_matmul(self, V_DB: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ def make_test_matrix(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> TestMatrix:
-    """Return the test matrix Omega (D, n) of a kind and seed.
+    """Return the random matrix Omega (D, n) of a kind and seed.
 
     Args:
         kind: "gaussian", "rademacher" or "ssrft".
@@ -229,7 +229,7 @@ def make_test_matrix(
         num_columns: n; at most D for "ssrft".
         seed: Any integer; the same arguments, the same matrix.
         dtype: float32 (default) or float64.
-        device: Where columns are returned; the CPU by default.
+        device: Device of the returned columns; default the CPU.
 
     Returns:
         An object with `shape`, ``columns(start, stop)`` and ``transpose_matmul(V)``.
@@ -244,7 +244,7 @@ def make_test_matrix(
 
 
 def draw_seed(generator: torch.Generator) -> int:
-    """Return a seed for a test matrix, drawn from a generator (which moves on)."""
+    """Draw the seed of a random matrix from a generator."""
     bits = torch.randint(2**62, (), generator=generator, device=generator.device)
     return int(bits.item())
 
@@ -252,10 +252,10 @@ def draw_seed(generator: torch.Generator) -> int:
 def mix_seed(seed: int, stream: int) -> int:
     """Return the seed in [0, 2^32) for one stream of a seeded family of random numbers.
 
-    torch's CPU generator uses the lower 32 bits of its seed alone. For one family seed this is
-    a bijection of the stream's 32 bits, so that no two columns of a matrix coincide; hashing 64
-    bits instead would repeat a column among 6000 in one of 240 matrices. Families whose seeds
-    differ by a little share no run of streams, as adding seed and stream would make them do.
+    torch's CPU generator uses only the lower 32 bits of its seed. For one family seed this is a
+    bijection of the stream's 32 bits, so no two columns of a matrix coincide; hashing 64 bits
+    would repeat a column among 6000 in one of 240 matrices. Families with nearby seeds share no
+    run of streams, as they would if seed and stream were added.
 
     Args:
         seed: The family's seed, any integer of up to 64 bits.
@@ -283,6 +283,7 @@ def dct(x: Tensor, twiddle: Tensor | None = None) -> Tensor:
     n = x.shape[-1]
     if twiddle is None:
         twiddle = dct_twiddle(n, x.dtype, x.device)
+    # Even entries, then odd ones reversed (Makhoul): one FFT of length N instead of 2N.
     interleaved = torch.cat([x[..., ::2], x[..., 1::2].flip(-1)], dim=-1)
     spectrum = torch.fft.rfft(interleaved) * twiddle
     # The second half of the outputs lies in the imaginary parts: X_{N-k} = -Im.
@@ -329,7 +330,7 @@ def dct_twiddle(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     Returns:
         Shape (N // 2 + 1,), complex.
     """
-    # Angles in float64: k / 2N of a large N has no exact float32.
+    # Angles in float64: k / 2N is not exact in float32 for large N.
     angles = torch.arange(n // 2 + 1, dtype=torch.float64, device="cpu") * (-math.pi / (2 * n))
     modulus = torch.full_like(angles, math.sqrt(2.0 / n))
     return torch.polar(modulus, angles).to(device, dtype.to_complex())
@@ -342,7 +343,7 @@ def _signs(dim: int, generator: torch.Generator) -> Tensor:
 
 
 def _mix32(x: int) -> int:
-    """Scramble 32 bits, one to one: the finaliser of MurmurHash3, moved off its fixed point 0."""
+    """Mix 32 bits bijectively: the finaliser of MurmurHash3, shifted off its fixed point 0."""
     x = (x + 0x9E3779B9) & _MASK
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK

@@ -1,4 +1,4 @@
-"""The projected eigenproblem: Ritz pairs of a small matrix, and the rotation of the basis to them.
+"""Rayleigh-Ritz: the projected eigenproblem and the rotation of a basis to Ritz vectors.
 
 Small matrices live in float64 on the CPU; bases are stored row-contiguous, (m, D).
 """
@@ -12,7 +12,7 @@ from hesscurv.linalg.device_memory import chunk_entries
 from hesscurv.linalg.precision import full_precision
 from hesscurv.linalg.transfers import to_device_of
 
-_TEMPORARY_NUMEL = 2**22  # of one chunk in `rotate_`: 16 MiB in float32
+_TEMPORARY_NUMEL = 2**22  # entries per chunk in `rotate_`: 16 MiB in float32
 
 
 def ritz_pairs(T: Tensor, which: str = "LM") -> tuple[Tensor, Tensor]:
@@ -23,7 +23,7 @@ def ritz_pairs(T: Tensor, which: str = "LM") -> tuple[Tensor, Tensor]:
 
     Args:
         T: Shape (m, m), the operator in an orthonormal basis, ``Q^T H Q``; any real floating dtype,
-            any device. Only its symmetric part counts.
+            any device. Only its symmetric part is used.
         which: The order, see `wanted_first`.
 
     Returns:
@@ -47,7 +47,7 @@ def ritz_pairs(T: Tensor, which: str = "LM") -> tuple[Tensor, Tensor]:
 
 
 def wanted_first(values: Tensor, which: str) -> Tensor:
-    """Return the order in which eigenvalues are wanted; equal ones keep theirs, reproducibly.
+    """Return the order in which eigenvalues are wanted; stable, hence reproducible, for ties.
 
     Args:
         values: Shape (m,).
@@ -59,10 +59,10 @@ def wanted_first(values: Tensor, which: str) -> Tensor:
 
 
 def sides_of(which: str) -> tuple[int, ...]:
-    """Return the ends of the spectrum that are wanted: +1 and -1 for "LM", +1 "LA", -1 "SA".
+    """Return the wanted ends of the spectrum: +1 and -1 for "LM", +1 for "LA", -1 for "SA".
 
     Raises:
-        ValueError: If `which` is none of them.
+        ValueError: If `which` is anything else.
     """
     sides = {"LM": (1, -1), "LA": (1,), "SA": (-1,)}
     if which not in sides:
@@ -74,19 +74,19 @@ def sides_of(which: str) -> tuple[int, ...]:
 
 
 def by_magnitude(values: Tensor) -> Tensor:
-    """Return the order from the largest magnitude down; equal ones keep theirs, reproducibly."""
+    """Return the order of decreasing magnitude; stable, hence reproducible, for ties."""
     return values.abs().argsort(descending=True, stable=True)
 
 
 def rotate_(basis_mD: Tensor, Y_mk: Tensor) -> Tensor:
     """Replace the first k vectors of a stored basis by combinations of all m, in place.
 
-    ``V_Dk = Q_Dm Y_mk``, formed in the storage of Q by chunks of its rows (here columns of the
-    (m, D) storage), so that no second basis is needed.
+    ``V_Dk = Q_Dm Y_mk``, formed in the storage of Q by chunks of its rows (columns of the (m, D)
+    storage), without a second basis.
 
     Args:
-        basis_mD: Shape (m, D), row-contiguous: one vector in each row. Overwritten: the first k
-            rows hold the result, what the others hold is no longer of use.
+        basis_mD: Shape (m, D), row-contiguous: one vector per row. Overwritten: the first k rows
+            hold the result, the others are undefined.
         Y_mk: Shape (m, k) with k <= m; cast to the basis' dtype and device.
 
     Returns:
@@ -106,5 +106,5 @@ def rotate_(basis_mD: Tensor, Y_mk: Tensor) -> Tensor:
     with full_precision(basis_mD.device):
         for start in range(0, dim, chunk):
             part_mC = basis_mD[:, start : start + chunk]
-            part_mC[:k] = Y_km @ part_mC
+            part_mC[:k] = Y_km @ part_mC  # the product is a temporary, so the input may be written
     return basis_mD[:k]

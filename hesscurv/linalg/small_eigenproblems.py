@@ -1,4 +1,4 @@
-"""Eigenproblems of projected matrices, on the host or on a GPU, whichever is faster there."""
+"""Eigenproblems of projected matrices, on the host or on a GPU, whichever is faster."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import time
 import torch
 from torch import Tensor
 
-# Below, no transfer pays: a host takes some 20 ms for 500 rows.
+# Below this a transfer does not pay: a host takes about 20 ms for 500 rows.
 _LEAST_ROWS = 512
-# Seconds on the host and on the device by device and size, the latter in powers of the square root
-# of 2. Drivers differ by factors of ten, either way.
+# Seconds on host and device, by device and size in powers of sqrt(2). Measured, since drivers
+# differ by factors of ten either way.
 _measured: dict[tuple[torch.device, torch.dtype, int], tuple[float, float]] = {}
 
 
 def eigh(matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the eigenvalues, ascending, and eigenvectors of a symmetric matrix on the host.
+    """Return the eigenvalues, ascending, and eigenvectors of a symmetric matrix.
 
-    On a GPU where that is faster: the first matrix of each size is solved on both, once a process.
+    Solved on the GPU if that is faster: the first matrix of each size is solved on both, once per
+    process.
 
     Args:
         matrix: Shape (m, m), on the CPU; its upper triangle is read.
-        device: Where the operator computes.
+        device: The operator's device.
 
     Returns:
         Eigenvalues (m,) and eigenvectors (m, m), on the CPU.
 
-    Cost: O(m^3), and of large ones on a GPU two transfers of m^2 numbers.
+    Cost: O(m^3), and two transfers of m^2 numbers for a GPU.
     """
     rows = len(matrix)
     if device.type != "cuda" or rows < _LEAST_ROWS:
@@ -38,11 +39,11 @@ def eigh(matrix: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
         values, vectors = _solve(matrix)
         middle = time.perf_counter()
         try:
-            _solve_on(matrix, device)  # with the set-up of the library, the first time
+            _solve_on(matrix, device)  # warm-up: the first call initialises the library
             warm = time.perf_counter()
             _solve_on(matrix, device)
             on_device = time.perf_counter() - warm
-        except RuntimeError:  # no memory, or no convergence there
+        except RuntimeError:  # out of memory, or no convergence on the device
             on_device = float("inf")
         _measured[key] = middle - start, on_device
         return values, vectors

@@ -1,4 +1,4 @@
-"""Copies between the host and a device: small matrices, and long vectors beside the computation."""
+"""Transfers between host and device that overlap with the computation."""
 
 from __future__ import annotations
 
@@ -12,18 +12,17 @@ from torch import Tensor
 
 
 def to_device_of(small: Tensor, like: Tensor) -> Tensor:
-    """Return a small matrix of the host on another tensor's device, in its dtype.
+    """Copy a small matrix to another tensor's device and dtype, without synchronisation.
 
-    An ordinary copy to a GPU waits until all work before it is done, so that a solver which sends
-    coefficients after each block would never have more than one block in its queue. From pinned
-    memory the copy takes its turn in the queue.
+    An ordinary copy to a GPU waits for all earlier work, so a solver that sends coefficients after
+    each block would never have more than one block queued. A copy from pinned memory is queued.
 
     Args:
-        small: A tensor of any device; of the CPU where the copy is not to wait.
-        like: A tensor of the dtype and device to have.
+        small: A tensor on any device; only copies from the CPU are asynchronous.
+        like: A tensor of the target dtype and device.
 
     Returns:
-        The same values, rounded to the dtype of `like`; `small` itself where nothing changes.
+        The same values, rounded to the dtype of `like`; `small` itself if nothing changes.
 
     Cost: for a GPU, two copies on the host.
     """
@@ -33,22 +32,22 @@ def to_device_of(small: Tensor, like: Tensor) -> Tensor:
     try:
         # PyTorch keeps the pinned memory until the copy is done.
         return small.pin_memory().to(like.device, non_blocking=True)
-    except RuntimeError:  # no more memory can be pinned: then the copy waits
+    except RuntimeError:  # no more memory can be pinned: copy synchronously
         return small.to(like.device)
 
 
 def all_finite(*tensors: Tensor) -> bool:
-    """Whether no tensor has NaN or inf entries: one reading of each, and one of the device."""
-    # NaN propagates to both bounds; no tensor of flags is made.
+    """Whether no tensor has NaN or inf entries: one pass over each, one synchronisation."""
+    # NaN propagates to both bounds; isfinite() on the tensor would allocate a mask of its size.
     bounds = [bound for t in tensors if t.numel() for bound in t.detach().aminmax()]
     return not bounds or bool(torch.stack(bounds).isfinite().all())
 
 
 class CopyStream:
-    """A stream of a CUDA device that copies from and to pinned memory beside the computation.
+    """A CUDA stream for copies from and to pinned memory that overlap with the computation.
 
-    Copies run in the order of their calls. Towards the computation and the host there is no order
-    but what `wait_event`, `record_event` and `synchronize` make.
+    Copies run in call order. They are ordered with respect to the computation and the host only by
+    `wait_event`, `record_event` and `synchronize`.
 
     Args:
         device: The CUDA device, with its index.
@@ -59,22 +58,22 @@ class CopyStream:
         self._stream: Any = torch.cuda.Stream(device)
 
     def wait_event(self, event: Any) -> None:
-        """Let all later copies wait for an event of another stream; the host does not wait."""
+        """Make all later copies wait for an event of another stream; the host does not wait."""
         self._stream.wait_event(event)
 
     def record_event(self) -> Any:
-        """Return an event that comes when all copies so far are done."""
+        """Return an event that fires when all copies so far are done."""
         return self._stream.record_event()
 
     def synchronize(self) -> None:
-        """Let the host wait until all copies so far are done."""
+        """Block the host until all copies so far are done."""
         self._stream.synchronize()
 
     def copy_(self, target: Tensor, source: Tensor) -> None:
-        """Copy a matrix between pinned memory and the device, both of one dtype.
+        """Copy a matrix of one dtype between pinned memory and the device.
 
-        Only contiguous memory is copied without a detour through pageable memory, for which the
-        host would wait: a range of columns goes row by row.
+        Only contiguous memory is copied without staging in pageable memory, which would block the
+        host: a range of columns is copied row by row.
         """
         with torch.cuda.stream(self._stream):
             if target.is_contiguous() and source.is_contiguous():
@@ -84,15 +83,15 @@ class CopyStream:
                 to.copy_(row, non_blocking=True)
 
     def store_(self, targets: Sequence[Tensor], rows: Tensor) -> None:
-        """Copy what the current stream has computed to pinned memory, beside what it does next.
+        """Copy results of the current stream to pinned memory, overlapping its next work.
 
         Args:
-            targets: Matrices in pinned memory. Until `synchronize` has returned, the host must
-                neither read nor write them.
+            targets: Matrices in pinned memory. The host must neither read nor write them until
+                `synchronize` has returned.
             rows: Shape (r, D), on the device, in the dtype of the targets, which have r rows
-                together. They must not change until then either; they may be freed.
+                together. They must not change until then either, but may be freed.
         """
-        # Whoever frees them: their memory is not given away before the copy is done.
+        # The caching allocator must not reuse their memory before the copy is done.
         rows.record_stream(self._stream)
         self.wait_event(torch.cuda.current_stream(self._device).record_event())
         for target, part in zip(targets, rows.split([len(t) for t in targets]), strict=True):
@@ -100,7 +99,7 @@ class CopyStream:
 
 
 def copy_stream(device: torch.device) -> CopyStream:
-    """Return the copy stream of a CUDA device, one for the whole process."""
+    """Return the copy stream of a CUDA device, one per process."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return _copy_stream(index)
 
@@ -113,22 +112,21 @@ def _copy_stream(index: int) -> CopyStream:
 def prefetched(
     chunks: Iterable[Tensor], device: torch.device, dtype: torch.dtype
 ) -> Generator[Tensor, None, None]:
-    """Yield matrices on a device, one after the other, the next being copied meanwhile.
+    """Yield matrices on a device in turn, copying the next one ahead.
 
-    From pinned memory to a CUDA device, each is copied by the device's copy stream into one of two
-    buffers while the current stream works with the one before. In all other cases this is
-    ``chunk.to(device, dtype)``: the chunk itself where nothing changes.
+    From pinned memory to a CUDA device, the copy stream fills one of two buffers while the current
+    stream works with the other. In all other cases this is ``chunk.to(device, dtype)``.
 
     Args:
         chunks: Matrices. The host must not write to those in pinned memory until the current
             stream has used them.
-        device: Where they are needed.
-        dtype: The dtype in which they are needed.
+        device: The target device.
+        dtype: The target dtype.
 
     Yields:
-        Each chunk in turn, to be used on the stream that was current at the first. It is valid
-        until the next is asked for, or the iterator is closed: close it (`contextlib.closing`)
-        where an error may end its use early.
+        Each chunk in turn, for use on the stream that was current at the first. It is valid until
+        the next one is requested or the iterator is closed: close it (`contextlib.closing`) if an
+        error may end its use early.
 
     Cost: two buffers of the largest chunk on the device; the host waits for no copy.
     """
@@ -147,7 +145,7 @@ def prefetched(
 
 
 def _buffers(chunks: Sequence[Tensor], device: torch.device) -> list[Tensor]:
-    """Return two buffers on a device for chunks in pinned memory; none where chunks are not."""
+    """Return two buffers on a device for chunks in pinned memory; none if any is not pinned."""
     filled = [chunk for chunk in chunks if chunk.numel()]
     if not filled or any(
         chunk.dtype != filled[0].dtype or chunk.device.type != "cpu" or not chunk.is_pinned()
@@ -157,18 +155,18 @@ def _buffers(chunks: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     numel = max(chunk.numel() for chunk in filled)
     try:
         return [torch.empty(numel, dtype=filled[0].dtype, device=device) for _ in range(2)]
-    except torch.OutOfMemoryError:  # one at a time may fit
+    except torch.OutOfMemoryError:  # unbuffered, one chunk at a time may fit
         return []
 
 
 class Stream(Protocol):
-    """What orders the work of one stream after that of another."""
+    """Ordering of a stream's work after that of another."""
 
     def wait_event(self, event: Any) -> None:
-        """Let all later work of this stream wait for an event."""
+        """Make all later work of this stream wait for an event."""
 
     def record_event(self) -> Any:
-        """Return an event that comes when all work of this stream so far is done."""
+        """Return an event that fires when all work of this stream so far is done."""
 
 
 class Copies(Stream, Protocol):
@@ -181,19 +179,19 @@ class Copies(Stream, Protocol):
 def pipelined(
     chunks: Sequence[Tensor], buffers: Sequence[Tensor], main: Stream, copies: Copies
 ) -> Generator[Tensor, None, None]:
-    """Yield copies of chunks in two buffers by turns, each made while the one before is in use.
+    """Yield copies of chunks in two alternating buffers, each made while the other is in use.
 
     Args:
         chunks: The matrices.
-        buffers: Two vectors with room for the largest, free to be written after all work that
-            `main` has been given so far.
-        main: The stream that uses what is yielded.
-        copies: The stream that copies.
+        buffers: Two vectors with room for the largest, writable after all work queued on `main` so
+            far.
+        main: The stream that uses the copies.
+        copies: The stream that makes them.
 
     Yields:
-        The copies, views of a buffer, for work that is given to `main` before the next is asked
-        for. When this ends, in whatever way, later work of `main` comes after all copies, so that
-        the buffers' memory may serve that work.
+        The copies, views of a buffer, for work queued on `main` before the next one is requested.
+        However this ends, later work of `main` runs after all copies, so it may reuse the memory of
+        the buffers.
     """
     used = [main.record_event()] * 2
     ready: list[Any] = [None, None]
@@ -209,7 +207,7 @@ def pipelined(
             yield _view(buffers[i % 2], chunks[i])
             used[i % 2] = main.record_event()
     finally:
-        # Where it ends early, a copy is on its way to a buffer whose memory is about to be freed.
+        # On an early exit a copy may still be writing to a buffer that is about to be freed.
         main.wait_event(copies.record_event())
 
 

@@ -1,4 +1,4 @@
-"""Solves with a low-rank matrix plus a block-diagonal one, on any subset of the coordinates.
+"""Solves with a low-rank plus block-diagonal matrix on subsets of the coordinates (Woodbury).
 
 ``H = R^T R + mu K`` with few rows R (n, D) and K positive definite in small blocks. Its inverse on
 a subset S of the coordinates follows from Woodbury's identity: with ``B = R_S K_SS^-1`` and
@@ -6,7 +6,7 @@ a subset S of the coordinates follows from Woodbury's identity: with ``B = R_S K
 
     (R_S^T R_S + mu K_SS)^-1 = (K_SS^-1 - B^T (mu I + G)^-1 B) / mu.
 
-mu enters nowhere but in an n x n matrix, so that once B and G are there, any mu costs little.
+mu enters only an n x n matrix: once B and G are computed, any further mu is cheap.
 Shapes: D coordinates, n rows, b blocks; a block has p coordinates, s of them in S; o, i: the rows
 and columns of a weight matrix.
 """
@@ -19,14 +19,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Of eps: a condition number at which a factorisation still has one digit.
+# Multiple of eps below the largest eigenvalue at which a factorisation still has one digit.
 _FLOOR = 10
-# Small matrices factored at once, so that they stay far below the rows' memory.
+# Bytes of small matrices factored in one batch: far less memory than the rows.
 _BYTES_AT_ONCE = 2**26
 
 
 class Block(ABC):
-    """A positive definite matrix K (p, p) of which any principal submatrix is cheap to invert."""
+    """A positive definite matrix K (p, p) whose principal submatrices are cheap to invert."""
 
     numel: int
 
@@ -75,14 +75,13 @@ class DiagonalBlock(Block):
 class KroneckerBlock(Block):
     """``diag(scale) (x) A + damping I``, for a weight matrix (o, i) in row-major order.
 
-    Rows of the weights do not interact; within a row the inputs' covariance A does, which may be
-    block-diagonal itself: c blocks of size i / c.
+    Rows of the weights do not interact; entries within a row interact through the inputs'
+    covariance A, which may be block-diagonal itself: c blocks of size i / c.
 
     Args:
         covariance: A, shape (i, i), or (c, i/c, i/c): symmetric and positive semidefinite.
         scale_o: Shape (o,), not negative.
-        damping: Positive; raised to what the dtype needs, `_FLOOR` eps times a bound on the largest
-            eigenvalue.
+        damping: Positive; raised to at least `_FLOOR` eps times a bound on the largest eigenvalue.
 
     Raises:
         ValueError: If a scale is negative, the damping not positive, or a number not finite.
@@ -98,8 +97,8 @@ class KroneckerBlock(Block):
         if not 0 < damping < float("inf"):
             raise ValueError(f"expected a positive damping, got {damping}")
         self._a_cii = covariance if covariance.ndim == 3 else covariance[None]
-        # Constant inputs, or one output with all of the curvature, leave an eigenvalue so large
-        # beside the damping that rounding makes K indefinite.
+        # Constant inputs, or one output with all of the curvature, give an eigenvalue so large
+        # relative to the damping that rounding makes K indefinite.
         bound = self._a_cii.abs().sum(2).max() * scale_o.max()
         least = _FLOOR * torch.finfo(covariance.dtype).eps * float(bound)
         self._scale_o, self._damping = scale_o, max(damping, least)
@@ -119,7 +118,7 @@ class KroneckerBlock(Block):
     def solve(self, mask_p: Tensor, *inputs: Tensor) -> tuple[list[Tensor], Tensor]:
         """Return x K_SS^-1 for each x, and the diagonal of K_SS^-1, all zero outside S."""
         c, i, _ = self._a_cii.shape
-        mask_mi = mask_p.view(-1, i).to(self._a_cii.dtype)  # m = o c, the small matrices in order
+        mask_mi = mask_p.view(-1, i).to(self._a_cii.dtype)  # m = o c small matrices
         scale_m = self._scale_o.repeat_interleave(c)
         out = [torch.empty_like(x_np) for x_np in inputs]
         diagonal_mi = torch.empty_like(mask_mi)
@@ -133,7 +132,7 @@ class KroneckerBlock(Block):
             else:
                 which = torch.arange(start, start + len(f_mi), device=f_mi.device) % c
                 a_mii = self._a_cii[which] * scale_m[part, None, None]
-            # Outside S the identity, which neither mixes with S nor spoils the factorisation.
+            # The identity outside S: decoupled from S, and the batch keeps one shape.
             a_mii = (a_mii + eye_ii) * f_mi[:, :, None] * f_mi[:, None, :]
             a_mii.diagonal(dim1=1, dim2=2).add_(1 - f_mi)
             inverse_mii = torch.cholesky_inverse(torch.linalg.cholesky(a_mii))
@@ -174,7 +173,7 @@ class PermutedBlock(Block):
         """Return x K_SS^-1 for each x, and the diagonal of K_SS^-1, all zero outside S."""
         permuted = [self._to_block(x_np) for x_np in inputs]
         out, diagonal_p = self._block.solve(self._to_block(mask_p), *permuted)
-        # Or two more copies of the rows would be there while the results are put in order.
+        # Free the permuted copies now, and each result as it is permuted back: the rows are large.
         permuted.clear()
         return [self._stored(out.pop(0)) for _ in inputs], self._stored(diagonal_p)
 
@@ -186,18 +185,18 @@ class PermutedBlock(Block):
 
 
 def _permuted(x: Tensor, shape: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
-    """Permute the tensors of a shape that lie flat along the last dimension of x."""
+    """Permute the dimensions of tensors that are flattened along the last dimension of x."""
     lead = x.shape[:-1]
     dims = (*range(len(lead)), *(len(lead) + d for d in order))
     return x.reshape(*lead, *shape).permute(dims).reshape(x.shape)
 
 
 class LowRankPlusBlocks:
-    """``H = R^T R + mu K``: few rows, and a block-diagonal matrix.
+    """``H = R^T R + mu K``: few rows plus a block-diagonal matrix.
 
     Args:
         rows: R by block of columns, (n, p) each.
-        blocks: K, one block for each of these.
+        blocks: K, one block for each block of columns.
 
     Raises:
         ValueError: If rows and blocks do not fit each other, or a row is not finite.
@@ -252,8 +251,8 @@ class LowRankPlusBlocks:
                 entries in S are not used. Zeros by default.
 
         Cost:
-            About 2 n s (n + i) operations for s coordinates in S, and the memory of n (s + n)
-            numbers beside the rows.
+            About 2 n s (n + i) operations for s coordinates in S, and memory for n (s + n) numbers
+            in addition to the rows.
         """
         return SupportSystem(self, mask_D, fixed_D)
 
@@ -279,14 +278,14 @@ class SupportSystem:
             H.rows, H.blocks, mask_D.split(self._sizes), outside_D.split(self._sizes), strict=True
         )
         for r_np, block, mask_p, x_p in parts:
-            # What K couples S with through the fixed values, solved along with the rows.
+            # The right-hand side from the fixed values outside S, solved along with the rows.
             coupled_p = torch.where(mask_p, block.multiply(x_p), 0)
             (b_np, fixed_1p), diagonal_p = block.solve(mask_p, r_np, coupled_p[None])
             diagonals.append(diagonal_p)
             fixed.append(fixed_1p[0])
             columns = slice(None) if bool(mask_p.all()) else mask_p.nonzero()[:, 0]
             if isinstance(columns, slice) or 2 * len(columns) > len(mask_p):
-                # B is zero outside S; a copy of R costs more memory than these zeros cost time.
+                # B is zero outside S: multiplying zeros is cheaper than copying most of R.
                 self._G_nn += b_np @ r_np.mT
                 b_ns = b_np[:, columns]
             else:
@@ -302,7 +301,7 @@ class SupportSystem:
     def solve(
         self, mu: float, residual_n: Tensor | None = None, gradient_D: Tensor | None = None
     ) -> Tensor:
-        """Return the x that minimises a quadratic function, with the values outside S fixed.
+        """Return the minimiser of a quadratic function, with the values outside S fixed.
 
         ``1/2 |R x + residual|^2 + mu/2 x^T K x + gradient^T x``
 
@@ -334,7 +333,7 @@ class SupportSystem:
             torch.linalg.solve_triangular(factor_nn, b_ns, upper=False).square_().sum(0)
             for b_ns in self._B
         ]
-        # Where the rows determine a coordinate, the difference drowns in rounding.
+        # For a coordinate determined by the rows, the difference cancels to rounding noise.
         least_D = self._diagonal_D * torch.finfo(self._diagonal_D.dtype).eps
         return torch.maximum(self._diagonal_D - self._spread(parts), least_D) / mu
 
@@ -361,4 +360,4 @@ class SupportSystem:
 
 def _require_positive(what: str, x: Tensor) -> None:
     if not bool(((x > 0) & x.isfinite()).all()):
-        raise ValueError(f"expected {what} to be positive and finite, got a least of {x.min()}")
+        raise ValueError(f"expected {what} to be positive and finite, got a minimum of {x.min()}")

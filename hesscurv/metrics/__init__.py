@@ -1,8 +1,8 @@
-"""Compare subspaces: pruning masks, eigenspaces of the Hessian, any orthonormal basis.
+"""Metrics between subspaces: pruning masks, eigenspaces of the Hessian, any orthonormal basis.
 
 A `Subspace` is a bool mask (D,), a basis (D, k) with orthonormal columns, or `Eigenpairs`. A mask
-with k True entries stands for the span of its k coordinate axes, so that masks and eigenspaces are
-points of the same Grassmann manifold.
+with k True entries stands for the span of its k coordinate axes: masks and eigenspaces are points
+of the same Grassmann manifold.
 """
 
 from hesscurv.metrics.angles import principal_angles

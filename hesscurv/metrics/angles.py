@@ -1,4 +1,4 @@
-"""Principal angles between subspaces, in all digits from 0 to pi/2."""
+"""Principal angles between subspaces, accurate from 0 to pi/2."""
 
 from __future__ import annotations
 
@@ -25,9 +25,8 @@ def principal_angles(a: Subspace, b: Subspace) -> Tensor:
     """Return the principal angles between two subspaces, smallest first.
 
     ``cos t_i`` are the singular values of ``A^T B``. Angles below 45 degrees are computed from the
-    sines instead, the singular values of ``(I - A A^T) B``, because arccos near 1 would lose half
-    of the digits: an angle is right to a few units of the bases' precision, as large as 1e-9 or
-    pi/2.
+    sines instead, the singular values of ``(I - A A^T) B``, because arccos near 1 loses half of the
+    digits: every angle, whether 1e-9 or pi/2, is accurate to a few eps of the bases' dtype.
 
     Args:
         a: A bool mask (D,), a basis (D, k_a) with orthonormal columns, or `Eigenpairs`.
@@ -37,13 +36,12 @@ def principal_angles(a: Subspace, b: Subspace) -> Tensor:
         Shape (min(k_a, k_b),), float64, radians in [0, pi/2], on the bases' device.
 
     Raises:
-        TypeError: If an argument is none of the three.
+        TypeError: If an argument is not a subspace.
         ValueError: If D differs, a mask is empty, or a basis is not finite or not orthonormal.
 
     Cost:
         2 D k_a k_b flops for the cosines; with s angles below 45 degrees, about 2 D s (k_a + k_b +
-        s) more for their sines. Row blocks of some tens of MB and a few k x k float64 matrices
-        beside the bases.
+        s) more for their sines. Memory: row blocks of tens of MB and a few k x k float64 matrices.
 
     References:
         Björck and Golub, Math. Comp. 27 (1973), 579-594; the combination of cosines and sines is
@@ -75,8 +73,8 @@ def cross(large: Span, small: Span) -> Tensor:
     """Return large^T small, (p, q), float64; or its R factor (q, q) for a mask against a basis."""
     with without_autocast(device_of(large)):
         if isinstance(large, CoordinateSpan):
-            # A mask may keep millions of rows: p x q is as large as the basis then. Its R factor
-            # has the same singular values and right singular vectors.
+            # A mask may keep millions of rows, which makes p x q as large as the basis. Its R
+            # factor has the same singular values and right singular vectors.
             assert isinstance(small, ColumnSpan)
             return _r_factor(rows_at(large, small))
         if isinstance(small, CoordinateSpan):
@@ -117,8 +115,8 @@ def rows_at(axes: CoordinateSpan, columns: ColumnSpan) -> Iterator[Tensor]:
 def _r_factor(blocks: Iterable[Tensor]) -> Tensor:
     """Return the R factor of a tall matrix given in row blocks (TSQR), in float64.
 
-    The Gram matrix would be a little faster and would square the singular values: those below
-    sqrt(eps) would be lost.
+    A Gram matrix would be slightly faster but squares the singular values: those below sqrt(eps)
+    would be lost.
     """
     factor: Tensor | None = None
     for block in blocks:

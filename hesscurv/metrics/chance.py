@@ -1,4 +1,4 @@
-"""The overlap that chance gives, its standard deviation, and how far above it a value lies."""
+"""Chance level of the overlap: mean, standard deviation and z-score."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Against = Literal["random_space", "random_mask"]
 
 
 class ChanceOverlap(NamedTuple):
-    """Mean and standard deviation of an overlap under chance, both without unit.
+    """Mean and standard deviation of an overlap under chance, both dimensionless.
 
     Args:
         mean: The mean.
@@ -33,23 +33,23 @@ class ChanceOverlap(NamedTuple):
 def chance_overlap(
     k: int, D: int, *, k2: int | None = None, against: Against = "random_space"
 ) -> ChanceOverlap:
-    """Return mean and standard deviation of the overlap of a fixed subspace and a random one.
+    """Return mean and standard deviation of the overlap of a fixed and a random subspace.
 
     With ranks k and k2 the mean is ``sqrt(k k2) / D``, which is k/D for equal ranks. The standard
     deviation is the square root of
 
-    - ``2 (D - k)(D - k2) / (D^2 (D - 1)(D + 2))`` against a uniformly random space. It does not
-      depend on what the fixed one is: mask against space and space against space are alike.
+    - ``2 (D - k)(D - k2) / (D^2 (D - 1)(D + 2))`` against a uniformly random space, whether the
+      fixed subspace is a mask or not.
     - ``(D - k)(D - k2) / (D^2 (D - 1))`` for a fixed mask against a uniformly random mask
-      (hypergeometric). A random mask against a fixed space that is no mask depends on the space,
-      through its leverage scores: see `overlap_z_score`.
+      (hypergeometric). For a random mask against a fixed space that is not a mask, it depends on
+      the leverage scores of the space: see `overlap_z_score`.
 
     Args:
-        k: The rank of one, 1 <= k <= D.
-        D: The dimension of the space around.
-        k2: The rank of the other; k by default.
-        against: What is drawn at random: ``"random_space"`` (default), or ``"random_mask"``, then
-            both are masks.
+        k: Rank of the first subspace, 1 <= k <= D.
+        D: Dimension of the ambient space.
+        k2: Rank of the second; k by default.
+        against: The random subspace: ``"random_space"`` (default) or ``"random_mask"``, for two
+            masks.
 
     Returns:
         A named tuple (mean, std).
@@ -88,32 +88,32 @@ def chance_overlap(
 
 
 def overlap_z_score(a: Subspace, b: Subspace, *, against: Against = "random_space") -> float:
-    """Return by how many standard deviations an overlap exceeds its chance level.
+    """Return the z-score of an overlap relative to its chance level.
 
-    ``z = (overlap(a, b) - mean) / std``. Scores in the hundreds are usual for networks: they say
-    that the overlap is not chance, not how large it is.
+    ``z = (overlap(a, b) - mean) / std``. Scores in the hundreds are usual for networks: they show
+    that the overlap is not chance, not that it is large.
 
     Args:
         a: A bool mask (D,), a basis (D, k_a) with orthonormal columns, or `Eigenpairs`.
         b: Likewise, of the same D; its rank may differ.
-        against: What chance means: ``"random_space"`` (default) replaces one of the two by a
+        against: The null model: ``"random_space"`` (default) replaces one of the two by a
             uniformly random space of its rank. ``"random_mask"`` replaces the mask by a uniformly
-            random mask of its size and keeps the other as it is. It is the stricter one for a
-            space that lies along few coordinates, where every mask's overlap varies more:
+            random mask of its size. It is stricter for a space that lies along few coordinates,
+            since the overlap of masks then varies more:
             ``std^2 = (D - k_a) / (D (D - 1) k_b) sum_i (l_i - k_b/D)^2`` with b's leverage
             scores l.
 
     Returns:
-        The score, without unit; negative below chance.
+        The score, dimensionless; negative below chance.
 
     Raises:
-        TypeError: If an argument is none of the three.
+        TypeError: If an argument is not a subspace.
         ValueError: If D differs, a mask is empty, a basis is not finite or not orthonormal, no
             argument is a mask for ``"random_mask"``, or the overlap cannot vary: a rank is D, or
             all leverage scores are equal.
 
     Cost:
-        That of `overlap`; against random masks, also that of `leverage_scores`.
+        As `overlap`; against random masks, also `leverage_scores`.
 
     References:
         As `chance_overlap`; Cochran, Sampling Techniques, 1977, theorem 2.2, for random masks.
@@ -130,7 +130,7 @@ def overlap_z_score(a: Subspace, b: Subspace, *, against: Against = "random_spac
         chance = _random_mask_chance(axes.rank, other)
     else:
         chance = chance_overlap(axes.rank, axes.dim, k2=other.rank, against=against)
-    # Rounding in equal leverage scores leaves a spread of some eps.
+    # Equal leverage scores differ by some eps due to rounding.
     if chance.std <= 1e-12 * chance.mean:
         raise ValueError(
             f"expected an overlap that can vary, got ranks {span_a.rank} and {span_b.rank} in "

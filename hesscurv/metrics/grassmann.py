@@ -26,10 +26,10 @@ def overlap(a: Subspace, b: Subspace) -> float:
         b: Likewise, of the same D; its rank may differ.
 
     Returns:
-        A number in [0, 1], without unit.
+        A number in [0, 1], dimensionless.
 
     Raises:
-        TypeError: If an argument is none of the three.
+        TypeError: If an argument is not a subspace.
         ValueError: If D differs, a mask is empty, or a basis is not finite or not orthonormal.
 
     Cost:
@@ -63,11 +63,11 @@ def geodesic_distance(a: Subspace, b: Subspace, *, normalized: bool = False) -> 
         The distance, in radians unless normalised.
 
     Raises:
-        TypeError: If an argument is none of the three.
+        TypeError: If an argument is not a subspace.
         ValueError: If D or k differ, a mask is empty, or a basis is not finite or not orthonormal.
 
     Cost:
-        That of `principal_angles`; `grassmann_distances` gives all distances for the price of one.
+        As `principal_angles`; `grassmann_distances` returns all distances at that cost.
 
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3.
@@ -86,14 +86,14 @@ def chordal_2_distance(a: Subspace, b: Subspace, *, normalized: bool = False) ->
         normalized: Divide by the distance of orthogonal spaces, sqrt(2); off by default.
 
     Returns:
-        The distance, without unit.
+        The distance, dimensionless.
 
     Raises:
-        TypeError: If an argument is none of the three.
+        TypeError: If an argument is not a subspace.
         ValueError: If D or k differ, a mask is empty, or a basis is not finite or not orthonormal.
 
     Cost:
-        That of `principal_angles`; `grassmann_distances` gives all distances for the price of one.
+        As `principal_angles`; `grassmann_distances` returns all distances at that cost.
 
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3.
@@ -112,14 +112,14 @@ def chordal_f_distance(a: Subspace, b: Subspace, *, normalized: bool = False) ->
         normalized: Divide by the distance of orthogonal spaces, sqrt(2 k); off by default.
 
     Returns:
-        The distance, without unit.
+        The distance, dimensionless.
 
     Raises:
-        TypeError: If an argument is none of the three.
+        TypeError: If an argument is not a subspace.
         ValueError: If D or k differ, a mask is empty, or a basis is not finite or not orthonormal.
 
     Cost:
-        That of `principal_angles`; `grassmann_distances` gives all distances for the price of one.
+        As `principal_angles`; `grassmann_distances` returns all distances at that cost.
 
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3.
@@ -138,14 +138,14 @@ def projection_2_distance(a: Subspace, b: Subspace, *, normalized: bool = False)
         normalized: Divide by the distance of orthogonal spaces, which is 1: no effect.
 
     Returns:
-        The distance in [0, 1], without unit.
+        The distance in [0, 1], dimensionless.
 
     Raises:
-        TypeError: If an argument is none of the three.
+        TypeError: If an argument is not a subspace.
         ValueError: If D or k differ, a mask is empty, or a basis is not finite or not orthonormal.
 
     Cost:
-        That of `principal_angles`; `grassmann_distances` gives all distances for the price of one.
+        As `principal_angles`; `grassmann_distances` returns all distances at that cost.
 
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3.
@@ -165,14 +165,14 @@ def projection_f_distance(a: Subspace, b: Subspace, *, normalized: bool = False)
         normalized: Divide by the distance of orthogonal spaces, sqrt(k); off by default.
 
     Returns:
-        The distance, without unit.
+        The distance, dimensionless.
 
     Raises:
-        TypeError: If an argument is none of the three.
+        TypeError: If an argument is not a subspace.
         ValueError: If D or k differ, a mask is empty, or a basis is not finite or not orthonormal.
 
     Cost:
-        That of `principal_angles`; `grassmann_distances` gives all distances for the price of one.
+        As `principal_angles`; `grassmann_distances` returns all distances at that cost.
 
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3.
@@ -194,11 +194,11 @@ def fubini_study_distance(a: Subspace, b: Subspace, *, normalized: bool = False)
         The distance, in radians unless normalised.
 
     Raises:
-        TypeError: If an argument is none of the three.
+        TypeError: If an argument is not a subspace.
         ValueError: If D or k differ, a mask is empty, or a basis is not finite or not orthonormal.
 
     Cost:
-        That of `principal_angles`; `grassmann_distances` gives all distances for the price of one.
+        As `principal_angles`; `grassmann_distances` returns all distances at that cost.
 
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3.
@@ -220,7 +220,7 @@ def grassmann_distances(a: Subspace, b: Subspace, *, normalized: bool = False) -
         fubini_study; see the functions of these names for formulas and units.
 
     Raises:
-        TypeError: If an argument is none of the three.
+        TypeError: If an argument is not a subspace.
         ValueError: If D or k differ, a mask is empty, or a basis is not finite or not orthonormal.
 
     Cost:

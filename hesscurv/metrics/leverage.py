@@ -1,4 +1,4 @@
-"""Leverage scores: how much of a subspace each coordinate, hence each parameter, carries.
+"""Leverage scores of a subspace, by coordinate and by parameter.
 
 The leverage of row i of an orthonormal basis V is ``sum_j V_ij^2``, the squared length of the
 coordinate axis i projected onto the space. Scores lie in [0, 1] and sum to the rank.
@@ -29,13 +29,13 @@ from hesscurv.objective.parameters import ParameterLayout
 
 @dataclass(frozen=True)
 class ParameterOverlap:
-    """What one named parameter contributes to the overlap of a mask and a space.
+    """Contribution of one named parameter to the overlap of a mask and a space.
 
     Args:
         numel: Entries of the parameter.
         num_kept: Entries that the mask keeps.
-        leverage_share: The parameter's part of all leverage, kept or not; sums to 1 over all.
-        overlap: The kept entries' part of the overlap; sums to the overlap over all.
+        leverage_share: The parameter's share of the total leverage; sums to 1 over all parameters.
+        overlap: Contribution of the kept entries; sums to the overlap over all parameters.
     """
 
     numel: int
@@ -73,15 +73,15 @@ def best_mask(pairs: Subspace, k: int | None = None) -> Tensor:
     """Return the k-sparse mask that overlaps most with the space of the first k eigenvectors.
 
     The overlap of a mask and a basis is the mean leverage score over the mask, so the k largest
-    scores maximise it: no mask of k entries comes closer, whatever it is made from. For a mask of
-    another size than the rank, use ``top_k_mask(leverage_scores(pairs), size)``.
+    scores maximise it over all masks of k entries. For a mask whose size is not the rank, use
+    ``top_k_mask(leverage_scores(pairs), size)``.
 
     Args:
         pairs: `Eigenpairs`, or a basis (D, K) with orthonormal columns, most important first.
         k: The size of the mask and the number of columns used, 1 <= k <= K; K by default.
 
     Returns:
-        Shape (D,), bool, exactly k True. Of equal scores the one that comes first is kept.
+        Shape (D,), bool, exactly k True. Ties keep the first entry.
 
     Raises:
         TypeError: If `pairs` is neither, or k is not an integer.
@@ -105,12 +105,12 @@ def overlap_by_k(scores: Tensor, pairs: Subspace, ks: Iterable[int] | None = Non
 
     Args:
         scores: Shape (D,), integer or floating: the largest are kept. For the magnitude mask pass
-            the absolute values of the flat parameter vector. Of equal scores the first is kept.
+            the absolute values of the flat parameter vector. Ties keep the first entry.
         pairs: `Eigenpairs`, or a basis (D, K) with orthonormal columns, most important first.
         ks: The ranks to evaluate, each between 1 and K, in any order; 1, ..., K by default.
 
     Returns:
-        Shape (len(ks),), float64, without unit, on the basis's device.
+        Shape (len(ks),), float64, dimensionless, on the basis's device.
 
     Raises:
         TypeError: If `scores` is not an integer or floating tensor, `pairs` is neither of the two,
@@ -146,7 +146,7 @@ def overlap_by_k(scores: Tensor, pairs: Subspace, ks: Iterable[int] | None = Non
     # one row up to the diagonal and one column above it.
     growth = rows.tril().sum(1) + rows.triu(1).sum(0)
     index = torch.tensor(ranks, device=growth.device)
-    # On the host: a running sum on a GPU is refused by torch.use_deterministic_algorithms.
+    # On the host: torch.use_deterministic_algorithms refuses cumsum on a GPU.
     return growth.cpu().cumsum(0).to(growth.device)[index - 1] / index
 
 
@@ -163,7 +163,7 @@ def leverage_by_parameter(
         A dict from name to a tensor of the parameter's shape; all entries together sum to k.
 
     Raises:
-        TypeError: If `pairs` is neither of the two, or `layout` is no layout.
+        TypeError: If `pairs` is neither of the two, or `layout` is not a ParameterLayout.
         ValueError: If there is no layout or it has another D, or the basis is not finite or not
             orthonormal.
 
@@ -179,7 +179,7 @@ def leverage_by_parameter(
 def overlap_by_parameter(
     mask: Tensor, pairs: Subspace, layout: ParameterLayout | None = None
 ) -> dict[str, ParameterOverlap]:
-    """Return what each named parameter contributes to the overlap of a mask and a space.
+    """Return the contribution of each named parameter to the overlap of a mask and a space.
 
     Args:
         mask: Shape (D,), bool, with at least one True.

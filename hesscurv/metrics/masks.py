@@ -1,7 +1,7 @@
-"""Masks of k entries out of D: by magnitude, by scores, at random; and how alike two are.
+"""Masks of k out of D entries, by magnitude, by scores or at random, and their similarity.
 
-A mask is a bool tensor (D,) in the flat order of the operators: the parameters that
-`select_parameters` gives, in the model's order, each row by row.
+A mask is a bool tensor (D,) in the flat order of the operators: the parameters of
+`select_parameters`, in the model's order, each flattened row by row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from hesscurv.objective.parameters import ParamSelection, select_parameters
 
 
 def magnitude_mask(model: nn.Module | Tensor, k: int, params: ParamSelection = None) -> Tensor:
-    """Return the mask of the k parameters of largest magnitude, over all layers together.
+    """Return the mask of the k parameters of largest magnitude, ranked over all layers.
 
     Args:
         model: A module, or a flat parameter vector (D,), floating.
@@ -59,7 +59,7 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """Return the mask of the k largest scores.
 
     Args:
-        scores: Shape (D,), integer or floating; inf is allowed, and kept first.
+        scores: Shape (D,), integer or floating; inf is allowed and ranks first.
         k: How many entries are True, 1 <= k <= D.
 
     Returns:
@@ -78,7 +78,7 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
     scores = scores.detach()
     threshold = torch.topk(scores, k, sorted=False).values.min()
     mask = scores > threshold
-    # topk breaks ties as it pleases, and differently on each device.
+    # topk breaks ties arbitrarily, and differently on each device.
     ties = (scores == threshold).nonzero().squeeze(1)
     mask[ties[: k - int(mask.sum())]] = True
     return mask
@@ -138,7 +138,7 @@ def intersection_over_union(a: Tensor, b: Tensor) -> float:
         b: Likewise, of the same D; its size may differ.
 
     Returns:
-        A number in [0, 1], without unit: 1 for equal masks, 0 for disjoint ones.
+        A number in [0, 1], dimensionless: 1 for equal masks, 0 for disjoint ones.
 
     Raises:
         TypeError: If an argument is not a bool tensor.

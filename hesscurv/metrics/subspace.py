@@ -1,9 +1,9 @@
-"""One form for the three ways to give a subspace: a bool mask, a basis, or eigenpairs.
+"""Uniform representation of subspaces: bool masks, bases and eigenpairs.
 
 A mask spans coordinate axes and is kept as indices, never as a D x k matrix of zeros and ones; a
-basis is read in blocks of rows, never copied. Products of float32 blocks are float32 and their
-sums over the blocks are float64. They ignore autocast, and follow
-`torch.get_float32_matmul_precision` as all products in PyTorch do.
+basis is read in blocks of rows, never copied. Products of float32 blocks are float32, and sums over
+blocks float64. They ignore autocast and follow `torch.get_float32_matmul_precision`, as all
+products in PyTorch.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from hesscurv.interface.descriptions import Described
 Subspace = Tensor | Eigenpairs
 """A bool mask (D,), a floating basis (D, k) with orthonormal columns, or `Eigenpairs`."""
 
-# The largest rms eigenvalue of V^T V - I that is let through. It bounds the relative error of an
-# overlap. Wide enough for a basis that was orthonormalised in float32 and cast to float64.
+# Accepted rms eigenvalue of V^T V - I, a bound on the relative error of an overlap. Wide enough for
+# a basis orthonormalised in float32 and cast to float64.
 _TOLERANCE = {
     torch.float64: 1e-5,
     torch.float32: 1e-3,
@@ -42,7 +42,7 @@ class CoordinateSpan(Described):
 
     Args:
         mask: Shape (D,), bool.
-        indices: Shape (k,), int64, where the mask is True, increasing.
+        indices: Shape (k,), int64, increasing: the True entries.
     """
 
     mask: Tensor
@@ -50,7 +50,7 @@ class CoordinateSpan(Described):
 
     @property
     def dim(self) -> int:
-        """The dimension D of the space around."""
+        """The dimension D of the ambient space."""
         return self.mask.shape[0]
 
     @property
@@ -83,7 +83,7 @@ class ColumnSpan(Described):
 
     @property
     def dim(self) -> int:
-        """The dimension D of the space around."""
+        """The dimension D of the ambient space."""
         return self.basis.shape[0]
 
     @property
@@ -110,7 +110,7 @@ def as_span(subspace: Subspace, name: str) -> Span:
         The span it stands for.
 
     Raises:
-        TypeError: If it is none of the three, or a tensor that is neither bool nor floating.
+        TypeError: If it is not a subspace, or a tensor that is neither bool nor floating.
         ValueError: If it is a mask without any True, or a basis that has the wrong shape, is not
             finite, or has columns that are not orthonormal.
 
@@ -123,7 +123,7 @@ def as_span(subspace: Subspace, name: str) -> Span:
 
 
 def as_mask_span(mask: Tensor, name: str) -> CoordinateSpan:
-    """Validate an argument that has to be a mask; see `as_span`."""
+    """Validate a mask argument; see `as_span`."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"expected {name} to be a bool mask (D,), got {type(mask).__name__}")
     if mask.dtype != torch.bool:
@@ -146,7 +146,7 @@ def as_mask_span(mask: Tensor, name: str) -> CoordinateSpan:
 
 
 def as_column_span(pairs: Subspace, name: str) -> ColumnSpan:
-    """Validate an argument that has to be a basis or `Eigenpairs`; see `as_span`."""
+    """Validate a basis or `Eigenpairs` argument; see `as_span`."""
     basis = whole(pairs.eigenvectors if isinstance(pairs, Eigenpairs) else pairs)
     if not isinstance(basis, Tensor):
         raise TypeError(
@@ -259,7 +259,7 @@ def compute_dtype(*spans: Span) -> torch.dtype:
 
 
 def row_blocks(num_rows: int, num_columns: int) -> Iterator[tuple[int, int]]:
-    """Yield (start, stop) over the rows of a tall matrix, in blocks of some tens of MB."""
+    """Yield (start, stop) over the rows of a tall matrix, in blocks of tens of MB."""
     # At least twice as many rows as columns: below that, work on the k x k sums dominates.
     step = max(2 * num_columns, min(_BLOCK_ROWS, _BLOCK_ENTRIES // num_columns))
     for start in range(0, num_rows, step):
@@ -267,14 +267,14 @@ def row_blocks(num_rows: int, num_columns: int) -> Iterator[tuple[int, int]]:
 
 
 def without_autocast(device: torch.device) -> torch.autocast:
-    """Return a context in which products keep their dtype: angles cannot be had in bfloat16."""
+    """Return a context without autocast: bfloat16 products are useless for angles."""
     return torch.autocast(device.type, enabled=False)
 
 
 def _check_same_parameters(a: Eigenpairs, b: Eigenpairs) -> None:
     if a.layout is None or b.layout is None or a.layout.numel != b.layout.numel:
         return
-    # Names may differ by a wrapper's prefix; shapes that differ put the rows out of step.
+    # Names may differ by a wrapper's prefix; differing shapes misalign the rows.
     for i, (shape_a, shape_b) in enumerate(zip(a.layout.shapes, b.layout.shapes, strict=False)):
         if shape_a != shape_b:
             raise ValueError(

@@ -1,1 +1,1 @@
-"""A loss over data: tasks, batches, weights of the mean, parameters and the model's environment."""
+"""Loss over data: tasks, batches, weights, parameters and the environment of the model."""

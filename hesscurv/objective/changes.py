@@ -1,4 +1,4 @@
-"""Marks of a model, its data and its task, by which a later change of them is noticed."""
+"""Detection of changes to a model, its data and its task."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hesscurv.objective.data.samples import leaves_of
 
 
 class Written:
-    """Tensors and plain values as they are now; equal to a later look where nothing was written.
+    """Versions of tensors and plain values; equal to a later instance if nothing was written.
 
-    The tensors are kept alive: the address of one that is gone is soon another one's.
+    The tensors are kept alive, since the address of a freed one is soon reused.
 
     Args:
-        tensors: The tensors, whose writes autograd's version counters tell.
-        values: Numbers, texts and the like.
+        tensors: The tensors; writes are detected by autograd's version counters.
+        values: Numbers, strings and the like.
     """
 
     def __init__(self, tensors: Iterable[Tensor], values: Iterable[Any] = ()) -> None:
@@ -29,7 +29,7 @@ class Written:
         self._values = tuple(values)
 
     def __eq__(self, other: object) -> bool:
-        """Whether both hold the same tensors, not written to in between, and equal values."""
+        """Whether both hold the same tensors, unmodified in between, and equal values."""
         return (
             isinstance(other, Written)
             and len(self._tensors) == len(other._tensors)
@@ -49,9 +49,9 @@ def marks_of_batches(batches: Iterable[Any]) -> Written:
 
 
 def marks_of_task(task: Any) -> Written:
-    """Return the marks of a `Task`: tensors and modules in it, and the options of torch's losses.
+    """Return the marks of a `Task`: its tensors and modules, and the options of torch's losses.
 
-    Of other callables none are taken: what they hold may change with every call.
+    Other callables have none, since their contents may change with every call.
     """
     tensors: list[Tensor] = []
     values: list[Any] = []
@@ -71,11 +71,11 @@ def marks_of_task(task: Any) -> Written:
 
 
 def marks_of_model(model: nn.Module, training: bool | None) -> tuple[Any, ...]:
-    """Return the marks of a model that are seen without a look at any value.
+    """Return the marks of a model that need no read of any value.
 
     Args:
         model: The model.
-        training: None where each module's own mode counts.
+        training: None if each module's own mode applies.
     """
     tensors = map(own_shard, [*model.parameters(), *model.buffers()])
     marks: tuple[Any, ...] = tuple(

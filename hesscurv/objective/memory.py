@@ -1,4 +1,4 @@
-"""How much of the data and how many vectors go through a product at once."""
+"""Memory plan of a product: micro-batch size, vectors per pass, kept graphs."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _UNLIMITED = 1 << 30
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """The sizes that keep a product within its budget.
+    """Sizes that keep a product within its memory budget.
 
     Args:
         budget: Bytes for graphs and blocks of vectors together.
-        max_samples: Samples in a micro-batch.
-        max_vectors: Vectors at once on one micro-batch.
+        max_samples: Samples per micro-batch.
+        max_vectors: Vectors per pass over one micro-batch.
         keep_graphs: Whether the graphs of all micro-batches are kept between products.
-        keep_references: Whether the reference's graphs are kept as well, once they were needed.
-        graph_bytes: What the graphs take that there are at once; None where it is not known.
-        vector_bytes: What each vector passing through takes.
+        keep_references: Whether the graphs of the reference are kept too, once needed.
+        graph_bytes: Bytes of the graphs alive at once; None if unknown.
+        vector_bytes: Bytes per vector in flight.
     """
 
     budget: int
@@ -42,7 +42,7 @@ class MemoryPlan:
     vector_bytes: int = 0
 
     def needed(self, vectors: int) -> int:
-        """Return the bytes that a product of a block of so many vectors takes."""
+        """Return the bytes of a product with a block of this many vectors."""
         if self.graph_bytes is None:
             return self.budget
         passing = min(vectors, self.max_vectors) * self.vector_bytes
@@ -64,15 +64,15 @@ class MemoryPlan:
 def plan_memory(objective: Objective, budget: int, batch: Any, separable: bool) -> MemoryPlan:
     """Fit micro-batches and blocks of vectors into a budget, by measuring on a few samples.
 
-    The bytes that a gradient's graph retains are linear in the samples; they are counted on four
-    and on eight samples. Half of the budget holds graphs, half what the vectors passing through
-    need, about one graph's bytes each.
+    The bytes retained by a gradient's graph are linear in the samples; they are counted on four and
+    eight samples. Half of the budget holds graphs, half the vectors in flight, each about as large
+    as one graph.
 
     Args:
-        objective: What is measured.
+        objective: The objective.
         budget: Bytes.
         batch: The largest batch, to measure on.
-        separable: Whether batches may be cut.
+        separable: Whether batches may be split.
     """
     n = num_rows(batch)
     samples = _UNLIMITED
@@ -104,7 +104,7 @@ def plan_memory(objective: Objective, budget: int, batch: Any, separable: bool) 
 
 
 def is_mean_over_samples(objective: Objective, batch: Any) -> bool:
-    """Whether a few samples' loss is their halves' mean; not so for batch statistics, rankings."""
+    """Whether the loss of a few samples is the mean over halves; not so for batch statistics."""
     if not is_cuttable(batch):
         return False
     few = weighed_part(objective, batch, 8)
@@ -112,9 +112,9 @@ def is_mean_over_samples(objective: Objective, batch: Any) -> bool:
 
 
 def weighed_part(objective: Objective, batch: Any, size: int) -> Any:
-    """Return the first `size` samples of a batch, or the next that have a weight in the mean.
+    """Return the first `size` samples of a batch with positive weight.
 
-    The loss of samples whose targets are all ignored is 0 / 0, which tells nothing.
+    The loss of samples whose targets are all ignored is 0 / 0 and carries no information.
     """
     if not is_cuttable(batch):
         return batch
@@ -128,10 +128,11 @@ def weighed_part(objective: Objective, batch: Any, size: int) -> Any:
 
 
 def is_mean_over_parts(objective: Objective, batch: Any, size: int) -> bool:
-    """Whether a batch's loss is the mean over its parts of at most `size` samples; four forwards.
+    """Whether a batch's loss is the mean over its parts of at most `size` samples.
 
-    At other weights too, if there is memory for a copy: where a model gives all samples the same
-    outputs, as one whose last layer is zero does, any weighted mean of their losses is the same.
+    Also tested at other weights, if there is memory for a copy: for a model with equal outputs on
+    all samples, such as one with a zero last layer, every weighted mean is the same. Cost: four
+    forward passes.
     """
     if num_rows(batch) <= size:
         return True
@@ -152,9 +153,9 @@ def _is_mean(found: PartLosses | None) -> bool:
 
 
 def moved_parameters(objective: Objective) -> tuple[torch.Tensor, ...] | None:
-    """Return the parameters, moved by half of what they are drawn with at first.
+    """Return the parameters, perturbed by half of their scale at initialisation.
 
-    None where a copy of them takes too much memory.
+    None if a copy takes too much memory.
     """
     params = objective.parameters()
     if objective.layout.numel * objective.dtype.itemsize > objective.budget // 8:
@@ -172,13 +173,13 @@ def moved_parameters(objective: Objective) -> tuple[torch.Tensor, ...] | None:
 
 @dataclass(frozen=True)
 class PartLosses:
-    """The loss of a batch, and those of its parts.
+    """The loss of a batch and of its parts.
 
     Args:
-        loss: Of the whole.
-        weights: What each part counts in the mean; those of no weight are left out.
-        losses: Of the parts.
-        dtype: The coarser one of the loss and of what is computed in.
+        loss: Loss of the whole.
+        weights: Weights of the parts in the mean; parts of zero weight are omitted.
+        losses: Losses of the parts.
+        dtype: The coarser of the dtypes of loss and computation.
     """
 
     loss: float
@@ -195,10 +196,10 @@ def losses_of_parts(
 ) -> PartLosses | None:
     """Return the losses of a batch and of its parts of at most `size` samples.
 
-    At given parameters, or the present ones. None where the batch cannot be cut.
+    At given parameters, or the present ones. None if the batch cannot be split.
     """
     with objective.environment(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what cannot be cut may warn of shapes
+        warnings.simplefilter("ignore")  # an unsplittable batch may warn about shapes
         params = objective.parameters() if params is None else params
         try:
             parts = [(objective.weight(part), part) for part in split(batch, size)]
@@ -207,7 +208,7 @@ def losses_of_parts(
             losses = [float(objective.loss(params, part).detach()) for _, part in parts]
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # a model of fixed batch size, in whatever way it says so
+        except Exception:  # such as a model of fixed batch size, whose error has any type
             return None
     return PartLosses(
         float(whole), [w for w, _ in parts], losses, coarser(whole.dtype, objective.dtype)
@@ -215,12 +216,12 @@ def losses_of_parts(
 
 
 def coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """Return the one of two floating dtypes that has fewer digits."""
+    """Return the less precise of two floating dtypes."""
     return max(a, b, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _graph_bytes(objective: Objective, batch: Any) -> float:
-    """Count the bytes that the gradient's graph of a batch holds, inputs and parameters aside."""
+    """Count the bytes held by the gradient's graph of a batch, without inputs and parameters."""
 
     def measure() -> float:
         leaves = objective.leaves()
@@ -230,11 +231,11 @@ def _graph_bytes(objective: Objective, batch: Any) -> float:
                 return 0.0
             forward = made.bytes_alive()
             try:
-                # Bound to a name: what it holds is what is counted.
+                # Bound to a name to keep the graph alive while it is counted.
                 slopes = torch.autograd.grad(loss, leaves, create_graph=True, allow_unused=True)  # noqa: F841
             except torch.OutOfMemoryError:
                 raise
-            except Exception:  # a backward pass without derivative; its graph is about as large
+            except Exception:  # no double backward; the first graph is about as large
                 return 2 * forward
         return made.bytes_alive()
 
@@ -242,7 +243,7 @@ def _graph_bytes(objective: Objective, batch: Any) -> float:
 
 
 class _Storages(TorchDispatchMode):
-    """Remembers the memory of all tensors that are made inside, without keeping it alive."""
+    """Tracks the storages of all tensors created inside, without keeping them alive."""
 
     supports_higher_order_operators = True  # flex attention, conditions, loops: run as they are
 
@@ -255,7 +256,7 @@ class _Storages(TorchDispatchMode):
         given = {id(t.untyped_storage()) for t in tensors_of((args, kwargs)) if _has_storage(t)}
         for t in filter(_has_storage, tensors_of(out)):
             storage = t.untyped_storage()
-            if id(storage) not in given:  # else a view
+            if id(storage) not in given:  # otherwise a view of an input
                 self._made[id(storage)] = weakref.ref(storage)
         return out
 

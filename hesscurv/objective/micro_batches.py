@@ -1,4 +1,4 @@
-"""Micro-batches: how the batches of an objective are cut so that a product fits its memory."""
+"""Micro-batches: splitting of batches so that a product fits its memory."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ logger = logging.getLogger(__name__)
 
 
 class MicroBatches:
-    """What of an objective's batches goes through a product at once, and with how many vectors.
+    """The micro-batches of an objective, and the number of vectors per pass.
 
     Args:
-        objective: What is measured.
+        objective: The objective.
 
     Attributes:
-        plan: The sizes that keep a product within its memory.
+        plan: Sizes that keep a product within its memory.
         largest: The batch with the most samples, once `note` has seen them all.
-        separable: Whether batches may be cut: their loss is the mean of their parts' losses.
+        separable: Whether batches may be split: their loss is the mean of their parts' losses.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -39,8 +39,8 @@ class MicroBatches:
         self.plan = MemoryPlan(objective.budget)
         self.largest: Any = None
         self.separable = False
-        self._weights: dict[int, list[float]] = {}  # of kept batches, by number
-        self._weighed: tuple[Any, ...] = ()  # what these weights are of
+        self._weights: dict[int, list[float]] = {}  # weights of kept batches, by number
+        self._weighed: tuple[Any, ...] = ()  # the batches and plan of these weights
 
     def note(self, batch: Any) -> None:
         """Remember the largest of the batches that count."""
@@ -48,28 +48,28 @@ class MicroBatches:
             self.largest = batch
 
     def make_plan(self, checking: bool) -> None:
-        """Decide whether batches may be cut, and plan the memory; a few forward passes.
+        """Decide whether batches may be split, and plan the memory, by a few forward passes.
 
         Args:
-            checking: Whether to look at every batch that the plan would cut.
+            checking: Whether to test every batch that the plan would split.
         """
         self._set_separable(is_mean_over_samples(self._objective, self.largest))
         if checking and not self._may_cut(self.plan.max_samples):
             self._set_separable(False)
 
     def few(self, size: int) -> Any:
-        """Return some samples of the largest batch, or all of it where it cannot be cut."""
+        """Return some samples of the largest batch, or all of it if it cannot be split."""
         if not self.separable:
             return self.largest
         return weighed_part(self._objective, self.largest, size)
 
     def shares(self, total_weight: float) -> Iterator[tuple[int, Any, float]]:
-        """Yield number, samples and share in the mean of all that goes through at once."""
+        """Yield number, samples and share in the mean of each micro-batch."""
         index = 0
         for number, batch in enumerate(self._objective.batches):
             own, *weights = self._weigh(number, batch)
             share = own / total_weight
-            if share == 0:  # nothing in it to average over
+            if share == 0:  # its mean would be 0 / 0
                 continue
             for part, w in zip(self._cut(batch), weights, strict=True):
                 if w != 0:
@@ -77,19 +77,19 @@ class MicroBatches:
                     index += 1
 
     def forget_weights(self) -> None:
-        """Weigh all batches again at the next pass: they, or the task that weighs them, changed."""
+        """Recompute all weights at the next pass, after a change of batches or task."""
         self._weights.clear()
 
     def describe(self, index: int, total_weight: float) -> str:
-        """Say which micro-batch a number is, for messages."""
+        """Describe a micro-batch by its number, for messages."""
         batch = next(part for i, part, _ in self.shares(total_weight) if i == index)
         return f"micro-batch {index}, {describe(batch)} with {num_rows(batch)} samples"
 
     def shrink(self) -> bool:
-        """Take less at once after memory ran out; return whether micro-batches are other ones now.
+        """Reduce the plan after an out-of-memory error; return whether micro-batches changed.
 
         Raises:
-            OutOfMemoryError: If nothing can be cut any more.
+            OutOfMemoryError: If nothing can be reduced any more.
         """
         if self.plan.keep_graphs:
             logger.warning("out of memory: going on without keeping graphs between products")
@@ -110,9 +110,9 @@ class MicroBatches:
         return split(batch, self.plan.max_samples) if self.separable else [batch]
 
     def _weigh(self, number: int, batch: Any) -> list[float]:
-        """Return the weight of a batch, and of its parts among themselves; none of an empty one.
+        """Return the weight of a batch, and the relative weights of its parts; none if it is empty.
 
-        Of batches that are kept they are remembered: a weight may be a number on a GPU.
+        Cached for kept batches, since computing a weight may synchronise a GPU.
         """
         batches = self._objective.batches
         present = (batches.reads, self.separable, self.plan.max_samples)
@@ -123,7 +123,7 @@ class MicroBatches:
         weights = [self._objective.weight(batch)]
         if weights[0] != 0:
             parts = self._cut(batch)
-            # Each part has its own mean: weigh the parts of one batch by their weights.
+            # Each part's loss is its own mean, so parts are combined by their weights.
             weights += [self._objective.weight(p) for p in parts] if len(parts) > 1 else [1.0]
         if batches.kept is not None:
             self._weights[number] = weights
@@ -135,7 +135,7 @@ class MicroBatches:
         self.plan = plan_memory(self._objective, self._objective.budget, self.largest, separable)
 
     def _may_cut(self, size: int) -> bool:
-        """Whether every batch's loss is its parts' mean; cheap where no batch has to be cut."""
+        """Whether every batch's loss is the mean of its parts; cheap if none has to be split."""
         return num_rows(self.largest) <= size or all(
             is_mean_over_parts(self._objective, batch, size)
             for batch in self._objective.batches

@@ -1,4 +1,4 @@
-"""The function whose curvature is measured: a model's mean loss in its parameters."""
+"""Objective: a model's mean loss as a function of its parameters."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from hesscurv.objective.running.plain_embeddings import PlainEmbeddings, dense, 
 from hesscurv.objective.tasks import Task, as_loss, weight_of
 from hesscurv.objective.value_changes import differ, read_values
 
-# A loss of many terms, summed in another order, comes out within so many units of rounding.
+# Reordering a sum of many terms changes a loss by at most about this many eps.
 _ROUNDINGS = 32
 
 
@@ -52,30 +52,30 @@ class Objective:
     """A model's mean loss over batches, as a pure function of the selected parameters.
 
     The model's code runs on substitutes: copies of the selected parameters' values in the compute
-    dtype, taken by `refresh`, which is to be called first, and copies of the buffers. The model's
-    own tensors, `.grad` fields and hooks on them are never involved. Parameters that are sharded
-    over ranks (FSDP2) are gathered by `refresh`, each at a time, into whole copies.
+    dtype, taken by `refresh`, which must be called first, and copies of the buffers. The model's
+    own tensors, `.grad` fields and tensor hooks are never involved. Parameters sharded over ranks
+    (FSDP2) are gathered by `refresh`, one at a time, into whole copies.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
         task: A `Task`, a callable ``(model, batch) -> scalar mean loss``, or without batches a
             closure ``(model) -> scalar`` or ``() -> scalar``.
         batches: Re-iterable batches; None for a closure.
-        params: Which parameters, see `select_parameters`.
+        params: The selected parameters, see `select_parameters`.
         training: Mode of the modules: False evaluates as in inference, True as in training, None
             leaves each module's own flag.
-        compute_dtype: Dtype of the computation and of the vectors; by default the parameters' own,
-            but float32 for those of half precision.
-        budget: Bytes for graphs and vectors, see `memory_budget`; a quarter more keeps batches.
-        may_be_empty: Whether there may be no batch, where other ranks have some.
+        compute_dtype: Dtype of the computation and of the vectors; by default that of the
+            parameters, or float32 for half precision.
+        budget: Bytes for graphs and vectors, see `memory_budget`; another quarter keeps batches.
+        may_be_empty: Whether there may be no batch, if other ranks have some.
 
     Attributes:
-        precision: What products are computed in: "highest", the compute dtype's own (default),
-            "tf32" or "bf16".
-        broadcasts_buffers: Whether all ranks compute with rank 0's buffers, as DDP does.
+        precision: Precision of products: "highest", that of the compute dtype (default), "tf32" or
+            "bf16".
+        broadcasts_buffers: Whether all ranks use rank 0's buffers, as in DDP.
 
     Raises:
-        TypeError: If the model, the task, the parameters or the batches are of a wrong type.
+        TypeError: If the model, the task, the parameters or the batches have the wrong type.
         ValueError: If nothing is selected, batches are missing or empty, or devices are mixed.
     """
 
@@ -96,7 +96,7 @@ class Objective:
         self.model = unwrap(model)
         self.broadcasts_buffers = broadcasts_buffers(model)
         refuse_flattened(self.model)
-        with exclusive(self.model):  # another thread may have substitutes in it
+        with exclusive(self.model):  # another thread may be running it on substitutes
             reshard(self.model)
             self._selected = select_parameters(self.model, params)
         self._signatures = {name: signature_of(p) for name, p in self._selected.items()}
@@ -112,7 +112,7 @@ class Objective:
         self.budget = memory_budget(self.device, budget)
         self.batches = Batches(batches, self.device, self._cast, self.budget // 4, may_be_empty)
         self._wrapper = _Wrapper(self.model)
-        # Whether embeddings are computed plainly: by what modules say, or once it is found.
+        # Whether embeddings are replaced by plain functions: by their options, or once detected.
         self._plain = any(map(makes_plain, self.model.modules()))
         self._values: tuple[Tensor, ...] = ()
         self.constants: dict[str, Tensor] = {}
@@ -148,11 +148,11 @@ class Objective:
         return self._values
 
     def refresh(self) -> bool:
-        """Take note of what changed in the model and in a list of batches; return whether any did.
+        """Detect changes of the model and of a list of batches; return whether there were any.
 
-        Writes that bypass autograd's version counters (`.data`) are noticed as well: the selected
-        parameters are compared with the copies taken, the others by their norms. What a closure
-        has captured is compared by its loss, for one evaluation.
+        Writes that bypass autograd's version counters (`.data`) are detected as well: the selected
+        parameters are compared with the copies taken, the others by their norms. State captured by
+        a closure is compared by one evaluation of its loss.
         """
         weights, data = self.find_changes()
         if weights:
@@ -160,9 +160,9 @@ class Objective:
         return self.closure_differs() or weights or data
 
     def find_changes(self) -> tuple[bool, bool]:
-        """Return whether the model changed, and whether a list of batches did: this is read again.
+        """Return whether the model changed, and whether a list of batches did, which is reread.
 
-        Sharded parameters are compared by this rank's own shards: nothing is sent.
+        Sharded parameters are compared by this rank's own shards, without communication.
         """
         with exclusive(self.model), torch.inference_mode(False), torch.no_grad():
             task = marks_of_task(self.task)
@@ -175,7 +175,7 @@ class Objective:
             same = self._marks[:1] == (marks,)
             if same and not self._compares_values:
                 return differs, data
-            # Values are not compared where another mark tells already.
+            # Values are compared only if no other mark shows a change.
             written, numbers = self._read_values(compare=same)
             self._compares_values = not self._once
             self._marks_seen = (marks, numbers)
@@ -183,10 +183,10 @@ class Objective:
 
     @contextmanager
     def values_compared_once(self) -> Iterator[None]:
-        """Inside, look for writes that bypass version counters at the first `refresh` alone.
+        """Inside, check for writes that bypass version counters only at the first `refresh`.
 
-        Whoever makes such a write gets what the values were at that one, of the selected
-        parameters. A GPU would have to be waited for at each look.
+        After such a write, the selected parameters keep the values of that refresh. Each check
+        would synchronise a GPU.
         """
         before, self._once = self._once, True
         try:
@@ -195,7 +195,7 @@ class Objective:
             self._once, self._compares_values = before, True
 
     def take_values(self) -> None:
-        """Take the model's present values; sharded ones are gathered, on all ranks together."""
+        """Copy the model's present values; collective, as sharded ones are gathered."""
         with exclusive(self.model), torch.inference_mode(False), torch.no_grad():
             selected = self._selected.values()
             self._values = tuple(whole(p).to(self.dtype, copy=True) for p in selected)
@@ -213,18 +213,18 @@ class Objective:
             self._first_loss = None
 
     def invalidate(self) -> None:
-        """Let the next `refresh` find that the model has changed."""
+        """Make the next `refresh` report a changed model."""
         self._marks = ()
 
     def release(self) -> None:
-        """Give up the copies of the model's values, until the next `refresh`."""
+        """Free the copies of the model's values until the next `refresh`."""
         self._values, self._copies, self.constants = (), (), {}
         self.invalidate()
 
     def compare_loss(self) -> None:
-        """Let the next `refresh` evaluate the first batch's loss, and compare it with the last one.
+        """Make the next `refresh` evaluate the first batch's loss and compare it with the last one.
 
-        It tells what leaves no mark: a model's own attributes, what a loss has captured.
+        Detects changes that leave no mark: plain attributes of a model, state captured by a loss.
         """
         self._comparing = not self.is_closure
 
@@ -235,15 +235,15 @@ class Objective:
         with self.environment():
             loss = float(self.loss(self._values, self.batches.kept[0]).detach())
         before, self._first_loss = self._first_loss, loss
-        # It is not finite where all targets of the batch are ignored.
+        # The loss is not finite if all targets of the batch are ignored.
         return before is not None and math.isfinite(loss) and not self._is_same(loss, before)
 
     def _is_same(self, loss: float, before: float) -> bool:
-        # On GPUs, sums by atomic additions come out in another order every time.
+        # On GPUs, atomic additions sum in a different order every time.
         return abs(loss - before) <= _ROUNDINGS * torch.finfo(self.dtype).eps * abs(before)
 
     def closure_differs(self) -> bool:
-        """Whether a closure's loss is another than before, by more than rounding."""
+        """Whether a closure's loss has changed by more than rounding."""
         if not self.is_closure:
             return False
         with self.environment():
@@ -258,7 +258,7 @@ class Objective:
         return any(is_sharded(p) for p in self.model.parameters())
 
     def weight(self, batch: Any) -> float:
-        """Return the batch's weight in the mean, its number of samples unless the task says."""
+        """Return the batch's weight in the mean, by default its number of samples."""
         return weight_of(self.task, batch)
 
     def loss(
@@ -300,7 +300,7 @@ class Objective:
 
     @contextmanager
     def environment(self, *, compiling: bool = False) -> Iterator[None]:
-        """Run the model's code inside: in the chosen mode, differentiable, leaving no trace."""
+        """Run the model's code inside: in the chosen mode, differentiable, without side effects."""
         with (
             preserved(self.model, self.device, self.training, compiling),
             differentiable(self.device, self.precision),
@@ -318,9 +318,9 @@ class Objective:
             self.precision = before
 
     def computes_as_found(self) -> bool:
-        """Whether the model, run as it stands, would compute what products are made of.
+        """Whether the model, run without `environment`, computes the same without side effects.
 
-        And would leave no trace: batch statistics are written to in training mode.
+        Batch statistics, for instance, are updated in training mode.
         """
         with exclusive(self.model):
             return self._computes_as_found(list(self.model.modules()))
@@ -340,19 +340,19 @@ class Objective:
         )
 
     def leaves(self) -> tuple[Tensor, ...]:
-        """Return `parameters` as new leaves of a graph, whose gradients are dense."""
+        """Return `parameters` as new leaves with dense gradients."""
         leaves = self._leaves()
         for leaf in leaves:
             leaf.register_hook(self._take_gradient)
         return leaves
 
     def find_writes(self) -> bool:
-        """Take the values again if a forward pass has written to them; return whether one had.
+        """Copy the values again if a forward pass has written to them; return whether it had.
 
         From then on embeddings do not write (`PlainEmbeddings`).
 
         Raises:
-            ValueError: If it is something else that writes.
+            ValueError: If something other than an embedding writes.
         """
         written = [
             name
@@ -380,15 +380,15 @@ class Objective:
         params: tuple[Tensor, ...] | None = None,
         constants: dict[str, Tensor] | None = None,
     ) -> Any:
-        """Run `fn` in `environment`, while other tensors stand in for the model's own.
+        """Run `fn` in `environment`, with other tensors substituted for the model's own.
 
-        So has to run whatever differentiates: a checkpointed model's forward runs again then.
+        Differentiation must run inside as well: it reruns the forward of a checkpointed model.
 
         Args:
-            fn: What to run.
+            fn: The function to run.
             compiling: See `environment`.
-            params: What stands in for the selected parameters; default `leaves`.
-            constants: For all other parameters and buffers; default the model's present ones.
+            params: Substitutes of the selected parameters; default `leaves`.
+            constants: Those of all other parameters and buffers; default the model's present ones.
         """
         with self.environment(compiling=compiling):
             params = self._leaves() if params is None else params
@@ -418,7 +418,7 @@ class Objective:
         return self.model.named_parameters()
 
     def _look_up(self) -> None:
-        """Find the selected parameters again: assigning to a model replaces them."""
+        """Look up the selected parameters, which assignments to the model may have replaced."""
         found = dict(self._named())
         for name, expected in self._signatures.items():
             got = signature_of(found[name]) if name in found else "none"
@@ -430,7 +430,7 @@ class Objective:
             self._selected[name] = found[name]
 
     def _read_values(self, *, compare: bool) -> tuple[bool, tuple[float, ...]]:
-        """Return whether what is selected differs from its copies, and numbers of the rest."""
+        """Return whether the selected values differ from their copies, and numbers of the rest."""
         own = map(own_shard, self._selected.values())
         pairs = list(zip(own, self._copies, strict=True)) if compare else []
         selected = {id(p) for p in self._selected.values()}
@@ -442,7 +442,7 @@ class Objective:
         return read_values(pairs, others)
 
     def _substitute(self, tensor: Tensor) -> Tensor:
-        # Outside its mode, an inference tensor cannot take part in a graph; a copy can.
+        # An inference tensor cannot take part in a graph; a copy of it can.
         tensor = tensor.clone() if tensor.is_inference() else tensor.detach()
         return tensor.to(self._cast) if self._cast and tensor.is_floating_point() else tensor
 
@@ -454,7 +454,7 @@ class Objective:
         constants: dict[str, Tensor] | None = None,
     ) -> Any:
         tensors = dict(zip(self._selected, params, strict=True)) | (constants or self.constants)
-        # Copies, so that what a forward writes to a buffer is lost with them.
+        # Copies, so that writes of a forward to a buffer are discarded.
         tensors.update({n: tensors[n].clone() for n, _ in self.model.named_buffers()})
         return functional_call(
             self._wrapper, {f"model.{n}": t for n, t in tensors.items()}, (fn, batch)

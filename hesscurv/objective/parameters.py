@@ -1,4 +1,4 @@
-"""Named parameters and the flat vector they form: selection, ties, and the layout of a vector."""
+"""Selection of parameters and their layout in a flat vector."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _SHOWN = 4  # names of a layout that are printed
 
 @dataclass(frozen=True, repr=False)
 class ParameterLayout:
-    """Where each named parameter lies in a flat vector of length D.
+    """Layout of named parameters in a flat vector of length D.
 
     Parameter ``names[i]`` with shape ``shapes[i]`` fills the entries ``slices()[names[i]]``, in
-    row-major order. The layout is plain data: it is stored with eigenpairs, so that a row of an
-    eigenvector can be traced back to its weight.
+    row-major order. The layout is plain data, stored with eigenpairs, so a row of an eigenvector
+    can be traced back to its weight.
 
     Args:
         names: Dotted parameter names as in ``model.named_parameters()``, in the vector's order.
@@ -56,7 +56,7 @@ class ParameterLayout:
         return sum(prod(shape) for shape in self.shapes)
 
     def __repr__(self) -> str:
-        """Name the first parameters, and count the others."""
+        """Return the first names and the number of others."""
         shown = ", ".join(
             f"{brief(name)}: {shape}"
             for name, shape in zip(self.names[:_SHOWN], self.shapes[:_SHOWN], strict=True)
@@ -127,7 +127,7 @@ class ParameterLayout:
         """Rebuild a layout from `to_dict`'s output.
 
         Raises:
-            ValueError: If it is something else.
+            ValueError: If it is not such an output.
         """
         try:
             names, shapes = tuple(data["names"]), tuple(tuple(s) for s in data["shapes"])
@@ -159,7 +159,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def broadcasts_buffers(model: nn.Module) -> bool:
-    """Whether a model is wrapped in a DDP that gives all ranks rank 0's buffers."""
+    """Whether a model is wrapped in DDP that broadcasts rank 0's buffers."""
     while not isinstance(model, nn.parallel.DistributedDataParallel):
         inner = getattr(model, "_orig_mod", None)
         if inner is None:
@@ -169,13 +169,13 @@ def broadcasts_buffers(model: nn.Module) -> bool:
 
 
 def select_parameters(model: nn.Module, params: ParamSelection = None) -> dict[str, nn.Parameter]:
-    """Return the selected parameters of a model by name, tied ones once, in the model's order.
+    """Return the selected parameters by name, tied ones once, in the model's order.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
-        params: Which parameters: None for all that require grad; a name or names, each a full
-            dotted name or the name of a submodule, which takes all that lies under it; parameters
-            of the model; or a predicate ``(name, parameter) -> bool`` over those that require grad.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
+        params: None for all that require grad; a name or names, each a full dotted name or that of
+            a submodule, which selects all its parameters; parameters of the model; or a predicate
+            ``(name, parameter) -> bool`` over those that require grad.
 
     Returns:
         A dict from dotted name to parameter. The name of a tied parameter is its first one.
@@ -288,7 +288,7 @@ def _shorten(names: Iterable[str], limit: int = 8) -> str:
 
 
 def signature_of(p: Tensor) -> tuple[Any, ...]:
-    """Return what an operator that was built for a parameter needs to stay as it is."""
+    """Return the properties of a parameter that must not change under an operator."""
     return tuple(p.shape), p.dtype, p.device
 
 
@@ -296,7 +296,7 @@ def common_device(model: nn.Module, params: dict[str, nn.Parameter]) -> torch.de
     """Return the device of the selected parameters.
 
     Raises:
-        ValueError: If there are several, one without float64, or parts without values.
+        ValueError: If there are several, it lacks float64, or parameters are on the meta device.
     """
     spread = getattr(model, "hf_device_map", None) or {}
     places = sorted({str(device) for device in spread.values()})
@@ -320,10 +320,10 @@ def common_device(model: nn.Module, params: dict[str, nn.Parameter]) -> torch.de
 def resolve_compute_dtype(
     params: dict[str, nn.Parameter], wanted: torch.dtype | None
 ) -> torch.dtype:
-    """Return the dtype to compute in: as wanted, or the widest of the parameters, from float32 on.
+    """Return the compute dtype: the given one, or the widest of the parameters, at least float32.
 
     Raises:
-        TypeError: If what is wanted is no floating dtype.
+        TypeError: If the given one is not a floating dtype.
     """
     if wanted is not None:
         if not wanted.is_floating_point:

@@ -1,4 +1,4 @@
-"""What is measured on a batch: the task that turns a model and a batch into outputs and a loss."""
+"""Tasks: outputs and loss of a model on a batch."""
 
 from __future__ import annotations
 
@@ -38,18 +38,18 @@ __all__ = [
 class Task:
     """A loss in two parts, ``loss(outputs(model, batch), batch)``, mean over the batch's samples.
 
-    Subclass it for a model or a batch that `supervised` does not fit. The Hessian needs the whole
-    alone; the GGN needs the two parts, and the empirical Fisher also `sample_losses`. A loss that
-    averages something else than samples needs `weight`: operators test a loss without one.
+    Subclass it for models or batches that `supervised` does not support. The Hessian only calls it;
+    the GGN needs the two parts, and the empirical Fisher also `sample_losses`. A loss that averages
+    anything but samples needs `weight`; without it, operators test the loss.
     """
 
     def __repr__(self) -> str:
-        """Name the task and its public attributes."""
+        """Return the type and the public attributes."""
         values = {k: v for k, v in vars(self).items() if not k.startswith("_")}
         return describe_object(self, **values)
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
-        """Return the model's outputs on a batch, one row a sample: shape (n, ...)."""
+        """Return the model's outputs on a batch, one row per sample: shape (n, ...)."""
         raise TypeError(_unimplemented(self, "outputs"))
 
     def loss(self, outputs: Tensor, batch: Any) -> Tensor:
@@ -59,9 +59,9 @@ class Task:
     def sample_losses(self, outputs: Tensor, batch: Any) -> Tensor:
         """Return each sample's loss, shape (n,); their mean must be `loss`.
 
-        By default `loss` on each row alone, vectorised: right for every mean over samples, and for
-        weighted means, where `weight` of a row alone says what it counts. Where the batch is a list
-        of samples, `loss` is called with each of them in a list of its own.
+        By default `loss` on each row, vectorised: correct for every mean over samples, and for
+        weighted means if `weight` of a single row gives its weight. For a batch that is a list of
+        samples, `loss` is called with one-sample lists.
         """
         n = outputs.shape[0]
         if n and select_listed(batch, n, [0]) is not None:
@@ -83,19 +83,19 @@ class Task:
                 return torch.func.vmap(one)(*rows)
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError:  # a loss that looks at its values, or draws random numbers
+            except RuntimeError:  # data-dependent control flow, or random numbers, under vmap
                 return torch.stack([one(*row) for row in zip(*rows, strict=True)])
 
     def weight(self, batch: Any) -> float:
         """Return the batch's weight in the mean over all data: its number of samples.
 
-        Override it where the loss averages something else than samples, say unmasked tokens: it is
-        what the mean is divided by. Also where the number of samples cannot be known, or where the
-        loss of a batch depends on all of it (contrastive losses, rankings) and several batches are
-        to be averaged. What is overridden is believed: the loss is not tested then.
+        Override it if the loss averages anything but samples, such as unmasked tokens: it is the
+        divisor of the mean. Also if the number of samples cannot be determined, or if the loss
+        depends on the whole batch (contrastive losses, rankings) and several batches are averaged.
+        An override is trusted: the loss is not tested then.
 
         Raises:
-            ValueError: If the number of samples cannot be known.
+            ValueError: If the number of samples cannot be determined.
         """
         return float(num_samples(batch))
 
@@ -116,7 +116,7 @@ class SupervisedTask(Task):
             raise TypeError(
                 f"expected a loss such as torch.nn.CrossEntropyLoss(), got {type(loss_fn).__name__}"
             )
-        given = getattr(loss_fn, "keywords", {})  # of a functools.partial
+        given = getattr(loss_fn, "keywords", {})  # options of a functools.partial
         inner = getattr(loss_fn, "func", loss_fn)
         reduction = reduction_of({"reduction": getattr(inner, "reduction", "mean"), **given})
         if not may_average(loss_fn, reduction):
@@ -128,12 +128,12 @@ class SupervisedTask(Task):
 
     @property
     def torch_loss(self) -> TorchLoss | None:
-        """What is known of the loss if it is one of torch's, and used as it is; else None."""
+        """The loss's `TorchLoss` if it is an unmodified loss of torch, otherwise None."""
         own = type(self).loss is not SupervisedTask.loss
         return None if own else torch_loss_of(self.loss_fn)
 
     def __repr__(self) -> str:
-        """Name the call that made it."""
+        """Return the call that creates the task."""
         return f"supervised({brief(self.loss_fn)})"
 
     def outputs(self, model: nn.Module, batch: Any) -> Tensor:
@@ -160,7 +160,7 @@ class SupervisedTask(Task):
         def is_other(t: Any) -> bool:
             return isinstance(t, Tensor) and t.is_floating_point() and t.dtype != outputs.dtype
 
-        # Class weights and the like, in the dtype that the outputs are computed in.
+        # Cast class weights and other tensors of the loss to the dtype of the outputs.
         if isinstance(self.loss_fn, nn.Module):
             state = dict(self.loss_fn.named_parameters()) | dict(self.loss_fn.named_buffers())
             other = {name: t.to(outputs.dtype) for name, t in state.items() if is_other(t)}
@@ -173,11 +173,11 @@ class SupervisedTask(Task):
         return self.loss_fn(outputs, targets)
 
     def weight(self, batch: Any) -> float:
-        """Return what the loss's mean over the batch's targets is divided by.
+        """Return the divisor of the loss's mean over the batch's targets.
 
-        For torch's losses: the class weights of its targets other than `ignore_index`, or their
-        number; the number of elements of losses by element. For others the number of targets:
-        inputs may have another dimension first.
+        For torch's losses: the sum of the class weights of targets other than `ignore_index`, or
+        their number; the number of elements for elementwise losses. For others the number of
+        targets, since inputs may have another dimension first.
         """
         targets = split_batch(batch)[1]
         if self.torch_loss is not None and isinstance(targets, Tensor):
@@ -186,7 +186,7 @@ class SupervisedTask(Task):
         return float(num_samples(targets if known else batch))
 
     def row_weights(self, batch: Any) -> Tensor | None:
-        """Return what each row of targets counts, shape (n,); None where all count the same."""
+        """Return the weight of each row of targets, shape (n,); None if all are equal."""
         targets = split_batch(batch)[1]
         if self.torch_loss is None or not isinstance(targets, Tensor):
             return None
@@ -199,9 +199,9 @@ def supervised(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> SupervisedTask:
     Args:
         loss_fn: A loss with mean reduction, such as ``torch.nn.CrossEntropyLoss()``, or any
             callable ``(outputs, targets) -> scalar``. Losses of `torch.nn` and
-            `torch.nn.functional` (options bound by `functools.partial`) count each batch by what
-            their mean is divided by: class weights, targets other than `ignore_index`, elements.
-            Any other has to be a mean over samples, which operators test.
+            `torch.nn.functional` (options bound by `functools.partial`) weight each batch by the
+            divisor of their mean: class weights, targets other than `ignore_index`, elements. Any
+            other loss must be a mean over samples, which operators test.
 
     Returns:
         A task for batches ``(inputs, targets)``, where the inputs may themselves be a sequence
@@ -210,7 +210,7 @@ def supervised(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> SupervisedTask:
 
     Raises:
         TypeError: If `loss_fn` cannot be called.
-        ValueError: If its `reduction` is none to a mean ("sum", "none").
+        ValueError: If its `reduction` is not a mean ("sum", "none").
     """
     return SupervisedTask(loss_fn)
 
@@ -258,7 +258,7 @@ def as_loss(task: Any, has_batches: bool) -> Callable[[nn.Module, Any], Any]:
 
 
 def require_parts(task: Any) -> None:
-    """Require a task whose loss comes in two parts.
+    """Require a task with the parts `outputs` and `loss`.
 
     Raises:
         TypeError: If it is a subclass of `Task` that lacks one of them.
@@ -270,10 +270,10 @@ def require_parts(task: Any) -> None:
 
 
 def weight_of(task: Any, batch: Any) -> float:
-    """Return what a batch counts in the mean, its number of samples unless the task says.
+    """Return a batch's weight in the mean, by default its number of samples.
 
     Raises:
-        TypeError: If the task's `weight` returns something else than a number.
+        TypeError: If the task's `weight` does not return a number.
     """
     own = getattr(task, "weight", None)
     if not callable(own):
@@ -328,7 +328,7 @@ def _call_with_keywords(model: nn.Module, inputs: Mapping[str, Any]) -> Any:
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     if takes_any or all(key in accepted for key in inputs):
         return model(**inputs)
-    if len(inputs) == 1:  # {"x": ..., "y": ...} for a model whose argument has another name
+    if len(inputs) == 1:  # a single input is passed by position, whatever its key
         return model(*inputs.values())
     raise ValueError(
         f"the model's forward takes {list(accepted)}, but the dict batch holds {list(inputs)}; "

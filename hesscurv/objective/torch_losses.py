@@ -1,8 +1,8 @@
-"""What the mean in each of torch's losses divides by, so that means over batches can be joined.
+"""Divisors of the means in torch's losses, by which batches are weighted.
 
-The loss over all data is ``sum_b (w_b / W) L_b`` only where w_b is what batch b's mean was divided
-by: of a cross-entropy the class weights of its targets, ignored ones left out; of a squared error
-its elements. https://docs.pytorch.org/docs/stable/nn.html#loss-functions has the formulas.
+The loss over all data is ``sum_b (w_b / W) L_b`` only if w_b is the divisor of batch b's mean: for
+a cross-entropy the sum of the class weights of its targets, without ignored ones; for a squared
+error its elements. See https://docs.pytorch.org/docs/stable/nn.html#loss-functions.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 _CLASSES, _ELEMENTS, _ROWS, _LABELS = "classes", "elements", "rows", "labels"
 
-# By module and function of (outputs, targets): what is counted.
+# The unit counted by each module and function of (outputs, targets).
 _MODULES: dict[type[nn.Module], str] = {
     nn.CrossEntropyLoss: _CLASSES,
     nn.NLLLoss: _CLASSES,
@@ -32,7 +32,7 @@ _MODULES: dict[type[nn.Module], str] = {
     nn.PoissonNLLLoss: _ELEMENTS,
     nn.SoftMarginLoss: _ELEMENTS,
     nn.HingeEmbeddingLoss: _ELEMENTS,
-    nn.MultiMarginLoss: _ELEMENTS,  # its targets are classes, one a sample
+    nn.MultiMarginLoss: _ELEMENTS,  # its targets are classes, one per sample
     nn.MultiLabelMarginLoss: _LABELS,
     nn.MultiLabelSoftMarginLoss: _LABELS,
 }
@@ -62,12 +62,12 @@ _DIVERGENCES = (nn.KLDivLoss, F.kl_div)
 
 @dataclass(frozen=True)
 class TorchLoss:
-    """One of torch's losses, as far as its mean over targets goes.
+    """Weighting of one of torch's losses.
 
     Args:
-        counted: What the mean divides by.
+        counted: The unit that the mean divides by.
         weight: Class weights, shape (C,), or None.
-        ignore_index: The class of targets that count nothing.
+        ignore_index: The class of ignored targets.
         is_smoothed: Whether labels are smoothed, so that a target of weight 0 has a loss.
     """
 
@@ -77,7 +77,7 @@ class TorchLoss:
     is_smoothed: bool = False
 
     def weigh(self, targets: Tensor) -> float:
-        """Return what the loss's mean over some targets is divided by; 0 where none is valid.
+        """Return the divisor of the loss's mean over some targets; 0 if none is valid.
 
         Raises:
             ValueError: If the mean is infinite: valid targets have no weight, and yet a loss.
@@ -94,7 +94,7 @@ class TorchLoss:
         return targets.numel() / self._divisor(targets)
 
     def weigh_rows(self, targets: Tensor) -> Tensor | None:
-        """Return the same for each row of targets alone, shape (n,); None if all are alike."""
+        """Return the same for each row of targets, shape (n,); None if all are equal."""
         if self.counted != _CLASSES or targets.is_floating_point() or targets.ndim == 0:
             return None
         return self._of_classes(targets).reshape(len(targets), -1).sum(1)
@@ -119,9 +119,9 @@ class TorchLoss:
 def torch_loss_of(loss_fn: Any) -> TorchLoss | None:
     """Recognise one of torch's losses, with its options; None for any other.
 
-    Functions may have options bound by `functools.partial`. Not recognised is what may compute
-    something else: a subclass with a forward of its own, a module with hooks, a reduction other
-    than the mean.
+    Functions may have options bound by `functools.partial`. Losses that may compute anything else
+    are not recognised: subclasses that override forward, modules with hooks, reductions other than
+    the mean.
     """
     options: dict[str, Any]
     if isinstance(loss_fn, functools.partial):
@@ -133,7 +133,7 @@ def torch_loss_of(loss_fn: Any) -> TorchLoss | None:
         kind = function if function in _FUNCTIONS else None
         counted = _FUNCTIONS.get(function)
     elif isinstance(loss_fn, nn.Module):
-        loss_fn = getattr(loss_fn, "_orig_mod", loss_fn)  # of torch.compile
+        loss_fn = getattr(loss_fn, "_orig_mod", loss_fn)  # wrapped by torch.compile
         kind = next((k for k in _MODULES if _is_plain(loss_fn, k)), None)
         counted = None if kind is None else _MODULES[kind]
         options = {name: getattr(loss_fn, name, None) for name in _OPTIONS}
@@ -159,7 +159,7 @@ def torch_loss_of(loss_fn: Any) -> TorchLoss | None:
 
 
 def reduction_of(options: Any) -> str:
-    """Return the reduction that options of a loss say, in today's or the older words."""
+    """Return the reduction from the options of a loss, including the legacy ones."""
     if options.get("size_average") is not None or options.get("reduce") is not None:
         if options.get("reduce") is False:
             return "none"
@@ -175,7 +175,7 @@ def may_average(loss_fn: Callable[..., Any], reduction: str) -> bool:
 
 
 def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a module computes what its class in torch does."""
+    """Whether a module is an unmodified instance of its torch class."""
     return (
         isinstance(module, kind)
         and type(module).forward is kind.forward

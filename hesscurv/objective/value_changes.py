@@ -1,4 +1,4 @@
-"""Changes of a model's values, by one look at each device."""
+"""Detection of changed tensor values, with one synchronisation per device."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from torch import Tensor
 
 
 def differ(pairs: Iterable[tuple[Tensor, Tensor]]) -> bool:
-    """Whether any tensor of the CPU differs from its copy in its own dtype; without memory."""
+    """Whether any CPU tensor differs from its copy of the same dtype, without temporaries."""
     return not all(torch.equal(t, copy) for t, copy in pairs)
 
 
 def read_values(
     pairs: Iterable[tuple[Tensor, Tensor]], others: Iterable[Tensor]
 ) -> tuple[bool, tuple[float, ...]]:
-    """Compare some tensors with copies, and take three numbers of each of the others.
+    """Compare some tensors with copies, and compute three numbers of each of the others.
 
-    Writes through `.data` count no version, and tell themselves by these: a scale, a sign or a
-    permutation changes one of them.
+    Writes through `.data` do not change the version counter, but they change these numbers: a
+    scale, a sign or a permutation changes at least one.
 
     Args:
         pairs: Tensors of one device and their copies there.
         others: Tensors of any devices.
 
     Returns:
-        Whether any of the pairs differs, NaN from itself too; and the numbers, by device.
+        Whether any of the pairs differs, counting NaN as different; and the numbers, by device.
 
-    Cost: one reading of all values; a GPU is waited for once.
+    Cost: one read of all values, one synchronisation per GPU.
     """
     looks: dict[torch.device, list[Tensor]] = {}
     flags = [(t != copy).any() for t, copy in pairs]

@@ -1,4 +1,4 @@
-r"""The losses of single samples, and what each counts where a loss is a weighted mean of them.
+r"""Losses and weights of single samples, for losses that are weighted means.
 
 A batch's loss is :math:`L = \sum_n w_n \ell_n / \sum_n w_n`, with :math:`\ell_n` the loss of sample
 n alone and :math:`w_n` its `weight`: of a cross-entropy its class weight, of a sequence the number
@@ -20,15 +20,15 @@ from hesscurv.objective.tasks import Task
 
 
 class WeightedRows:
-    """What each sample of a batch counts, looked up once.
+    """Weights of the samples of a batch.
 
     Args:
-        task: A task with `sample_losses`. If these are its own, their plain mean is the loss.
+        task: A task with `sample_losses`. If it overrides them, their plain mean is the loss.
         batch: The batch.
 
     Attributes:
-        weights: What those samples count that have a weight, shape (m,), of mean 1; None where all
-            count the same.
+        weights: Weights of the samples with positive weight, shape (m,), with mean 1; None if all
+            are equal.
     """
 
     def __init__(self, task: Any, batch: Any) -> None:
@@ -39,14 +39,14 @@ class WeightedRows:
             return
         self._n = len(self.weights)
         used = self.weights.nonzero()[:, 0]
-        if len(used) < self._n:  # an ignored sample's own loss is 0 / 0
+        if len(used) < self._n:  # the loss of an ignored sample is 0 / 0
             self._used = used
             self._batch = _select(batch, used, self._n)
             self.weights = self.weights[used]
         self.weights = self.weights / self.weights.mean()
 
     def losses(self, outputs: Tensor) -> Tensor:
-        """Return the losses of the samples that have a weight, shape (m,).
+        """Return the losses of the samples with positive weight, shape (m,).
 
         Args:
             outputs: The task's outputs on the batch, shape (n, ...).
@@ -67,7 +67,7 @@ class WeightedRows:
 
 
 def _weights_of_rows(task: Any, batch: Any) -> Tensor | None:
-    """Return what each row counts, or None if all are alike or nothing is known of them."""
+    """Return the weight of each row, or None if all are equal or unknown."""
     if getattr(type(task), "sample_losses", None) is not Task.sample_losses:
         return None
     weights: Tensor | None
@@ -87,7 +87,7 @@ def _weights_of_rows(task: Any, batch: Any) -> Tensor | None:
 
 
 def _has_rows(batch: Any) -> bool:
-    """Whether single samples may be taken out of a batch."""
+    """Whether single samples can be selected from a batch."""
     return is_cuttable(batch) or select_listed(batch, num_rows(batch), [0]) is not None
 
 

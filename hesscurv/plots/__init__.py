@@ -1,8 +1,8 @@
-"""Figures of eigenpairs, and of what a monitor recorded; they need matplotlib, an optional extra.
+"""Figures of eigenpairs and of the records of a monitor; matplotlib is an optional dependency.
 
-Each function draws into the axes it is given, or into those of a new figure, and returns them:
-``ax.figure.savefig(path)`` writes the figure. pyplot is not used and no setting of matplotlib is
-changed. Records of failed measurements are marked.
+Each function draws into the given axes or those of a new figure, and returns them:
+``ax.figure.savefig(path)`` writes the figure. pyplot is not used, and no setting of matplotlib is
+changed. Failed measurements are marked.
 """
 
 from hesscurv.plots.by_parameter import by_parameter, leverage, sparsity

@@ -1,4 +1,4 @@
-"""One number for each named parameter: bars for one measurement, a heat map over many."""
+"""Plots by parameter: bars for one measurement, a heat map over several."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ _TALLEST = 15.0
 
 
 def leverage(source: Any, ax: Any = None) -> Any:
-    """Draw what share of the top eigenspace each parameter carries.
+    """Draw the share of the top eigenspace that each parameter carries.
 
     The leverage of a weight is the squared length of its axis projected onto the space; the shares
-    of all parameters sum to 1. Of one measurement they are drawn as bars, of several as a heat map
-    of parameters by steps.
+    of all parameters sum to 1. One measurement is drawn as bars, several as a heat map of
+    parameters by steps.
 
     Args:
         source: The records of a `CurvatureMonitor` that hold "leverage_by_parameter", or the
             monitor; or `Eigenpairs` with a layout; or a dict from name to share, or to leverage
-            scores, as `hesscurv.leverage_by_parameter` returns. With the last two a line in each
-            bar shows the parameter's share of all entries, the leverage it has by chance.
+            scores, as returned by `hesscurv.leverage_by_parameter`. For eigenpairs and scores a
+            line in each bar shows the parameter's share of all entries, its leverage by chance.
         ax: The axes to draw into; those of a new figure, as tall as its rows need, by default.
 
     Returns:
@@ -38,7 +38,7 @@ def leverage(source: Any, ax: Any = None) -> Any:
 
     Raises:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
-        TypeError: If `source` is none of them, or `ax` no axes.
+        TypeError: If `source` is none of them, or `ax` is not an Axes.
         ValueError: If there is no record, or none holds the quantity; or the eigenpairs have no
             layout.
     """
@@ -70,7 +70,7 @@ def sparsity(source: Any, ax: Any = None) -> Any:
 
     Raises:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
-        TypeError: If `source` is none of them, or `ax` no axes.
+        TypeError: If `source` is none of them, or `ax` is not an Axes.
         ValueError: If there is no record, or none holds the quantity.
     """
     total = None
@@ -104,15 +104,15 @@ def by_parameter(
             "mask_by_parameter", ... Parameters are drawn from the top in the order in which they
             come first; where a record lacks one, or failed, the cell stays grey.
         ax: The axes to draw into; those of a new figure, as tall as its rows need, by default.
-        label: What the numbers are; the quantity's name by default.
-        limits: Of the scale; 0 and the largest by default.
+        label: Label of the numbers; the quantity's name by default.
+        limits: Limits of the scale; 0 and the largest by default.
 
     Returns:
         The axes.
 
     Raises:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
-        TypeError: If `records` are no records, or `ax` no axes.
+        TypeError: If `records` are not records, or `ax` is not an Axes.
         ValueError: If there is no record, or none holds the quantity.
     """
     found = having(records, quantity)
@@ -137,14 +137,14 @@ def by_parameter(
     for column in [i for i, record in enumerate(columns) if failed(record)]:
         place = {"ha": "center", "va": "center", "rotation": 90, "gid": "cell", "clip_on": True}
         if _inches(ax, "width") / len(columns) < 0.14:
-            break  # no room: grey alone
+            break  # no room: leave it grey
         ax.text(column, (len(names) - 1) / 2, "failed", color="black", fontsize=8, **place)
     canvas.title(ax, _capital(given))
     return ax
 
 
 def name_steps(ax: Any, steps: list[int]) -> None:
-    """Write the steps of the columns of a heat map below it, as many as there is room for."""
+    """Label the columns of a heat map with their steps, as many as fit."""
     texts = canvas.short_steps(steps)
     inches = _inches(ax, "width") / len(steps)
     every = max(1, math.ceil((0.09 * max(map(len, texts)) + 0.1) / inches))
@@ -156,9 +156,9 @@ def name_steps(ax: Any, steps: list[int]) -> None:
 
 
 def shorten(names: Iterable[str], longest: int = _LONGEST_NAME) -> list[str]:
-    """Return names without the beginning that all share, cut in the middle where too long.
+    """Return names without their common prefix, abbreviated in the middle if too long.
 
-    Where two would become one they are left whole, or, if very long, numbered.
+    Names that would coincide are left whole or, if very long, numbered.
     """
     names = list(names)
     parts = [name.split(".")[:-1] for name in names]
@@ -207,7 +207,7 @@ def _bars(
 
 
 def _name_rows(ax: Any, names: list[str]) -> None:
-    """Write the names of the rows beside them, as many as there is room for."""
+    """Label the rows with their names, as many as fit."""
     inches = _inches(ax, "height") / len(names)
     every = max(1, math.ceil(0.11 / inches))
     size = min(10.0, max(6.5, 72 * every * inches * 0.72))
@@ -218,7 +218,7 @@ def _name_rows(ax: Any, names: list[str]) -> None:
 
 
 def _inches(ax: Any, side: str) -> float:
-    """Return the width or height that the axes have, before names and colour bar take theirs."""
+    """Return the width or height of the axes before names and colour bar take their part."""
     return float(getattr(ax.get_window_extent(), side) / ax.figure.dpi)
 
 
@@ -240,7 +240,7 @@ def _finite(rows: list[list[float]], choose: Any) -> float:
 
 
 def _sum_by_name(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float] | None]:
-    """Return shares by name, and the shares of the entries where scores tell their number."""
+    """Return shares by name and, for scores, each parameter's share of all entries."""
     if not all(isinstance(value, Tensor) and value.ndim for value in values.values()):
         return _numbers(values), None
     sums = {name: float(scores.double().sum()) for name, scores in values.items()}
@@ -252,7 +252,7 @@ def _sum_by_name(values: Mapping[str, Any]) -> tuple[dict[str, float], dict[str,
 
 
 def _sparsities(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return sparsities by name, of masks those of what they leave out."""
+    """Return sparsities by name; for masks, the fraction of pruned entries."""
     whole = {
         name: 1.0 - float(value.double().mean())
         if isinstance(value, Tensor) and value.dtype.is_floating_point is False and value.ndim

@@ -1,4 +1,4 @@
-"""Axes with quiet looks, without pyplot: no global state of matplotlib is read late or changed."""
+"""Styled axes without pyplot, so that global state of matplotlib is never changed."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-# Okabe and Ito's colours, told apart with each of the common colour blindnesses; where two kinds
-# of things share an axes they differ in marker or dash too.
+# Okabe and Ito's colours, distinguishable with all common colour blindnesses; different kinds of
+# data on the same axes also differ in marker or dash.
 BLUE, RED, GREEN = "#0072B2", "#D55E00", "#009E73"
 SKY, ORANGE, PURPLE, GREY = "#56B4E9", "#E69F00", "#CC79A7", "#888888"
-SEQUENTIAL = "viridis"  # even in lightness, hence the same for every eye
+SEQUENTIAL = "viridis"  # perceptually uniform
 MISSING = "#BBBBBB"
 WIDTH = 1.8
 SMALL = 9  # points: legends and notes
 
 
 def matplotlib_parts() -> Any:
-    """Return the matplotlib package, with what is used of it imported.
+    """Import and return the used parts of matplotlib.
 
     Raises:
         ImportError: If it is missing.
@@ -37,9 +37,9 @@ def matplotlib_parts() -> Any:
 
 
 def axes_or_new(ax: Any, size: tuple[float, float] = (6.0, 4.0)) -> Any:
-    """Return axes with quiet looks: the given ones, or those of a new figure.
+    """Return styled axes: the given ones, or those of a new figure.
 
-    A new figure is unknown to pyplot: ``ax.figure.savefig(path)`` writes it.
+    A new figure is not registered with pyplot: ``ax.figure.savefig(path)`` writes it.
 
     Args:
         ax: Axes of matplotlib, or None.
@@ -69,15 +69,15 @@ def title(ax: Any, text: str) -> None:
     ax.set_title(text, loc="left", fontsize=11)
 
 
-# Texts that are names are drawn as they are: no formulas between dollars, no TeX.
+# Names are drawn literally: no formulas between dollars, no TeX.
 AS_IT_IS = {"parse_math": False, "usetex": False}
 
 
 def name(text: object) -> str:
-    r"""Return a name as it can be drawn, on one line, with `AS_IT_IS`.
+    r"""Return a name as drawable text on one line, for use with `AS_IT_IS`.
 
-    Control characters, and those that no font of the figure has, become their codes: a line break
-    ``\n``, an ideograph ``\u4e2d``.
+    Control characters, and those missing in all fonts of the figure, are replaced by their codes:
+    a line break by ``\n``, an ideograph by ``\u4e2d``.
 
     Args:
         text: The name of a module or parameter, any text.
@@ -89,12 +89,12 @@ def name(text: object) -> str:
 
 
 def plain(text: object) -> str:
-    """Return a name for a place where formulas and hidden labels are understood: title, legend."""
+    """Return a name escaped for titles and legends, where formulas and hidden labels are parsed."""
     return _shown(name(text).replace("$", r"\$"))
 
 
 def label(text: str) -> str:
-    """Return a label of the caller's, which may have formulas; what is none is a name."""
+    """Return the caller's label, which may have formulas; otherwise treat it as a name."""
     parts = matplotlib_parts()
     if "$" in text:
         try:
@@ -106,7 +106,7 @@ def label(text: str) -> str:
 
 
 def _shown(text: str) -> str:
-    # Matplotlib leaves labels that begin with an underscore out of legends.
+    # Matplotlib omits labels that begin with an underscore from legends.
     return f" {text}" if text.startswith("_") else text
 
 
@@ -121,26 +121,26 @@ def _font_files() -> list[str]:
     for family in families:
         try:
             files.append(fonts.findfont(family, fallback_to_default=len(families) == 1))
-        except ValueError:  # a family that is not installed, of several
+        except ValueError:  # a font family that is not installed
             continue
     return files or [fonts.findfont(fonts.FontProperties())]
 
 
 @functools.lru_cache(maxsize=8)
 def _characters(files: tuple[str, ...]) -> frozenset[int]:
-    """Return the codes of all characters that some font has."""
+    """Return the codes of all characters that at least one font has."""
     fonts = matplotlib_parts().font_manager
     return frozenset(code for file in files for code in fonts.get_font(file).get_charmap())
 
 
 def legend(ax: Any, **options: Any) -> None:
-    """Draw the legend, if there are names, where the data leaves most room."""
+    """Draw the legend, if there are labels, at the best free place."""
     if ax.get_legend_handles_labels()[1]:
         ax.legend(fontsize=SMALL, handlelength=1.6, framealpha=0.75, edgecolor="none", **options)
 
 
 def legend_above(ax: Any) -> None:
-    """Draw the legend at the top left, with the upper limit raised so that no data is below it."""
+    """Draw the legend at the top left, raising the upper limit so that it covers no data."""
     rows = len(ax.get_legend_handles_labels()[1])
     height = ax.get_window_extent().height / ax.figure.dpi
     share = min(0.5, (0.19 * rows + 0.1) / height)  # 9 points and their spacing are 0.19 inches
@@ -173,7 +173,7 @@ def step_axis(ax: Any, steps: list[int]) -> None:
 
 
 def short(step: float, digits: int = 10) -> str:
-    """Return a step as text, 900, 12.5k, 3M, to so many digits."""
+    """Format a step as 900, 12.5k or 3M, to a number of digits."""
     for least, unit, name in ((1e6, 1e6, "M"), (1e4, 1e3, "k")):
         if abs(step) >= least:
             return f"{step / unit:.{digits}g}{name}"
@@ -181,7 +181,7 @@ def short(step: float, digits: int = 10) -> str:
 
 
 def short_steps(steps: list[int]) -> list[str]:
-    """Return steps as text, to as few digits, but three, as tell them apart."""
+    """Format steps with as few digits, at least three, as distinguish them."""
     for digits in range(3, 10):
         texts = [short(step, digits) for step in steps]
         if len(set(texts)) == len(set(steps)):
@@ -190,7 +190,7 @@ def short_steps(steps: list[int]) -> list[str]:
 
 
 def mark_events(ax: Any, records: Iterable[Mapping[str, Any]]) -> None:
-    """Mark what the records tell beside numbers: failures by crosses on the x axis, events."""
+    """Mark failures by crosses on the x axis, and events."""
     records = list(records)
     events: dict[str, list[int]] = {}
     for record in records:

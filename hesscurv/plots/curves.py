@@ -1,4 +1,4 @@
-"""One number of each record against the training step."""
+"""Curves over the training step."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from hesscurv.plots import canvas
 from hesscurv.plots.records import Record, as_records, failed, number, series
 
-# How a quantity is called, where its key is not enough.
+# Axis labels of quantities whose key is not descriptive.
 _NAMES = {
     "sharpness": "sharpness, largest eigenvalue",
     "sharpness_ratio": "sharpness × learning rate / 2",
@@ -23,15 +23,15 @@ _NAMES = {
 
 
 def name_of(quantity: str) -> str:
-    """Return what a quantity is called on an axis."""
+    """Return the axis label of a quantity."""
     return _NAMES.get(quantity, quantity.replace("_", " "))
 
 
 def by_step(records: Iterable[Record], quantity: str, ax: Any = None, *, label: str = "") -> Any:
-    """Draw any single number of the records against the training step.
+    """Draw a scalar quantity of the records against the training step.
 
-    A trace is drawn with two standard errors around it. The line is broken, and the step marked,
-    where a measurement failed; steps at which the quantity was not due are passed over.
+    A trace is drawn with a band of two standard errors. The line breaks, with a mark, at failed
+    measurements; steps at which the quantity was not due are skipped.
 
     Args:
         records: Those of a `CurvatureMonitor`: dicts with a "step"; or the monitor.
@@ -44,7 +44,7 @@ def by_step(records: Iterable[Record], quantity: str, ax: Any = None, *, label: 
 
     Raises:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
-        TypeError: If `records` are no records, or `ax` no axes.
+        TypeError: If `records` are not records, or `ax` is not an Axes.
         ValueError: If there is no record, or none holds the quantity.
     """
     found = series(records, quantity)
@@ -73,11 +73,11 @@ def by_step(records: Iterable[Record], quantity: str, ax: Any = None, *, label: 
 
 
 def sharpness(records: Iterable[Record], ax: Any = None) -> Any:
-    r"""Draw the sharpness against the training step, beside 2 / learning rate.
+    r"""Draw the sharpness against the training step, together with 2 / learning rate.
 
-    Full-batch gradient descent takes the sharpness :math:`\lambda_{max}` up to the edge
-    :math:`2 / \eta`, above which it is unstable, and hovers there. Momentum moves the edge: where
-    the records hold another `stable_rate`, that of the optimizer is drawn too.
+    Full-batch gradient descent drives the sharpness :math:`\lambda_{max}` up to the edge of
+    stability :math:`2 / \eta`, where it hovers. Momentum moves the edge: if the records hold a
+    different `stable_rate`, that of the optimizer is drawn too.
 
     Args:
         records: Those of a `CurvatureMonitor` that hold "sharpness", and, for the edge,
@@ -85,11 +85,11 @@ def sharpness(records: Iterable[Record], ax: Any = None) -> Any:
         ax: The axes to draw into; those of a new figure by default.
 
     Returns:
-        The axes. The scale is logarithmic where the values span more than a factor of 30.
+        The axes, with a logarithmic scale if the values span more than a factor of 30.
 
     Raises:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
-        TypeError: If `records` are no records, or `ax` no axes.
+        TypeError: If `records` are not records, or `ax` is not an Axes.
         ValueError: If there is no record, or none holds the sharpness.
 
     References:
@@ -107,7 +107,7 @@ def sharpness(records: Iterable[Record], ax: Any = None) -> Any:
             critical = number(record.get("stable_rate")) * number(record.get("sharpness")) / rate
             own.append(critical)
     curve(ax, found.steps, found.values, canvas.BLUE, "sharpness, largest eigenvalue")
-    # A rate holds until the next one is seen. A single point shows as a dash.
+    # A rate holds until the next recorded one. A single point is drawn as a dash.
     look = {"linewidth": canvas.WIDTH, "drawstyle": "steps-post"}
     look |= {"marker": "_", "markersize": 12} if len(steps) == 1 else {}
     if edges:
@@ -131,7 +131,7 @@ def sharpness(records: Iterable[Record], ax: Any = None) -> Any:
 
 
 def curve(ax: Any, steps: list[int], values: list[float], color: str, label: str) -> None:
-    """Draw a line with a mark at each measurement; few of them get larger marks."""
+    """Draw a line with a marker at each measurement, larger if there are few."""
     size = 5 if len(steps) <= 40 else 2.5 if len(steps) <= 150 else 0
     shown = sum(map(math.isfinite, values))
     options = {"label": canvas.label(label)} if label else {}

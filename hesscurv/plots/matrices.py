@@ -1,4 +1,4 @@
-"""How alike the eigenspaces, and the masks, of any two measurements are: matrices over time."""
+"""Similarity matrices of eigenspaces and masks over training."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _MOST_WITH_NUMBERS = 8
 def space_overlaps(records: Iterable[Record], ax: Any = None) -> Any:
     """Draw the overlap of the eigenspaces of every two measurements as a matrix.
 
-    A space that stops changing shows as a bright block that begins where it settles. Pairs that
-    were not measured are grey.
+    A space that stops changing shows as a bright block from there on. Pairs that were not measured
+    are grey.
 
     Args:
         records: Those of a `CurvatureMonitor` that hold "space_overlaps", the overlaps with earlier
@@ -29,7 +29,7 @@ def space_overlaps(records: Iterable[Record], ax: Any = None) -> Any:
 
     Raises:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
-        TypeError: If `records` are no records, or `ax` no axes.
+        TypeError: If `records` are not records, or `ax` is not an Axes.
         ValueError: If there is no record, or none compares a space with an earlier one.
 
     References:
@@ -53,7 +53,7 @@ def mask_ious(records: Iterable[Record], ax: Any = None) -> Any:
 
     Raises:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
-        TypeError: If `records` are no records, or `ax` no axes.
+        TypeError: If `records` are not records, or `ax` is not an Axes.
         ValueError: If there is no record, or none compares a mask with an earlier one.
     """
     ax = _matrix(records, "mask_iou", "intersection over union", ax)
@@ -62,7 +62,7 @@ def mask_ious(records: Iterable[Record], ax: Any = None) -> Any:
 
 
 def _matrix(records: Iterable[Record], key: str, label: str, ax: Any) -> Any:
-    """Draw a symmetric matrix over all steps that are compared, 1 on its diagonal."""
+    """Draw a symmetric matrix over all compared steps, with ones on its diagonal."""
     cells, steps = _cells(as_records(records), key)
     ax = canvas.axes_or_new(ax, (5.6, 4.6))
     rows = [
@@ -88,12 +88,12 @@ def _matrix(records: Iterable[Record], key: str, label: str, ax: Any) -> Any:
 def _cells(records: list[Record], key: str) -> tuple[dict[tuple[int, int], float], list[int]]:
     """Return the values by (later step, earlier step), and all steps among them."""
     cells: dict[tuple[int, int], float] = {}
-    before = None  # the last measurement that the next one may be compared with
+    before = None  # the last measurement, with which the next one may be compared
     for record in records:
         if failed(record):
             continue
         step = record["step"]
-        # One that holds no comparison, the first, has a space all the same.
+        # The first record holds no comparison, but it does have a space.
         if record.get(key) is not None and before is not None:
             cells[step, before] = number(record[key])
         for earlier, value in record.get(f"{key}s") or ():

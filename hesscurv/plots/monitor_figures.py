@@ -1,4 +1,4 @@
-"""The figures of a report: what the records hold, drawn as SVG that follows light and dark."""
+"""Figures of a monitor report, as SVG that follows the reader's colour scheme."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from hesscurv.interface.descriptions import Described
 from hesscurv.plots import canvas
 from hesscurv.plots.records import Record, failed, number, series
 
-# Two colours that nothing is drawn in: the page's own take their place.
+# Placeholder colours that nothing else uses, replaced by those of the page.
 _INK, _PAPER = "#010203", "#fdfcfb"
 _STYLE = (
     "<style>:root{--ink:#1f2328;--paper:#fff}"
     "@media (prefers-color-scheme:dark){:root{--ink:#e6e9ec;--paper:#1b1e22}}</style>"
 )
-_SIZE = (4.6, 3.3)  # inches: its letters can still be read on a phone
+_SIZE = (4.6, 3.3)  # inches, legible on a phone
 _SQUARE = (4.6, 3.9)
 _WIDE = 6.5
-_PIXELS = 96  # of CSS in an inch
+_PIXELS = 96  # CSS pixels per inch
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,10 +33,10 @@ class Drawing(Described):
 
     Args:
         source: A data URI of SVG.
-        width: In pixels of CSS.
+        width: In CSS pixels.
         height: Likewise.
-        caption: What it shows, as text.
-        wide: Whether it needs the page's whole width.
+        caption: Caption, plain text.
+        wide: Whether it needs the full width of the page.
     """
 
     source: str
@@ -49,7 +49,7 @@ class Drawing(Described):
 def draw_all(
     records: list[Record], pairs: Eigenpairs | None, num_parameters: int | None
 ) -> Iterator[Drawing]:
-    """Draw everything that the records hold, one figure at a time.
+    """Draw all quantities in the records, one figure at a time.
 
     Raises:
         ImportError: If matplotlib is missing.
@@ -61,7 +61,7 @@ def draw_all(
 def _choose(  # noqa: C901, one condition a figure
     records: list[Record], pairs: Eigenpairs | None, num_parameters: int | None
 ) -> Iterator[tuple[Callable[[], Any], str]]:
-    """Yield what draws each figure, with its caption."""
+    """Yield the drawing function and caption of each figure."""
 
     def small(
         draw: Callable[..., Any], *args: Any, size: tuple[float, float] = _SIZE, **options: Any
@@ -151,7 +151,7 @@ def _choose(  # noqa: C901, one condition a figure
 
 
 def is_number(records: list[Record], quantity: str) -> bool:
-    """Return whether some record holds a finite number of that name."""
+    """Return whether any record holds a finite value of the quantity."""
     try:
         return bool(series(records, quantity))
     except ValueError:
@@ -159,17 +159,17 @@ def is_number(records: list[Record], quantity: str) -> bool:
 
 
 def spectra_of(records: list[Record]) -> list[Record]:
-    """Return the records without the residuals, for which a small figure has no room."""
+    """Return the records without residuals, which do not fit into a small figure."""
     return [{k: v for k, v in r.items() if k != "residuals"} for r in records]
 
 
 def _encode(figure: Any, caption: str) -> Drawing:
-    """Return a figure as SVG whose letters and lines have the page's colours."""
+    """Return a figure as SVG whose text and lines have the page's colours."""
     from matplotlib.text import Text
 
     figure.patch.set_alpha(0.0)
     for text in figure.findobj(Text):
-        if text.get_gid() != "cell":  # those stand on a colour
+        if text.get_gid() != "cell":  # labels of cells stand on a coloured ground
             text.set_color(_INK)
     for ax in figure.axes:
         ax.patch.set_alpha(0.0)
@@ -177,7 +177,7 @@ def _encode(figure: Any, caption: str) -> Drawing:
         ax.tick_params(which="both", color=_INK, labelcolor=_INK)
         if ax.get_legend() is not None:
             ax.get_legend().get_frame().set_facecolor(_PAPER)
-    # Letters become paths, so that they look the same everywhere, whatever fonts there are.
+    # Text as paths looks the same whatever fonts are installed.
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
     svg = file.getvalue().replace(_INK, "var(--ink)").replace(_PAPER, "var(--paper)")

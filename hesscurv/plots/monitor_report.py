@@ -1,4 +1,4 @@
-"""The records of a monitor as one page: figures, a table, what failed and what it all cost."""
+"""HTML report of a monitor's records: figures, table, failures and cost."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hesscurv.plots.monitor_figures import draw_all, is_number
 from hesscurv.plots.records import Record, as_records, failed, number
 from hesscurv.storage.atomic_files import write_atomically
 
-# What of a record is in the table, in this order, and what it is called there.
+# Columns of the table, in order: key and heading.
 _COLUMNS = {
     "loss": "loss",
     "sharpness": "sharpness",
@@ -88,32 +88,32 @@ def write_report(
     pairs: Eigenpairs | None = None,
     num_parameters: int | None = None,
 ) -> Path:
-    """Write one self-contained page: figures of all that the records hold, a table, and the cost.
+    """Write a self-contained HTML page with figures of all quantities, a table, and the cost.
 
-    The page needs no other file, no network and no script; it follows the reader's choice of
-    light or dark, and fits a phone.
+    The page needs no other file, network or script; it follows the reader's colour scheme and fits
+    a phone.
 
     Args:
-        records: Those of a `CurvatureMonitor`, dicts with a "step", also as read from a file of
+        records: Records of a `CurvatureMonitor`, dicts with a "step", possibly read from a file of
             JSON lines; or the monitor. Failed measurements are listed with their errors.
         path: The file to write; its folder must exist.
         title: The page's heading.
-        pairs: The last eigenpairs, whose spectrum then shows what has not converged; the last
-            record's eigenvalues by default.
+        pairs: The last eigenpairs, whose spectrum shows unconverged pairs; the eigenvalues of the
+            last record by default.
         num_parameters: D, for the chance level of the overlap by k; that of `pairs` by default.
 
     Returns:
-        The path. Without matplotlib the page has no figures, and says how to get them.
+        The path. Without matplotlib the page has no figures but says how to get them.
 
     Raises:
-        TypeError: If `records` are no records, or `pairs` no Eigenpairs.
+        TypeError: If `records` are not records, or `pairs` not Eigenpairs.
         ValueError: If there is no record.
         FileNotFoundError: If the folder does not exist.
         IsADirectoryError: If the path is a folder.
         OSError: If the disk is full; a file that was there before is untouched.
 
     Cost:
-        Some tenths of a second for each figure, some tens of kilobytes each.
+        A few tenths of a second and some tens of kilobytes per figure.
     """
     path = Path(path)
     records = as_records(records)
@@ -151,7 +151,7 @@ def _page(title: str, records: list[Record], figures: str) -> str:
 
 
 def _numbers(records: list[Record]) -> str:
-    """Return the cost, and the last value of what is measured, in large type."""
+    """Return the cost and the last value of each quantity, in large type."""
     good = [record for record in records if not failed(record)]
     num_failed = len(records) - len(good)
     tiles = {
@@ -184,7 +184,7 @@ def _total(records: list[Record], quantity: str) -> str | None:
 
 
 def _as_good(records: list[Record]) -> list[Record]:
-    """Return the records as if none had failed: a failed measurement has its cost too."""
+    """Return the records as if none had failed: failed measurements count in the cost."""
     return [{**record, "status": "ok"} for record in records]
 
 
@@ -196,9 +196,9 @@ def _last(records: list[Record], quantity: str) -> str | None:
 def _figures(records: list[Record], pairs: Eigenpairs | None, num_parameters: int | None) -> str:
     try:
         drawings = list(draw_all(records, pairs, num_parameters))
-    except ImportError as error:  # the numbers are worth a page of their own
+    except ImportError as error:  # without matplotlib the page still has the numbers
         return f"<p>No figures: {escape(str(error))}</p>"
-    # Below 7 tenths of its size a figure is not read: a narrow screen scrolls it instead.
+    # Below 0.7 of its size a figure is illegible: a narrow screen scrolls it instead.
     parts = [
         f'<figure{" class=wide" if d.wide else ""}><div><img src="{d.source}" width="{d.width}" '
         f'height="{d.height}" style="max-width:{1.2 * d.width:.0f}px;'

@@ -1,4 +1,4 @@
-"""The overlap of mask and eigenspace against k and against the training step, beside chance."""
+"""Overlap of mask and eigenspace, by k and by training step, with its chance level."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def overlap_by_k(
 ) -> Any:
     """Draw the overlap of the top-k mask with the top-k eigenspace against k.
 
-    Dashed is the chance level k / D, in a band of three standard deviations to either side.
+    The chance level k / D is dashed, with a band of three standard deviations.
 
     Args:
         scores: Shape (D,): the k largest are the mask of size k, as in `hesscurv.overlap_by_k`;
@@ -38,7 +38,7 @@ def overlap_by_k(
         pairs: With scores: `Eigenpairs`, or a basis (D, K) with orthonormal columns.
         ax: The axes to draw into; those of a new figure by default. Call again with the same for
             another curve.
-        num_parameters: With records: D, for the chance level, which is left out without it.
+        num_parameters: With records: D, for the chance level, which is omitted without it.
         label: With scores: the curve's name in the legend.
 
     Returns:
@@ -46,7 +46,8 @@ def overlap_by_k(
 
     Raises:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
-        TypeError: If the arguments are neither scores with a space nor records, or `ax` no axes.
+        TypeError: If the arguments are neither scores with a space nor records, or `ax` is not an
+            Axes.
         ValueError: As `hesscurv.overlap_by_k`; or if no record holds the quantity, or D is less
             than the largest k.
 
@@ -99,7 +100,7 @@ def overlap_by_k(
 def overlap_by_step(records: Iterable[Record], ax: Any = None, *, label: str = "overlap") -> Any:
     """Draw the overlap of magnitude mask and eigenspace against the training step.
 
-    Dashed is the chance level, in a band of three standard deviations to either side.
+    The chance level is dashed, with a band of three standard deviations.
 
     Args:
         records: Those of a `CurvatureMonitor` that hold "overlap", and, for the band,
@@ -112,7 +113,7 @@ def overlap_by_step(records: Iterable[Record], ax: Any = None, *, label: str = "
 
     Raises:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
-        TypeError: If `records` are no records, or `ax` no axes.
+        TypeError: If `records` are not records, or `ax` is not an Axes.
         ValueError: If there is no record, or none holds the overlap.
 
     References:
@@ -127,7 +128,7 @@ def overlap_by_step(records: Iterable[Record], ax: Any = None, *, label: str = "
     ]
     if chance:
         steps, mean, std = (list(column) for column in zip(*chance, strict=True))
-        if len(chance) == 1:  # a point would not show
+        if len(chance) == 1:  # a single point would be invisible
             steps, mean, std = [steps[0] - 0.5, steps[0] + 0.5], mean * 2, std * 2
         canvas.band(ax, steps, mean, std, "chance ± 3 std")
     curve(ax, found.steps, found.values, canvas.BLUE, label)
@@ -141,7 +142,7 @@ def overlap_by_step(records: Iterable[Record], ax: Any = None, *, label: str = "
 
 
 def _by_k(values: Any) -> dict[int, float]:
-    """Return a record's curve by rank; the keys of a JSON file are text."""
+    """Return a record's curve by rank; keys read from JSON are strings."""
     return dict(sorted((int(k), number(value)) for k, value in values.items()))
 
 
@@ -151,10 +152,10 @@ def _draw_chance(ax: Any, ks: range, dim: int) -> None:
 
 
 def _colors(count: int, again: int) -> list[Any]:
-    """Return colours by time for many curves; for one at a time, those not used yet."""
+    """Return colours by time for several curves, or the next unused one for a single curve."""
     if count == 1:
         one_by_one = (canvas.BLUE, canvas.RED, canvas.GREEN, canvas.PURPLE, canvas.ORANGE)
         return [one_by_one[max(0, again - 1) % len(one_by_one)]]
     scale = canvas.matplotlib_parts().colormaps[canvas.SEQUENTIAL]
-    # Its ends are lost on dark and on white paper.
+    # The ends of the scale are invisible on a dark or a white ground.
     return [scale(0.2 + 0.7 * i / (count - 1)) for i in range(count)]

@@ -1,4 +1,4 @@
-"""What the records of a monitor hold of one quantity, by step."""
+"""Extraction of a quantity from the records of a monitor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Record = Mapping[str, Any]
 
 
 class Series(NamedTuple):
-    """A quantity by step: NaN where the measurement failed or gave no finite number."""
+    """A quantity by step: NaN if the measurement failed or was not finite."""
 
     steps: list[int]
     values: list[float]
@@ -18,13 +18,13 @@ class Series(NamedTuple):
 
 
 def as_records(records: Any) -> list[Record]:
-    """Return records as a list in the order of their steps.
+    """Return records as a list sorted by step.
 
     Args:
         records: A list of records, one record, or a monitor, which has ``.records``.
 
     Raises:
-        TypeError: If it is none of them.
+        TypeError: If it is anything else.
         ValueError: If there are none.
     """
     records = getattr(records, "records", records)
@@ -54,7 +54,7 @@ def failed(record: Record) -> bool:
 
 
 def having(records: Any, quantity: str) -> list[Record]:
-    """Return the records that hold a quantity, in the order of their steps.
+    """Return the records that hold a quantity, sorted by step.
 
     Raises:
         TypeError: As `as_records`.
@@ -68,7 +68,7 @@ def having(records: Any, quantity: str) -> list[Record]:
 
 
 def missing(records: list[Record], quantity: str) -> ValueError:
-    """Return the error that no record holds a quantity."""
+    """Return the error for a quantity that no record holds."""
     held = sorted({key for record in records for key in record} - {"step", "status", "error"})
     num_failed = sum(map(failed, records))
     return ValueError(
@@ -79,7 +79,7 @@ def missing(records: list[Record], quantity: str) -> ValueError:
 
 
 def number(value: Any) -> float:
-    """Return a value as a float; NaN for what is none, such as the null of a JSON file."""
+    """Return a value as a float; NaN for anything else, such as the null of a JSON file."""
     try:
         return float(value)
     except (TypeError, ValueError):
@@ -89,7 +89,7 @@ def number(value: Any) -> float:
 def series(records: Any, quantity: str) -> Series:
     """Return a quantity by step, with NaN where a measurement failed.
 
-    A record that does not hold the quantity is left out: it was not due at that step.
+    Records without the quantity are skipped: it was not due at that step.
 
     Raises:
         TypeError: As `as_records`.

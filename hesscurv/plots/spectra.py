@@ -1,4 +1,4 @@
-"""Eigenvalues of both signs: of one solution, and of a whole training."""
+"""Eigenvalues of both signs, for one solution and over training."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ _NOT_CONVERGED = {canvas.BLUE: canvas.SKY, canvas.RED: canvas.ORANGE}
 
 
 def spectrum(pairs: Eigenpairs | Tensor | Record, ax: Any = None) -> Any:
-    r"""Draw the size of each eigenvalue, by sign, above the residual that it is known to.
+    r"""Draw the magnitude of each eigenvalue, by sign, with its residual.
 
-    The residual :math:`\|H v_i - \lambda_i v_i\|` bounds the error of :math:`\lambda_i`: what lies
-    near or below the grey floor, the largest residual of any eigenvalue of that rank or a later
-    one, is not told from zero. Hollow, lighter marks have not converged.
+    The residual :math:`\|H v_i - \lambda_i v_i\|` bounds the error of :math:`\lambda_i`: values
+    near or below the grey floor, the largest residual at that rank or beyond, are not
+    distinguishable from zero. Hollow, lighter marks have not converged.
 
     Args:
         pairs: `Eigenpairs`; a record with "eigenvalues", and "residuals" if it has them; or
-            eigenvalues alone, a real tensor (k,). Each is drawn at its rank among those of its
-            sign, by decreasing size.
+            eigenvalues only, a real tensor (k,). Each is drawn at its rank among those of its
+            sign, by decreasing magnitude.
         ax: The axes to draw into; those of a new figure by default.
 
     Returns:
@@ -34,8 +34,8 @@ def spectrum(pairs: Eigenpairs | Tensor | Record, ax: Any = None) -> Any:
 
     Raises:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
-        TypeError: If `pairs` is none of the three, or `ax` no axes.
-        ValueError: If there is no eigenvalue, or none that is finite and not zero.
+        TypeError: If `pairs` is none of the three, or `ax` is not an Axes.
+        ValueError: If there is no finite nonzero eigenvalue.
     """
     values, residuals, converged = _parts(pairs)
     ranks = _ranks_by_sign(values)
@@ -83,7 +83,7 @@ def spectrum(pairs: Eigenpairs | Tensor | Record, ax: Any = None) -> Any:
 
 
 def eigenvalues(records: Iterable[Record], ax: Any = None) -> Any:
-    """Draw the size of all measured eigenvalues, by sign, against the training step.
+    """Draw the magnitude of all measured eigenvalues, by sign, against the training step.
 
     Args:
         records: Those of a `CurvatureMonitor` that hold "eigenvalues"; or the monitor.
@@ -94,7 +94,7 @@ def eigenvalues(records: Iterable[Record], ax: Any = None) -> Any:
 
     Raises:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
-        TypeError: If `records` are no records, or `ax` no axes.
+        TypeError: If `records` are not records, or `ax` is not an Axes.
         ValueError: If there is no record, or none holds an eigenvalue that is not zero.
     """
     found = having(records, "eigenvalues")
@@ -141,7 +141,7 @@ def eigenvalues(records: Iterable[Record], ax: Any = None) -> Any:
 
 
 def _parts(pairs: Any) -> tuple[list[float], list[float], list[bool]]:
-    """Return eigenvalues, residuals (NaN: not known) and what has converged."""
+    """Return eigenvalues, residuals (NaN if unknown) and convergence flags."""
     if isinstance(pairs, Eigenpairs):
         return pairs.eigenvalues.tolist(), pairs.residuals.tolist(), pairs.converged.tolist()
     if isinstance(pairs, Mapping):
@@ -171,7 +171,7 @@ def _ranks_by_sign(values: list[float]) -> dict[int, int]:
 
 
 def _envelope(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
-    """Return, for each rank, the largest residual of it and those after it."""
+    """Return, for each rank, the largest residual at that rank or beyond."""
     known = sorted((rank, value) for rank, value in points if value > 0 and math.isfinite(value))
     out: dict[int, float] = {}
     largest = 0.0
@@ -183,10 +183,10 @@ def _envelope(points: list[tuple[int, float]]) -> list[tuple[int, float]]:
 def _draw_floor(
     ax: Any, floor: list[tuple[int, float]], lowest: float, label: str = "largest residual"
 ) -> float:
-    """Draw residuals as a shaded floor; return where the axis should end.
+    """Draw residuals as a shaded floor; return the lower limit of the axis.
 
-    Three decades below the smallest eigenvalue the axis ends, and a note says where the floor is:
-    the eigenvalues would not be told apart otherwise.
+    The axis ends at most three decades below the smallest eigenvalue, to keep the eigenvalues
+    apart; a note gives a floor below that.
     """
     x, y = zip(*floor, strict=True)
     bottom = max(min(y) / 2, lowest / 1e3)

@@ -1,6 +1,6 @@
-"""Prune with curvature: methods for ``torch.nn.utils.prune``, saliencies, compensation, one call.
+"""Pruning by curvature: methods for ``torch.nn.utils.prune``, saliencies, compensation, one call.
 
-The masks are those of ``torch.nn.utils.prune`` throughout.
+All masks are those of ``torch.nn.utils.prune``.
 """
 
 from hesscurv.pruning.attention import prepare_attention_

@@ -1,8 +1,8 @@
-"""Prune the output projection of `nn.MultiheadAttention`, whose own hook torch never runs.
+"""Pruning of the output projection of `nn.MultiheadAttention`, whose hook torch never runs.
 
 A pruned module computes ``weight = weight_orig * weight_mask`` in a hook before its forward. An
-attention reads ``out_proj.weight`` without calling `out_proj`: after an optimiser's step it would
-go on with the old weight, and a second backward pass would fail.
+attention reads ``out_proj.weight`` without calling `out_proj`: after an optimizer step it would use
+the old weight, and a second backward pass would fail.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MARK = "refreshed_by_attention"
 
 
 class _OutProjectionHook:
-    """Before the forward of an attention, run the pruning hooks of its output projection."""
+    """Forward pre-hook of an attention that runs the pruning hooks of its output projection."""
 
     def __call__(self, attention: nn.MultiheadAttention, inputs: Any) -> None:
         for hook in attention.out_proj._forward_pre_hooks.values():
@@ -28,14 +28,14 @@ class _OutProjectionHook:
 
 
 def prepare_attention_(model: nn.Module) -> None:
-    """Let each `nn.MultiheadAttention` refresh its output projection, so that it can be pruned.
+    """Make the output projection of each `nn.MultiheadAttention` prunable.
 
     Registers a forward pre-hook on each attention, once. It does nothing while ``out_proj.weight``
-    is not pruned; like any hook it keeps `nn.TransformerEncoderLayer` from torch's fused inference
-    path. A copy of the model has it too.
+    is not pruned; like any hook it disables torch's fused inference path of
+    `nn.TransformerEncoderLayer`. Copies of the model keep it.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
     """
     for module in unwrap(model).modules():
         if isinstance(module, nn.MultiheadAttention) and is_unprepared(module.out_proj):

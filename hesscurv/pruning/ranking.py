@@ -1,4 +1,4 @@
-"""Importance scores and amounts: what they may be, and which entries are the lowest."""
+"""Ranking by importance scores: validation of scores and amounts, selection of the lowest."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from hesscurv.metrics.masks import top_k_mask
 
 
 def lowest(scores: Tensor, amount: float, what: str) -> Tensor:
-    """Return which of some flat scores are pruned, bool: exactly as many as `amount` says.
+    """Return a bool mask of the lowest scores, exactly as many as `amount` says.
 
-    Of equal scores the ones that come last are pruned. `what` names the entries in errors.
+    Ties prune the last entries. `what` names the entries in errors.
     """
     total = scores.shape[0]
-    # torch's rounding, so that both prune the same number.
+    # Rounded as in torch.nn.utils.prune, so that both prune the same number.
     count = amount if isinstance(amount, int) else round(amount * total)
     if count > total:
         raise ValueError(
@@ -50,7 +50,7 @@ def check_int(value: Any, what: str) -> int:
 
 
 def as_scores(scores: Any, parameter: Tensor, where: str) -> Tensor:
-    """Return scores for a parameter, on its device, or raise and say `where` they are wrong."""
+    """Return validated scores of a parameter, on its device; `where` names it in errors."""
     if scores is None:
         raise TypeError(
             f"expected importance_scores for {where}, got none; compute them, e.g. with "

@@ -1,4 +1,4 @@
-"""Undo what was done to modules when an error comes in between."""
+"""Rollback of changes to modules after an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.prune import PruningContainer
 
-# What pruning changes in place. `_flat_weights` is where recurrent modules keep their weights.
+# Containers that pruning modifies in place. Recurrent modules keep weights in `_flat_weights`.
 _CONTENTS = (
     "_parameters",
     "_buffers",
@@ -26,15 +26,15 @@ _CONTENTS = (
 def unchanged_on_error(modules: Iterable[nn.Module], *, values: bool = False) -> Iterator[None]:
     """Restore modules if the body raises: parameters, buffers and their order, hooks, attributes.
 
-    ``torch.nn.utils.prune`` alone does not: an error in a second pruning of a tensor drops the
-    hook of the first, and one in a first pruning moves the parameter to the module's end.
+    ``torch.nn.utils.prune`` itself does not: an error in a second pruning of a tensor drops the
+    hook of the first, and one in a first pruning moves the parameter to the end of the module.
 
     Args:
-        modules: The modules; their submodules are not looked into.
-        values: Whether to restore tensors that are written in place, too.
+        modules: The modules, without their submodules.
+        values: Whether to also restore tensors that are written in place.
 
     Raises:
-        BaseException: What the body raises, after the modules are as they were.
+        BaseException: Any error of the body, after the modules are restored.
 
     Cost:
         A few references for each tensor; with `values` a copy of all parameters and buffers.
@@ -62,7 +62,7 @@ class _Snapshot:
             for hook in module._forward_pre_hooks.values()
             if isinstance(hook, PruningContainer)
         }
-        # prune.remove gives the parameter other memory.
+        # prune.remove assigns new memory to the parameter.
         self.memory = [(p, p.data) for p in module._parameters.values() if p is not None]
         tensors = [*module._parameters.values(), *module._buffers.values()] if values else []
         self.values: list[tuple[Tensor, Tensor]] = [
@@ -73,7 +73,7 @@ class _Snapshot:
         self.module.__dict__.clear()
         self.module.__dict__.update(self.attributes)
         for key, content in self.contents.items():
-            # In place: handles of hooks hold on to the very dictionary.
+            # In place: handles of hooks refer to this very dictionary.
             target = self.module.__dict__[key]
             target.clear()
             target.extend(content) if isinstance(target, list) else target.update(content)

@@ -1,4 +1,4 @@
-"""Which entries a step of pruning drops: budgets by scope, and N:M patterns."""
+"""Pruning targets: sparsity budgets by scope, and N:M patterns."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Scope = str | Mapping[str, float]
 
 @dataclass(frozen=True)
 class Budget:
-    """Some weights that share a sparsity.
+    """Weights that share a target sparsity.
 
     Args:
-        name: For messages: "all weights", or the weight's name.
-        index: Where they are in the flat vector, shape (p,), int64.
-        sparsity: The fraction to prune in the end.
+        name: For messages: "all weights", or the name of a weight.
+        index: Indices into the flat vector, shape (p,), int64.
+        sparsity: The final fraction to prune.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Budget:
 def make_budgets(
     layout: ParameterLayout, scope: Scope, sparsity: float, device: torch.device
 ) -> list[Budget]:
-    """Return the budgets of a scope: one for all weights, one each, or one each as told.
+    """Return the budgets of a scope: one for all weights, one per weight, or as given.
 
     Raises:
-        ValueError: If the scope is unknown, or names a weight that is not there, or a sparsity
-            that is not in [0, 1).
+        ValueError: If the scope is unknown, names an unknown weight, or has a sparsity outside
+            [0, 1).
     """
     slices = layout.slices()
     everything = torch.arange(layout.numel, device=device)
@@ -74,13 +74,13 @@ def next_mask(scores: Tensor, mask: Tensor, budgets: list[Budget], progress: flo
     """Return the mask after one more step.
 
     Args:
-        scores: Shape (D,), lowest pruned first; those already pruned are not looked at.
-        mask: Shape (D,), bool, before.
-        budgets: What to reach; entries in none of them stay.
-        progress: Where the step ends, as a sparsity relative to each budget's own, in [0, 1].
+        scores: Shape (D,), lowest pruned first; scores of pruned entries are ignored.
+        mask: Shape (D,), bool, the present mask.
+        budgets: The targets; entries in none of them stay.
+        progress: Sparsity at the end of the step, relative to each budget's, in [0, 1].
 
     Returns:
-        Shape (D,), bool: exactly as many as each budget says, or the fewer that are left.
+        Shape (D,), bool: exactly the number kept by each budget, or the fewer that are left.
     """
     out = mask.clone()
     for budget in budgets:
@@ -102,10 +102,10 @@ class Pattern:
 
     @classmethod
     def parse(cls, structure: str | None) -> Pattern | None:
-        """Read "2:4" and the like; None for none.
+        """Parse a pattern such as "2:4"; None for no pattern.
 
         Raises:
-            ValueError: If it is not of that form with 0 < n < m.
+            ValueError: If it is not of the form "N:M" with 0 < N < M.
         """
         if structure is None:
             return None
@@ -118,10 +118,10 @@ class Pattern:
         return cls(n, m)
 
     def fits(self, weight: Weight, shape: tuple[int, ...], dotted: str | None = None) -> bool:
-        """Whether m divides the number of the weight's inputs, of one group where it has several.
+        """Whether m divides the number of inputs of the weight, or of each of its groups.
 
         Raises:
-            ValueError: If it is not known where the inputs lie; it names `dotted`.
+            ValueError: If the input dimension is unknown; it names `dotted`.
         """
         return len(shape) > 1 and axes_of(*weight, dotted).num_inputs(shape) % self.m == 0
 
@@ -133,7 +133,7 @@ class Pattern:
         weights: Mapping[str, Weight],
         progress: float,
     ) -> Tensor:
-        """Return the mask after one more step: of what the pattern drops, the lowest scores.
+        """Return the mask after one more step, which drops the lowest scores outside the pattern.
 
         At ``progress`` 1 the pattern holds everywhere.
         """

@@ -1,8 +1,8 @@
-"""Where the outputs and the inputs of a layer's weight lie: one table for all layer types.
+"""Output and input dimensions of a layer's weight, for all layer types.
 
-N:M patterns, rows that are removed whole, input covariances and the scales of outputs follow the
-matrix that a layer multiplies with, ``(outputs, inputs)``. Layers store it in different ways: a
-`nn.Linear` as it is, a transposed convolution and the `Conv1D` of transformers the other way round.
+N:M patterns, removal of whole rows, input covariances and output scales follow the matrix that a
+layer multiplies with, ``(outputs, inputs)``. Layers store it differently: `nn.Linear` as it is,
+transposed convolutions and the `Conv1D` of transformers transposed.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 @dataclass(frozen=True)
 class WeightAxes:
-    """The dimensions of a weight. Those that are named by neither, such as a kernel's, are inputs.
+    """The dimensions of a weight; all others, such as those of a kernel, count as inputs.
 
     Args:
-        outputs: The dimension of the outputs.
-        inputs: The dimension of the inputs, along which N:M patterns lie.
-        groups: The number of groups of a grouped convolution, which share no input and no output.
-        grouped: Which of the two dimensions runs over all groups, one after the other; the other
-            one has the entries of a single group.
+        outputs: The output dimension.
+        inputs: The input dimension, along which N:M patterns lie.
+        groups: Number of groups of a grouped convolution, which share no inputs and no outputs.
+        grouped: The dimension that runs over all groups in turn; the other one has the entries of
+            a single group.
     """
 
     outputs: int
@@ -34,7 +34,7 @@ class WeightAxes:
     grouped: Literal["outputs", "inputs"] = "outputs"
 
     def num_inputs(self, shape: tuple[int, ...]) -> int:
-        """Return how many neighbours along `inputs` belong to the same output."""
+        """Return the number of consecutive inputs that belong to one output."""
         return shape[self.inputs] // (self.groups if self.grouped == "inputs" else 1)
 
     def to_matrix(self, stored: Tensor) -> Tensor:
@@ -52,7 +52,7 @@ REVERSED = WeightAxes(outputs=1, inputs=0)
 
 
 def _linear(module: Any) -> WeightAxes:
-    # The flag of loralib's and of older PEFT's subclasses.
+    # Flag of subclasses in loralib and older PEFT: the weight is stored transposed.
     return REVERSED if getattr(module, "fan_in_fan_out", False) else AS_LINEAR
 
 
@@ -65,7 +65,7 @@ def _transposed(module: Any) -> WeightAxes:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is a `transformers.pytorch_utils.Conv1D`, which is not imported for it."""
+    """Whether a module is a `transformers.pytorch_utils.Conv1D`, without importing that."""
     weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
     return (
         any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
@@ -75,8 +75,8 @@ def _is_conv1d(module: nn.Module) -> bool:
     )
 
 
-# The type, a pattern of its tensors' names, and where these have what. An embedding (tokens, width)
-# lies like the output layer that is often tied to it.
+# Layer type, pattern of tensor names, and their axes. An embedding (tokens, width) has the axes of
+# the output layer that is often tied to it.
 _Axes = WeightAxes | Callable[[Any], WeightAxes]
 _TABLE: list[tuple[type[nn.Module], str, _Axes]] = [
     (nn.Linear, "weight", _linear),
@@ -93,7 +93,7 @@ _REGISTERED: dict[type[nn.Module], dict[str, WeightAxes]] = {}
 
 
 def find_axes(module: nn.Module, name: str) -> WeightAxes | None:
-    """Return where a module's weight has its outputs and inputs, or None for an unknown one.
+    """Return the output and input dimensions of a weight, or None if unknown.
 
     Args:
         module: The module that owns the tensor.
@@ -111,7 +111,7 @@ def find_axes(module: nn.Module, name: str) -> WeightAxes | None:
 
 
 def axes_of(module: nn.Module, name: str, dotted: str | None = None) -> WeightAxes:
-    """Return where a module's weight has its outputs and inputs.
+    """Return the output and input dimensions of a weight.
 
     Args:
         module: The module that owns the tensor.
@@ -119,7 +119,7 @@ def axes_of(module: nn.Module, name: str, dotted: str | None = None) -> WeightAx
         dotted: Its name in the model, for the message.
 
     Raises:
-        ValueError: If the layer's type is unknown, or the tensor is none of its matrices.
+        ValueError: If the layer's type is unknown, or the tensor is not one of its matrices.
     """
     axes = find_axes(module, name)
     if axes is None:
@@ -134,10 +134,10 @@ def axes_of(module: nn.Module, name: str, dotted: str | None = None) -> WeightAx
 
 
 def output_dimension(module: nn.Module, name: str, parameter: Tensor) -> int:
-    """Return the dimension whose slices are a layer's outputs.
+    """Return the dimension whose slices are the outputs of a layer.
 
     Raises:
-        ValueError: If the layer's type is unknown, or no dimension is that of single outputs.
+        ValueError: If the layer's type is unknown, or no dimension has single outputs as slices.
     """
     if parameter.ndim < 2:
         return 0
@@ -155,7 +155,7 @@ def output_dimension(module: nn.Module, name: str, parameter: Tensor) -> int:
 def check_groups_of_inputs(
     module: nn.Module, name: str, parameter: Tensor, dim: int, m: int
 ) -> None:
-    """Refuse m neighbours along `dim` that would reach from one group of inputs into the next."""
+    """Refuse patterns of m entries along `dim` that would straddle two groups of inputs."""
     axes = find_axes(module, name)
     if axes is None or dim != axes.inputs:
         return
@@ -177,20 +177,20 @@ _KNOWN = (
 def register_weight_axes(
     layer_type: type[nn.Module], name: str = "weight", *, outputs: int, inputs: int
 ) -> None:
-    """Tell where a layer type of your own has the outputs and the inputs of a weight.
+    """Register the output and input dimensions of a weight of a custom layer type.
 
-    For N:M patterns, which lie along the inputs, and for structured pruning of outputs. It holds
-    for subclasses, comes before the built-in table, and stays until the process ends.
+    Used by N:M patterns, which lie along the inputs, and by structured pruning of outputs. The
+    entry applies to subclasses, precedes the built-in table, and lasts until the process ends.
 
     Args:
         layer_type: A subclass of `nn.Module`.
         name: The tensor's name when dense.
-        outputs: The dimension of the outputs, not negative.
-        inputs: The dimension of the inputs, another one.
+        outputs: The output dimension, nonnegative.
+        inputs: The input dimension, different from `outputs`.
 
     Raises:
-        TypeError: If `layer_type` is no module type, or a dimension no int.
-        ValueError: If a dimension is negative, or they are the same.
+        TypeError: If `layer_type` is not a module type, or a dimension not an int.
+        ValueError: If a dimension is negative, or both are equal.
     """
     if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
         raise TypeError(f"expected a subclass of torch.nn.Module, got {layer_type!r}")

@@ -1,7 +1,7 @@
-"""Which weights of a model can be pruned, by name, and what they are while they are pruned.
+"""Prunable weights of a model, by name, and access to them while they are pruned.
 
-A name here is the one that the weight has in the dense model: "conv1.weight", also while
-``torch.nn.utils.prune`` stores the parameter as ``weight_orig`` beside a buffer ``weight_mask``.
+Names are those of the dense model: "conv1.weight", even while ``torch.nn.utils.prune`` stores the
+parameter as ``weight_orig`` together with a buffer ``weight_mask``.
 """
 
 from __future__ import annotations
@@ -42,30 +42,29 @@ class Weight(NamedTuple):
 def find_weights(model: nn.Module, names: WeightSelection = None) -> dict[str, Weight]:
     """Return the weights of a model that can be pruned, by dotted name, in the model's order.
 
-    By default: each floating parameter of two dimensions or more that requires grad and has
+    By default: every floating parameter of two or more dimensions that requires grad and has
     "weight" in its name, split at underscores: of linear and convolution layers, embeddings,
     attentions (``in_proj_weight``) and recurrent layers (``weight_ih_l0``). Biases and the
-    weights of normalisation layers are not among them.
+    weights of normalisation layers are excluded.
 
-    Some weights cannot be pruned, or not in this way: those that two modules share, since only
-    one of the two would be masked; those computed from others (`parametrize`, `weight_norm`,
-    `spectral_norm`); and the output projection of an `nn.MultiheadAttention` before
-    `prepare_attention_`. Asked for by full name, they are an error. Otherwise they are left out,
-    with a warning that says which and why.
+    Some weights cannot be pruned: those shared by two modules, since only one would be masked;
+    those computed from others (`parametrize`, `weight_norm`, `spectral_norm`); and the output
+    projection of an `nn.MultiheadAttention` before `prepare_attention_`. Selected by full name,
+    they raise an error; otherwise they are skipped, with a warning that gives the reason.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
         names: None for the default; a name or names, each the full dotted name of any floating
-            parameter, a bias or a frozen one too, or that of a submodule, which takes the default
-            weights under it; or a predicate ``(name, parameter) -> bool`` over the default ones.
+            parameter, even a bias or a frozen one, or of a submodule, which selects the default
+            weights in it; or a predicate ``(name, parameter) -> bool`` over the default ones.
 
     Returns:
         A dict from dotted name to `Weight`. A module that occurs twice has its first name.
 
     Raises:
-        ValueError: If a name is not the model's, nothing is selected, a weight asked for by its
-            full name cannot be pruned, or a parameter is not initialised yet.
-        TypeError: If `names` is none of the above, or a parameter asked for is not floating.
+        ValueError: If a name is unknown, nothing is selected, a weight selected by its full name
+            cannot be pruned, or a parameter is not initialised yet.
+        TypeError: If `names` is none of the above, or a selected parameter is not floating.
 
     Warns:
         UserWarning: If default weights are left out because they cannot be pruned.
@@ -101,10 +100,10 @@ def find_weights(model: nn.Module, names: WeightSelection = None) -> dict[str, W
 
 
 def pruned_weights(model: nn.Module) -> dict[str, Weight]:
-    """Return the weights that are pruned now, by dotted name, in the model's order.
+    """Return the pruned weights, by dotted name, in the model's order.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
 
     Returns:
         A dict from dotted name to `Weight`; empty for a dense model.
@@ -118,19 +117,19 @@ def pruned_weights(model: nn.Module) -> dict[str, Weight]:
 
 
 def as_dense_name(name: str) -> str:
-    """Return the name that a parameter has in the dense model: without "_orig" at its end."""
+    """Return the name of a parameter in the dense model: without the suffix "_orig"."""
     return name.removesuffix("_orig")
 
 
 def current_parameter(module: nn.Module, name: str) -> nn.Parameter:
-    """Return the parameter that is trained: ``name_orig`` while pruned, else ``name``.
+    """Return the trained parameter: ``name_orig`` while pruned, otherwise ``name``.
 
     Args:
         module: The module that owns the tensor.
         name: The tensor's name when dense, such as "weight".
 
     Returns:
-        The parameter. It is the same one before, while and after the tensor is pruned.
+        The parameter, the same object before, during and after pruning.
 
     Raises:
         ValueError: If the module has no such parameter.
@@ -164,9 +163,9 @@ def current_mask(module: nn.Module, name: str) -> Tensor | None:
 def refresh_(module: nn.Module, name: str) -> None:
     """Set ``module.name = name_orig * name_mask``, as the hook does before the next forward.
 
-    After `load_state_dict`, or when ``name_orig`` was written, the masked tensor is old until
-    then. It is set without a graph, so that `copy.deepcopy` of the module works, which it does not
-    after a forward with gradients, whose hook sets it with one.
+    After `load_state_dict`, or a write to ``name_orig``, the masked tensor is stale until then. It
+    is set without a graph, so that `copy.deepcopy` of the module works; after a forward with
+    gradients, whose hook attaches a graph, it fails.
 
     Args:
         module: The module that owns the tensor; nothing is done if it is not pruned.
@@ -182,7 +181,7 @@ def refresh_(module: nn.Module, name: str) -> None:
 
 
 def restore_hook_(module: nn.Module, name: str) -> None:
-    """Give a pruned tensor its hook back, without which its mask is not applied any more.
+    """Restore the hook of a pruned tensor, without which its mask is no longer applied.
 
     An error in a second pruning by ``torch.nn.utils.prune`` drops the hook of the first.
     """
@@ -198,7 +197,7 @@ def restore_hook_(module: nn.Module, name: str) -> None:
 
 
 def check_prunable(module: nn.Module, name: str) -> nn.Parameter:
-    """Return the parameter of a tensor that can be pruned, or raise with the reason why not.
+    """Return the parameter of a prunable tensor, or raise with the reason.
 
     Args:
         module: The module that owns the tensor.
@@ -207,7 +206,7 @@ def check_prunable(module: nn.Module, name: str) -> nn.Parameter:
     Raises:
         ValueError: If the module has no such parameter, it is not initialised, it is computed
             from others, or it is an attention's output projection before `prepare_attention_`.
-        TypeError: If `module` is no module, or the parameter is not floating.
+        TypeError: If `module` is not a module, or the parameter is not floating.
     """
     if not isinstance(module, nn.Module) or not isinstance(name, str):
         raise TypeError(
@@ -221,7 +220,7 @@ def check_prunable(module: nn.Module, name: str) -> nn.Parameter:
 
 @dataclass
 class _Candidate:
-    """A tensor that somebody may want to prune, and why that is an error, if it is."""
+    """A tensor that may be selected for pruning, and the error if it cannot be pruned."""
 
     dotted: str
     weight: Weight
@@ -229,7 +228,7 @@ class _Candidate:
     error: Exception | None
 
     def is_default(self) -> bool:
-        """Whether `find_weights` selects it unless told otherwise, prunable or not."""
+        """Whether `find_weights` selects it by default, prunable or not."""
         if "weight" not in self.weight.name.split("_") or not self.parameter.requires_grad:
             return False
         if isinstance(self.parameter, UninitializedParameter):
@@ -263,7 +262,7 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
 
 
 def _tensors_of(module: nn.Module) -> dict[str, nn.Parameter]:
-    """A module's own tensors by dense name, each with the (largest) parameter it is made of."""
+    """A module's own tensors by dense name, each with its (largest) underlying parameter."""
     found: dict[str, nn.Parameter] = {}
     for stored, parameter in module._parameters.items():
         if parameter is not None:
@@ -294,7 +293,7 @@ def _is_computed(module: nn.Module, name: str) -> bool:
 
 
 def _error_of(module: nn.Module, name: str) -> Exception | None:
-    """Why a tensor cannot be pruned, ties aside."""
+    """Why a tensor cannot be pruned, except for sharing."""
     if _is_computed(module, name) or isinstance(module, parametrize.ParametrizationList):
         return ValueError(
             "it is computed from other parameters (parametrize, weight_norm or spectral_norm); "
@@ -335,7 +334,7 @@ def _as_names(names: object) -> list[str]:
 def _named(
     item: str, modules: Mapping[str, nn.Module], candidates: Mapping[Weight, _Candidate]
 ) -> tuple[list[_Candidate], bool]:
-    """What a name selects, and whether it is the full name of one tensor."""
+    """The tensors that a name selects, and whether it is the full name of one tensor."""
     path, _, stored = item.rpartition(".")
     if path in modules:
         weight = Weight(modules[path], _name_of(modules[path], stored))

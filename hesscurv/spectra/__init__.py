@@ -1,4 +1,4 @@
-"""Whole spectra without eigenvectors: density, trace and diagonal of a symmetric operator."""
+"""Stochastic estimates for a symmetric operator: spectral density, trace and diagonal."""
 
 from hesscurv.spectra.diagonal import DiagonalEstimate, diagonal
 from hesscurv.spectra.spectral_density import Estimate, SpectralDensity, spectral_density

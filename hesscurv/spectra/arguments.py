@@ -1,4 +1,4 @@
-"""What the estimators of a spectrum check before the first product."""
+"""Argument checks of the spectral estimators, before the first matvec."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def check_operator(H: Any) -> LinearOperator:
             `dtype`, `device` and ``@`` on tensors (D,) and (D, b).
 
     Raises:
-        TypeError: If it is none of these, or not float32 or float64.
+        TypeError: If it is not an operator, or not float32 or float64.
         ValueError: If it is not square, or a tensor that is not symmetric and finite.
     """
     H = as_linear_operator(H)
@@ -31,7 +31,7 @@ def check_operator(H: Any) -> LinearOperator:
 
 
 def check_count(name: str, value: Any, least: int, remedy: str = "") -> None:
-    """Refuse what is not an integer of at least `least`.
+    """Require an integer of at least `least`.
 
     Raises:
         TypeError: If it is not an int.
@@ -44,10 +44,10 @@ def check_count(name: str, value: Any, least: int, remedy: str = "") -> None:
 
 
 def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Refuse what is not among the choices.
+    """Require one of the choices.
 
     Raises:
-        ValueError: If it is not.
+        ValueError: If the value is not among them.
     """
     if value not in choices:
         raise ValueError(f"expected {name} among {list(choices)}, got {value!r}")
@@ -61,21 +61,21 @@ def check_estimate(
     block_size: Any,
     generator: torch.Generator | None,
 ) -> tuple[LinearOperator, torch.Generator]:
-    """Check the arguments that `trace` and `diagonal` have in common.
+    """Check the arguments shared by `trace` and `diagonal`.
 
     Args:
         H: The operator.
-        num_matvecs: The most products.
+        num_matvecs: Maximal number of matvecs.
         method: One of the keys of `fewest`.
-        fewest: The fewest products of each method; D are always enough.
-        block_size: Products at a time.
-        generator: The caller's, or None.
+        fewest: Minimal number of matvecs of each method; D always suffice.
+        block_size: Matvecs per block.
+        generator: The caller's generator, or None.
 
     Returns:
         The operator, and the generator to draw from.
 
     Raises:
-        TypeError: If H is no operator, or not float32 or float64, or a number is not an int.
+        TypeError: If H is not an operator, or not float32 or float64, or a number is not an int.
         ValueError: If an argument is out of range.
     """
     H = check_operator(H)
@@ -87,5 +87,5 @@ def check_estimate(
 
 
 def default_generator(generator: torch.Generator | None) -> torch.Generator:
-    """Return the generator, or a new one with seed 0: torch's global one is never used."""
+    """Return the generator, or a new one with seed 0; the global one is never used."""
     return torch.Generator().manual_seed(0) if generator is None else generator

@@ -1,4 +1,4 @@
-"""Stochastic estimates of the diagonal: XDiag, Hutchinson (Bekas)."""
+"""Stochastic diagonal estimation: XDiag, Hutchinson (Bekas)."""
 
 from __future__ import annotations
 
@@ -26,9 +26,8 @@ class DiagonalEstimate(Described):
 
     Args:
         values: Shape (D,), in H's dtype on its device.
-        standard_error: Shape (D,): the estimated standard deviation of each entry; 0 where it is
-            exact.
-        num_matvecs: Products with H that were used.
+        standard_error: Shape (D,): the estimated standard deviation of each entry; 0 if exact.
+        num_matvecs: Matvecs with H.
         method: "xdiag", "hutchinson", or "exact".
     """
 
@@ -47,44 +46,43 @@ def diagonal(
     block_size: int = 32,
     progress: bool = False,
 ) -> DiagonalEstimate:
-    """Estimate the diagonal of a symmetric operator from products with random sign vectors.
+    """Estimate the diagonal of a symmetric operator from matvecs with random sign vectors.
 
-    With n products, and P_i the orthogonal projector onto the range of H times all of n/2 test
-    vectors but omega_i (o is the product entry by entry):
+    With n matvecs, and P_i the orthogonal projector onto the range of H times all n/2 test vectors
+    except omega_i (o is the entrywise product):
 
     - "xdiag" (default): the mean over i of ``diag(H - E_i) + omega_i o (E_i omega_i)`` with
       ``E_i = (I - P_i) H (I - P_i)``. The paper, for matrices that need not be symmetric, has
-      ``E_i = (I - P_i) H``; what symmetry allows has a smaller error on decaying spectra, for the
-      same products.
+      ``E_i = (I - P_i) H``; the two-sided form, which requires symmetry, has a smaller error on
+      decaying spectra at the same cost.
     - "hutchinson": the mean of ``omega_i o (H omega_i)`` over n test vectors.
 
     An entry's error is ``sqrt(sum_{j != i} H_ij^2 / n)`` with Hutchinson. XDiag removes the large
-    eigenvalues first, which pays where the spectrum decays, as those of curvature matrices do. On a
-    flat spectrum there is nothing to remove, and Hutchinson is better: it has twice the
-    samples. When n >= D, the diagonal itself is measured instead, in D products; XDiag is also
-    exact, to rounding, where H's rank is below n/2.
+    eigenvalues first, which pays if the spectrum decays, as for curvature matrices. On a flat
+    spectrum Hutchinson is better: it has twice the samples. If n >= D, the diagonal itself is
+    computed, in D matvecs; XDiag is also exact, to rounding, if the rank of H is below n/2.
 
     Args:
         H: A hesscurv operator, a dense symmetric tensor (D, D), or any object with `shape`,
             `dtype`, `device` and ``@`` on tensors (D,) and (D, b); float32 or float64.
-        num_matvecs: n, the most products; at least 4, for "hutchinson" 2, or D. XDiag leaves one
-            over when it is odd.
+        num_matvecs: n, the maximal number of matvecs; at least 4 (2 for "hutchinson"), or D. XDiag
+            leaves one unused if it is odd.
         method: "xdiag" or "hutchinson".
         generator: Source of the test vectors' seed; default a new one with seed 0. The global
             generator is never used.
-        block_size: Products at a time; default 32.
-        progress: Whether to show a progress bar over the products.
+        block_size: Matvecs per block; default 32.
+        progress: Whether to show a progress bar over the matvecs.
 
     Returns:
-        The estimate with a standard error for each entry, which comes from the samples' scatter,
-        ``sqrt(sum_i (d_i - d)^2 / (m (m - 1)))``. Few samples give a coarse one.
+        The estimate with a standard error for each entry from the scatter of the samples,
+        ``sqrt(sum_i (d_i - d)^2 / (m (m - 1)))``, coarse for few samples.
 
     Raises:
-        TypeError: If H is no operator, or not float32 or float64, or a number is not an int.
+        TypeError: If H is not an operator, or not float32 or float64, or a number is not an int.
         ValueError: If an argument is out of range, or a product has NaN or inf entries.
 
-    Cost: n products. Storage: n D floats and some blocks, and about 3 n^2 D multiply-adds (XDiag);
-    blocks alone (Hutchinson).
+    Cost: n matvecs. XDiag: n D floats, some blocks, and about 3 n^2 D multiply-adds; Hutchinson:
+    only blocks.
 
     References:
         Epperly, Tropp, Webber, "XTrace: making the most of every sample in stochastic trace
@@ -106,7 +104,7 @@ def diagonal(
 
 
 def exact_diagonal(H: LinearOperator, block_size: int) -> Tensor:
-    """Return the diagonal (D,) from D products with the unit vectors."""
+    """Return the diagonal (D,) from D matvecs with the unit vectors."""
     dim = H.shape[0]
     out = torch.empty(dim, dtype=H.dtype, device=H.device)
     for start in range(0, dim, block_size):
@@ -118,14 +116,14 @@ def exact_diagonal(H: LinearOperator, block_size: int) -> Tensor:
 
 
 class _Moments:
-    """Mean and standard error of samples (b, D) that come in blocks, summed in float64."""
+    """Mean and standard error of blocks of samples (b, D), accumulated in float64."""
 
     def __init__(self, dim: int, device: torch.device) -> None:
         self._sums = torch.zeros(2, dim, dtype=torch.float64, device=device)
         self._count = 0
 
     def add(self, samples_bD: Tensor) -> None:
-        # Row by row: a float64 copy of the block would double what the caller holds.
+        # Row by row: a float64 copy of a float32 block would triple its memory.
         for sample in samples_bD:
             sample = sample.double()
             self._sums[0] += sample
@@ -134,6 +132,7 @@ class _Moments:
 
     def result(self) -> tuple[Tensor, Tensor]:
         n, (total, squares) = self._count, self._sums
+        # The difference cancels for nearly constant samples and may come out negative.
         variance = ((squares - total**2 / n) / (n - 1)).clamp(min=0)
         return total / n, (variance / n).sqrt()
 

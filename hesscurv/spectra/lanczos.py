@@ -1,7 +1,7 @@
-"""Independent Lanczos processes in a block: one tridiagonal matrix for each starting vector.
+"""Simultaneous Lanczos processes: one tridiagonal matrix per starting vector.
 
-Not block Lanczos: the processes share the products with H, which come a block at a time, and
-nothing else. Vectors lie in rows: b processes, n steps, (b, D) and (b, n, D).
+Not block Lanczos: the processes only share the blocks of matvecs. Vectors lie in rows: b processes,
+n steps, (b, D) and (b, n, D).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Tridiagonal(Described):
     off_diagonal: Tensor
 
     def quadrature(self) -> tuple[Tensor, Tensor]:
-        """Return the nodes (n,), ascending, and weights (n,), which add up to 1.
+        """Return the nodes (n,), ascending, and weights (n,), which sum to 1.
 
         ``q_1^T f(H) q_1 ~ sum_j weight_j f(node_j)``: the eigenvalues of T and the squared first
         entries of its eigenvectors (Golub, Welsch 1969). Exact for polynomials of degree 2 n - 1.
@@ -54,18 +54,18 @@ def lanczos(
     """Run b Lanczos processes side by side.
 
     ``beta_j q_{j+1} = H q_j - alpha_j q_j - beta_{j-1} q_{j-1}``, for each starting vector q_1. A
-    process ends where beta_j is rounding error: its vectors span an invariant subspace, and its
+    process ends when beta_j is rounding error: its vectors span an invariant subspace, and its
     quadrature is exact for every function.
 
     Args:
         H: The symmetric operator, D x D.
-        start_bD: Shape (b, D), row-contiguous, float32 or float64: nonzero vectors, one in each
-            row. Overwritten.
-        num_steps: n, the most steps, at least 1.
-        basis_bnD: Shape (at least b, n, D), storage for the vectors, against all of which each new
-            one is orthogonalised. None keeps the last two alone: rounding then lets the processes
-            find converged eigenvalues again (ghosts), whose weights add up to the right one, so
-            that densities and traces suffer little; it takes more steps to resolve the rest.
+        start_bD: Shape (b, D), row-contiguous, float32 or float64: nonzero vectors, one per row.
+            Overwritten.
+        num_steps: n, the maximal number of steps, at least 1.
+        basis_bnD: Shape (at least b, n, D), storage for all vectors, against which each new one is
+            reorthogonalised. None keeps only the last two: rounding then makes the processes find
+            converged eigenvalues again (ghosts), whose weights sum to the right one, so densities
+            and traces suffer little; resolving the rest takes more steps.
         deflated: Orthonormal vectors in slabs (k_i, D), row-contiguous. They are projected out of
             the start and of each product: H is replaced by ``(I - V V^T) H (I - V V^T)``.
 
@@ -75,8 +75,8 @@ def lanczos(
     Raises:
         ValueError: If a starting vector is zero, or lies in the span of the deflated ones.
 
-    Cost: at most b n products; n^2 D multiply-adds for each process (2 n D without a basis), and
-    2 k D for each product with k deflated vectors.
+    Cost: at most b n matvecs; n^2 D multiply-adds for each process (2 n D without a basis), and
+    2 k D for each matvec with k deflated vectors.
 
     References:
         Lanczos (1950); full reorthogonalisation as in Golub, Van Loan, "Matrix computations",
@@ -97,13 +97,13 @@ def lanczos(
     active = list(range(len(current_bD)))
     alphas: list[list[float]] = [[] for _ in active]
     betas: list[list[float]] = [[] for _ in active]
-    scales = [0.0] * len(active)  # of each process' products: what a beta is compared with
+    scales = [0.0] * len(active)  # largest norm of a product so far: the unit for a negligible beta
     for step in range(num_steps):
         if basis_bnD is not None:
-            # A list of indices would be sent to the device, which waits.
+            # Indexing by a list copies it to the device, which synchronises.
             rows_active = slice(None) if len(active) == len(basis_bnD) else active
             basis_bnD[rows_active, step] = current_bD
-        # A copy, as it is changed: an operator may return its own storage.
+        # A copy, since it is modified: an operator may return its own storage.
         W_bD = (H @ current_bD.mT).mT.clone(memory_format=torch.contiguous_format)
         norms_b = norms_on_device(W_bD)
         project_out_(W_bD, deflated, passes=1)
@@ -111,7 +111,7 @@ def lanczos(
             last = torch.tensor([betas[i][-1] for i in active], dtype=torch.float64, device="cpu")
             W_bD.addcmul_(previous_bD, to_device_of(last, W_bD)[:, None], value=-1)
         first = _project_out_rows_(W_bD, current_bD)
-        # A second time removes what rounding left, and with a basis all earlier vectors as well.
+        # The second pass removes rounding residue and, with a basis, all earlier vectors.
         if basis_bnD is None:
             second = _project_out_rows_(W_bD, current_bD)
         else:
@@ -119,9 +119,10 @@ def lanczos(
             rows = zip(W_bD.split(1), slabs, strict=True)
             second = torch.cat([project_out_(w, [slab], passes=1)[-1] for w, slab in rows])
         project_out_(W_bD, deflated, passes=1)
-        # All numbers of a step at one look: a GPU is waited for once.
+        # All numbers of a step in one transfer, so that a GPU is synchronised once.
         numbers = torch.stack([first, second, norms_b, norms_on_device(W_bD)]).cpu().T.tolist()
         for i, (once, again, norm, _) in zip(active, numbers, strict=True):
+            # The second pass found a part of alpha that rounding left in the first.
             alphas[i].append(once + again)
             scales[i] = max(scales[i], norm)
         if step + 1 == num_steps:
@@ -149,7 +150,7 @@ def lanczos(
 
 
 def _project_out_rows_(W_bD: Tensor, Q_bD: Tensor) -> Tensor:
-    """Project each row of W off the unit vector in the same row of Q; return coefficients (b,)."""
+    """Project the unit vector in each row of Q out of that row of W; return coefficients (b,)."""
     coefficients = (W_bD * Q_bD).sum(dim=1, dtype=torch.float64)
     W_bD.addcmul_(Q_bD, coefficients.to(W_bD)[:, None], value=-1)
     return coefficients

@@ -1,8 +1,8 @@
-"""A sketched range of H, and the same range without each one of its measurements.
+"""Leave-one-out ranges of a sketch, for XTrace and XDiag.
 
-XTrace and XDiag use every measurement twice: it spans the range together with the others, and it
-tests what the range of the others leaves. Here is the linear algebra that makes m estimates out of
-one factorisation. Vectors lie in rows, (r, D) and (m, D); small matrices are float64 on the CPU.
+Both use every measurement twice: with the others it spans the range, and it tests the complement of
+the range of the others. This module derives the m leave-one-out projectors from one factorisation.
+Vectors lie in rows, (r, D) and (m, D); small matrices are float64 on the CPU.
 """
 
 from __future__ import annotations
@@ -18,20 +18,20 @@ from hesscurv.linalg.orthogonalization import inner_products, orthonormalize_
 from hesscurv.linalg.random_matrices import TestMatrix
 from hesscurv.operators.linear_operator import LinearOperator
 
-# A measurement is alone in a direction when its leverage is 1; leverages are good to 1e-15.
+# A measurement alone spans a direction if its leverage is 1; leverages are accurate to 1e-15.
 _LEVERAGE_GAP = 1e-8
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SketchedRange(Described):
-    """``H Omega = Q R``, and which direction of Q is lost with each measurement.
+    """``H Omega = Q R``, and the direction of Q that is lost without each measurement.
 
     With P = Q Q^T, the projector without measurement i is ``P_i = Q (I - s_i s_i^T) Q^T``: s_i is
-    the unit vector orthogonal to all columns of R but the i-th, or zero where these span as much as
-    all do, as they do when H's rank is below m.
+    the unit vector orthogonal to all columns of R except the i-th, or zero if these span the whole
+    range, as they do when the rank of H is below m.
 
     Args:
-        Q_rD: Shape (r, D), r <= m: an orthonormal basis of the range, one vector in each row.
+        Q_rD: Shape (r, D), r <= m: an orthonormal basis of the range, one vector per row.
         R_rm: Shape (r, m): the measurements in it, ``R = Q^T H Omega``.
         S_rm: Shape (r, m): s_i in its columns.
         W_rm: Shape (r, m): ``Q^T Omega``.
@@ -52,13 +52,13 @@ def sketch_range(H: LinearOperator, omega: TestMatrix, block_size: int) -> Sketc
 
     Args:
         H: The symmetric operator, D x D.
-        omega: The test matrix (D, m).
-        block_size: Products at a time.
+        omega: The random matrix (D, m).
+        block_size: Matvecs per block.
 
     Returns:
         The basis, in storage of m D floats, and the small matrices.
 
-    Cost: m products, about 5 m^2 D multiply-adds, and Omega drawn twice.
+    Cost: m matvecs, about 5 m^2 D multiply-adds, and drawing Omega twice.
     """
     dim, m = omega.shape
     Y_mD = torch.empty(m, dim, dtype=H.dtype, device=H.device)
@@ -77,8 +77,8 @@ def sketch_range(H: LinearOperator, omega: TestMatrix, block_size: int) -> Sketc
 def left_out_directions(R_rm: Tensor) -> Tensor:
     """Return, for each column of R, the unit direction that the other columns do not span.
 
-    ``s_i = t_i / ||t_i||`` with t_i row i of the pseudoinverse R^+, where the leverage
-    ``(R^+ R)_ii`` is 1, and zero elsewhere. For square R these are the normalised columns of R^-T.
+    ``s_i = t_i / ||t_i||`` with t_i row i of the pseudoinverse R^+ if the leverage ``(R^+ R)_ii``
+    is 1, otherwise zero. For square R these are the normalised columns of R^-T.
 
     Args:
         R_rm: Shape (r, m), r <= m, of rank r.
@@ -91,8 +91,9 @@ def left_out_directions(R_rm: Tensor) -> Tensor:
         estimation", SIAM J. Matrix Anal. Appl. 45 (2024), section 2.1, for r = m.
     """
     U_rr, sigma, Vh_rm = torch.linalg.svd(R_rm, full_matrices=False)
-    # From the right singular vectors the leverage is sure even where R is singular to rounding.
+    # The leverage from the right singular vectors is accurate even for a numerically singular R.
     alone = (Vh_rm**2).sum(dim=0) > 1 - _LEVERAGE_GAP
+    # Scaled by sigma.min(): only the direction is used, and 1 / sigma could overflow.
     T_rm = U_rr @ (Vh_rm * (sigma.min() / sigma if len(sigma) else sigma)[:, None])
     norms = T_rm.norm(dim=0)
     return torch.where(alone & (norms > 0), T_rm / norms.clamp(min=1e-300), 0.0)
@@ -104,13 +105,13 @@ def deflate(X_rm: Tensor, S_rm: Tensor) -> Tensor:
 
 
 def project(H: LinearOperator, Q_rD: Tensor, block_size: int, out_rD: Tensor | None) -> Tensor:
-    """Return ``Q^T H Q``, symmetrised, in r products.
+    """Return ``Q^T H Q``, symmetrised, in r matvecs.
 
     Args:
         H: The symmetric operator, D x D.
-        Q_rD: Shape (r, D), one vector in each row.
-        block_size: Products at a time.
-        out_rD: Where ``H Q`` is kept, shape (r, D); None keeps one block of it.
+        Q_rD: Shape (r, D), one vector per row.
+        block_size: Matvecs per block.
+        out_rD: Storage for ``H Q``, shape (r, D); None keeps only one block at a time.
 
     Returns:
         Shape (r, r), float64 on the CPU.

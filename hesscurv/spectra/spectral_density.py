@@ -1,4 +1,4 @@
-"""Stochastic Lanczos quadrature: the density of a whole spectrum, and all that follows from it."""
+"""Stochastic Lanczos quadrature: spectral density and expectations over a whole spectrum."""
 
 from __future__ import annotations
 
@@ -36,27 +36,27 @@ class Estimate(NamedTuple):
     standard_error: Tensor
 
     def __repr__(self) -> str:
-        """Write single numbers out, and name others by their shape."""
+        """Return the value and its error, tensors by their shape."""
         return describe_object(self, **self._asdict())
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SpectralDensity:
-    """The spectrum of H as p probes see it: nodes and weights of a quadrature for each.
+    """Spectral density of H from p probes: nodes and weights of a quadrature for each.
 
     ``tr f(H) ~ sum_i f(lambda_i) + (D - k) mean_p sum_j w_pj f(x_pj)``, the first sum over k known
-    eigenvalues. All methods are sums over the stored nodes and cost no products. Standard errors
-    say how much the probes differ. They do not hold the error that all probes have in common, that
-    of a quadrature with n nodes: none for polynomials up to degree 2 n - 1, and small for functions
-    that change little between neighbouring nodes.
+    eigenvalues. All methods are sums over the stored nodes, without matvecs. Standard errors
+    measure the scatter of the probes. They do not include the error of a quadrature with n nodes,
+    which all probes share: zero for polynomials up to degree 2 n - 1, and small for functions that
+    vary little between neighbouring nodes.
 
     Args:
         nodes: Shape (p, n), float64 on the CPU, ascending: each probe's Ritz values. A process that
             ended early repeats its last one with weight 0.
-        weights: Shape (p, n), nonnegative; each row adds up to 1.
-        eigenvalues: Shape (k,): those taken as known, in full (deflated); empty by default.
+        weights: Shape (p, n), nonnegative; each row sums to 1.
+        eigenvalues: Shape (k,): the known, deflated ones; empty by default.
         dim: D, the number of eigenvalues.
-        num_matvecs: Products with H that were used.
+        num_matvecs: Matvecs with H.
         info: Plain values about the run.
     """
 
@@ -68,7 +68,7 @@ class SpectralDensity:
     info: dict[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        """Say how it was measured, and where the spectrum lies."""
+        """Return sizes, range of the spectrum and cost."""
         probes, steps = self.nodes.shape
         low, high = self.range if self.nodes.numel() else (math.nan, math.nan)
         return describe_object(
@@ -85,16 +85,16 @@ class SpectralDensity:
         """Estimate the mean of a function over the eigenvalues, ``tr f(H) / D``.
 
         Args:
-            fn: Maps float64 eigenvalues (...) to values (...), entry by entry. Times D, the
-                identity gives the trace, `torch.log` the log-determinant of a positive definite H.
+            fn: Maps float64 eigenvalues (...) to values (...), entrywise. Times D, the identity
+                gives the trace, `torch.log` the log-determinant of a positive definite H.
 
         Returns:
             The mean (), and its standard error.
 
         Raises:
-            ValueError: If a node with positive weight has no finite value.
+            ValueError: If the function is not finite at a node.
         """
-        # A node without weight is repeated from another, where fn is defined if it is anywhere.
+        # Nodes of zero weight are copies of others, so they add no points to the domain of fn.
         values, known = fn(self.nodes), fn(self.eigenvalues)
         if not (values.isfinite().all() and known.isfinite().all()):
             low, high = self.range
@@ -125,9 +125,9 @@ class SpectralDensity:
     def cumulative(self, x: Any) -> Estimate:
         """Estimate the number of eigenvalues at or below x.
 
-        ``N(x) ~ #{lambda_i <= x} + (D - k) mean_p sum_{nodes <= x} w``. A step at each node: in
-        the bulk of a spectrum the steps are about D/n high, and N is off by up to one of them
-        besides its standard error.
+        ``N(x) ~ #{lambda_i <= x} + (D - k) mean_p sum_{nodes <= x} w``. A step function with steps
+        at the nodes, about D/n high in the bulk; N is off by up to one step, in addition to its
+        standard error.
 
         Args:
             x: A number, or a tensor of any shape.
@@ -151,10 +151,10 @@ class SpectralDensity:
         Args:
             grid: Shape (G,): the points t; default `grid()`.
             sigma: Positive, in units of the eigenvalues; default `default_sigma`. With a narrower
-                one single nodes show, which are no eigenvalues except at the ends.
+                one, single nodes show, which are not eigenvalues except at the ends.
 
         Returns:
-            Shape (G,), in one over the units of the eigenvalues, and its standard error.
+            Shape (G,), in inverse units of the eigenvalues, and its standard error.
 
         Raises:
             ValueError: If sigma is not positive and finite.
@@ -175,21 +175,21 @@ class SpectralDensity:
 
     @property
     def range(self) -> tuple[float, float]:
-        """The smallest and the largest node or known eigenvalue; all lie within H's spectrum."""
+        """The smallest and largest node or known eigenvalue, both within the spectrum of H."""
         points = torch.cat([self.nodes.flatten(), self.eigenvalues])
         return points.min().item(), points.max().item()
 
     @property
     def default_sigma(self) -> float:
-        """The smoothing that closes the gaps between n nodes: ``(pi / 4) width / n``.
+        """Default smoothing, which bridges the gaps between n nodes: ``(pi / 4) width / n``.
 
         Half the distance of n Chebyshev nodes in the middle of the spectrum, which leaves a ripple
-        of 1.4 % there. A spectrum of one point counts as 1 % of it wide.
+        of 1.4 % there. The width of a single point is taken as 1 % of its magnitude.
         """
         return math.pi / 4 * self._width() / self.nodes.shape[1]
 
     def grid(self, num_points: int = 1024, margin: float = 0.05) -> Tensor:
-        """Return points that cover the spectrum, and a margin on both sides for the smoothing.
+        """Return points that cover the spectrum and a margin on both sides for the smoothing.
 
         Args:
             num_points: G, at least 2; default 1024.
@@ -215,11 +215,11 @@ class SpectralDensity:
     def _width(self) -> float:
         low, high = self.range
         scale = max(abs(low), abs(high))
-        # One point, up to rounding: there is no width to go by, but it may have a size.
+        # A single point, up to rounding, has no width: use its magnitude.
         return high - low if high - low > 1e-6 * scale else 0.01 * scale or 0.01
 
     def _mean(self, per_probe: Tensor, known: Tensor) -> Estimate:
-        """Average over the probes and add what is known, as a mean over all eigenvalues."""
+        """Average over the probes and add the known part, as a mean over all eigenvalues."""
         share = 1 - len(self.eigenvalues) / self.dim
         p = len(per_probe)
         error = per_probe.std(dim=0, correction=1) if p > 1 else per_probe[0] * math.nan
@@ -240,47 +240,47 @@ def spectral_density(
     block_size: int = 8,
     progress: bool = False,
 ) -> SpectralDensity:
-    """Estimate the density of all eigenvalues of a symmetric operator (Lanczos quadrature).
+    """Estimate the spectral density of a symmetric operator by stochastic Lanczos quadrature.
 
     ``tr f(H) = D E[v^T f(H) v] ~ (D/p) sum_p sum_j w_pj f(x_pj)`` for random unit vectors v, with
-    the nodes x and weights w of n steps of Lanczos from each of them. The density is that of
-    ``f = g(t - .)``, a Gaussian; grid and smoothing are chosen afterwards, on the result.
+    the nodes x and weights w of n Lanczos steps from each. The density has ``f = g(t - .)``, a
+    Gaussian; grid and smoothing are chosen afterwards, on the result.
 
     Args:
         H: A hesscurv operator, a dense symmetric tensor (D, D), or any object with `shape`,
             `dtype`, `device` and ``@`` on tensors (D,) and (D, b); float32 or float64.
         num_steps: n, the nodes of a probe, at least 1 and effectively at most D - k; default 80.
             They set the resolution: the nodes lie about ``width / n`` apart, closer at both ends.
-        num_probes: p, at least 1; default 10, and 2 for error bars. They set the scatter,
-            which falls as 1 / sqrt(p D) for smooth functions.
+        num_probes: p, at least 1; default 10; error bars need 2. They set the scatter, which falls
+            as 1 / sqrt(p D) for smooth functions.
         measurements: "rademacher" (default: the least scatter), "gaussian" or "ssrft", each
             normalised; "ssrft" probes are orthogonal, at most D.
-        reorthogonalize: Whether to orthogonalise each Lanczos vector against all before; default
-            True. That takes block_size n D floats. Without, five vectors for each probe of a group
-            do, and eigenvalues that have converged come again (ghosts): the weights of a node and
-            its ghosts add up to the right one, so that density, counts and traces stay right, but
-            the steps spent on ghosts are lost for the resolution of the bulk.
-        eigenpairs: Known pairs, which are counted exactly and projected out of the probes and
-            products, so that the probes see the other D - k eigenvalues alone. Their eigenvalues
-            are taken as they are: wrong by up to their residuals. The estimates are free of bias
-            with "gaussian" probes, and have one of relative size sqrt(k) / D with others.
+        reorthogonalize: Whether to orthogonalise each Lanczos vector against all earlier ones;
+            default True. That takes block_size n D floats. Otherwise five vectors per probe of a
+            group suffice, and converged eigenvalues reappear (ghosts): the weights of a node and
+            its ghosts sum to the right one, so density, counts and traces stay right, but the steps
+            spent on ghosts do not resolve the bulk.
+        eigenpairs: Known pairs, which are counted exactly and projected out of probes and products,
+            so that the probes see only the other D - k eigenvalues. The eigenvalues are used as
+            given, with errors up to their residuals. The estimates are unbiased with "gaussian"
+            probes, and have a relative bias of sqrt(k) / D with others.
         generator: Source of the probes' seed; default a new one with seed 0. The global generator
             is never used.
-        block_size: The most probes at a time, and so products at a time; default 8. The probes are
-            cut into groups of equal size.
-        progress: Whether to show a progress bar over the products.
+        block_size: Maximal number of probes, and matvecs, per block; default 8. The probes are
+            split into groups of equal size.
+        progress: Whether to show a progress bar over the matvecs.
 
     Returns:
         Nodes and weights, with `density`, `cumulative`, `moment` and `expectation`, each with a
         standard error over the probes.
 
     Raises:
-        TypeError: If H is no operator, or not float32 or float64, or an argument has the wrong
+        TypeError: If H is not an operator, or not float32 or float64, or an argument has the wrong
             type.
         ValueError: If an argument is out of range, or a product has NaN or inf entries.
 
-    Cost: p n products, fewer where the processes find an invariant subspace. With
-    reorthogonalisation block_size n D floats and p n^2 D multiply-adds.
+    Cost: p n matvecs, fewer if a process finds an invariant subspace. With reorthogonalisation
+    block_size n D floats and p n^2 D multiply-adds.
 
     References:
         Ubaru, Chen, Saad, "Fast estimation of tr(f(A)) via stochastic Lanczos quadrature", SIAM J.
@@ -343,7 +343,7 @@ def _known_part(pairs: Eigenpairs | None, dim: int) -> tuple[Tensor, list[Tensor
 
 
 def _padded(results: list[Tridiagonal]) -> tuple[Tensor, Tensor]:
-    """Return the quadratures (p, n), those that ended early filled with nodes of no weight."""
+    """Return the quadratures (p, n), padded with nodes of zero weight."""
     n = max(len(T.diagonal) for T in results)
     nodes = torch.empty(len(results), n, dtype=torch.float64, device="cpu")
     weights = torch.zeros(len(results), n, dtype=torch.float64, device="cpu")

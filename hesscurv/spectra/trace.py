@@ -1,4 +1,4 @@
-"""Stochastic estimates of the trace: XTrace, Hutch++, Hutchinson."""
+"""Stochastic trace estimation: XTrace, Hutch++, Hutchinson."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class TraceEstimate:
 
     Args:
         value: The estimate.
-        standard_error: The estimated standard deviation of `value`; 0 where it is exact.
-        num_matvecs: Products with H that were used.
+        standard_error: The estimated standard deviation of `value`; 0 if exact.
+        num_matvecs: Matvecs with H.
         method: "xtrace", "hutch++", "hutchinson", or "exact".
     """
 
@@ -48,46 +48,46 @@ def trace(
     block_size: int = 32,
     progress: bool = False,
 ) -> TraceEstimate:
-    """Estimate the trace of a symmetric operator from products with random vectors.
+    """Estimate the trace of a symmetric operator from matvecs with random vectors.
 
-    With n products, and P the orthogonal projector onto the range of H times some test vectors:
+    With n matvecs, and P the orthogonal projector onto the range of H times some test vectors:
 
     - "xtrace" (default): the mean over i of ``tr(P_i H) + c_i nu_i^T H nu_i``,
-      ``nu_i = (I - P_i) omega_i``, where P_i comes from all of the n/2 test vectors but omega_i and
-      ``c_i = (D - rank P_i) / ||nu_i||^2`` rids the second term of its length's variance.
+      ``nu_i = (I - P_i) omega_i``, where P_i uses all n/2 test vectors except omega_i and
+      ``c_i = (D - rank P_i) / ||nu_i||^2`` removes the variance due to the length of nu_i.
     - "hutch++": ``tr(P H)`` with P from n/3 test vectors, and the mean of
       ``omega^T (I - P) H (I - P) omega`` over n/3 others.
     - "hutchinson": the mean of ``omega^T H omega`` over n random sign vectors.
 
     The error of Hutchinson falls as ``||H||_F / sqrt(n)``. The other two remove the large
-    eigenvalues first: their error falls as 1/n at least, and like the spectrum where that decays
-    fast. There XTrace is the most accurate at equal products; on a flat spectrum it is about as
-    good as Hutchinson. When n >= D, the diagonal itself is measured instead, in D products; XTrace
-    and Hutch++ are also exact, to rounding, where H's rank is below n/2 and n/3.
+    eigenvalues first: their error falls at least as 1/n, and like the spectrum if that decays
+    faster. Then XTrace is the most accurate at equal cost; on a flat spectrum it is about as good
+    as Hutchinson. If n >= D, the diagonal itself is computed, in D matvecs; XTrace and Hutch++ are
+    also exact, to rounding, if the rank of H is below n/2 and n/3.
 
     Args:
         H: A hesscurv operator, a dense symmetric tensor (D, D), or any object with `shape`,
             `dtype`, `device` and ``@`` on tensors (D,) and (D, b); float32 or float64.
-        num_matvecs: n, the most products; at least 4, for "hutchinson" 2, or D. XTrace leaves one
-            over when it is odd.
+        num_matvecs: n, the maximal number of matvecs; at least 4 (2 for "hutchinson"), or D. XTrace
+            leaves one unused if it is odd.
         method: "xtrace", "hutch++" or "hutchinson".
         generator: Source of the test vectors' seeds; default a new one with seed 0. The global
             generator is never used.
-        block_size: Products at a time; default 32.
-        progress: Whether to show a progress bar over the products.
+        block_size: Matvecs per block; default 32.
+        progress: Whether to show a progress bar over the matvecs.
 
     Returns:
-        The estimate with its standard error, which comes from the m samples' scatter,
-        ``sqrt(sum_i (t_i - t)^2 / (m (m - 1)))``. Few samples give a coarse one. XTrace's samples
-        share most of their test vectors; the paper counts them as independent, so that the result
-        tends to be too small, most where m falls just short of the number of large eigenvalues.
+        The estimate with its standard error from the scatter of the m samples,
+        ``sqrt(sum_i (t_i - t)^2 / (m (m - 1)))``, coarse for few samples. XTrace's samples share
+        most of their test vectors but are treated as independent, as in the paper, so the error
+        tends to be underestimated, most if m falls just short of the number of large eigenvalues.
 
     Raises:
-        TypeError: If H is no operator, or not float32 or float64, or a number is not an int.
+        TypeError: If H is not an operator, or not float32 or float64, or a number is not an int.
         ValueError: If an argument is out of range, or a product has NaN or inf entries.
 
-    Cost: n products. Storage: n/2 D floats (XTrace), n/3 D (Hutch++) and some blocks, or blocks
-    alone (Hutchinson); about 1.5 n^2 D, n^2 D and n D multiply-adds.
+    Cost: n matvecs. Storage: n/2 D floats (XTrace), n/3 D (Hutch++) and some blocks, or only blocks
+    (Hutchinson); about 1.5 n^2 D, n^2 D and n D multiply-adds.
 
     References:
         Epperly, Tropp, Webber, "XTrace: making the most of every sample in stochastic trace
@@ -113,9 +113,10 @@ def trace(
 def _xtrace(
     H: LinearOperator, num_matvecs: int, generator: torch.Generator, block_size: int
 ) -> Tensor:
-    """Return the estimates that leave one test vector each out of the range."""
+    """Return the leave-one-out estimates."""
     dim = H.shape[0]
-    # Gaussian: what is left of a test vector has a random direction, whatever its length was.
+    # Gaussian: the part of a test vector outside the range has a uniformly random direction,
+    # independent of its length, as the factor c_i assumes.
     omega = make_test_matrix(
         "gaussian", dim, num_matvecs // 2, draw_seed(generator), H.dtype, H.device
     )
@@ -132,7 +133,7 @@ def _xtrace(
 def _hutchpp(
     H: LinearOperator, num_matvecs: int, generator: torch.Generator, block_size: int
 ) -> Tensor:
-    """Return the trace on a sketched range, and Hutchinson's samples of the rest added to it."""
+    """Return the trace on a sketched range plus Hutchinson's samples of the rest."""
     dim, m = H.shape[0], num_matvecs // 3
     omega = make_test_matrix("rademacher", dim, m, draw_seed(generator), H.dtype, H.device)
     Y_mD = torch.empty(m, dim, dtype=H.dtype, device=H.device)
@@ -157,7 +158,7 @@ def _samples(
     block_size: int,
     Q_rD: Tensor | None,
 ) -> Tensor:
-    """Return ``x^T H x`` for random signs x, projected out of a range where there is one."""
+    """Return ``x^T H x`` for random signs x, with the range of Q projected out if given."""
     probes = make_test_matrix(
         "rademacher", H.shape[0], count, draw_seed(generator), H.dtype, H.device
     )

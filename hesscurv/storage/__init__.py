@@ -1,1 +1,1 @@
-"""Files that are whole or not there, and vectors too many for memory."""
+"""Atomic files with checksums, and out-of-core storage of vectors."""

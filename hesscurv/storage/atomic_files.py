@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Atomic writes: a file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ from hesscurv.storage.destinations import follow_links, is_stream, open_stream
 from hesscurv.storage.mapped_files import DISK_FULL, DiskFullError
 
 _COPY_BYTES = 2**22
-_NAME_CHARACTERS = 40  # of a temporary file's name: a file may have the longest name there is
+_NAME_CHARACTERS = 40  # kept in the temporary name: the target's may have the maximal length
 
 
 def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], object]) -> None:
-    """Write one file so that at any moment, even after a crash, the old or the new one is whole.
+    """Write a file so that at any moment, even after a crash, the old or the new one is whole.
 
-    The content goes to a temporary file in the same folder, reaches the disk, and takes the name.
-    A symbolic link stays one, and what it names is written. A file that is there keeps its mode
-    and, where the system permits, its owner and group. A file of several names (hard links) keeps
-    them all: its content is replaced in place, after its room has been taken. Devices, FIFOs and
-    names of open files, such as /dev/stdout, are written through.
+    The content goes to a temporary file in the same folder, is synced to disk and renamed.
+    A symbolic link stays one; its target is written. An existing file keeps its mode and, where
+    the system permits, its owner and group. A file with hard links keeps them all: its content is
+    replaced in place, once the space is reserved. Devices, FIFOs and names of open files, such as
+    /dev/stdout, are written through.
 
     Args:
         path: The file; its folder must exist and be writable.
-        write: Is given the open binary file, which it writes from front to back.
+        write: Called with the open binary file, which it writes sequentially.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
         IsADirectoryError: If the path is a folder.
         PermissionError: If the file or its folder is not writable.
-        DiskFullError: If the disk is full; the old file is untouched, no part is left.
-        OSError: If writing fails otherwise, with the same promise.
+        DiskFullError: If the disk is full; the old file is untouched, no partial file remains.
+        OSError: If writing fails otherwise, with the same guarantee.
     """
     target = follow_links(path)
     if is_stream(target):
@@ -59,15 +59,15 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[BinaryIO], o
         except OSError as error:
             if error.errno != errno.EBUSY or old is None:
                 raise
-            _rewrite(target, temporary)  # a file that is mounted by itself, as in a container
+            _rewrite(target, temporary)  # a bind-mounted file, as in containers: no rename
 
 
 def create_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write a file unless there is one; of several processes that try at once, one does.
+    """Create a file unless it exists; of several concurrent processes, one succeeds.
 
     Args:
         path: The file; its folder must exist.
-        content: What it holds.
+        content: Its bytes.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
@@ -79,17 +79,17 @@ def create_atomically(path: str | os.PathLike[str], content: bytes) -> None:
         _temporary_file(target, lambda file: file.write(content), None) as temporary,
     ):
         try:
-            os.link(temporary, target)  # fails where there is a file, which replacing would not
+            os.link(temporary, target)  # unlike a rename, fails if the target exists
         except FileExistsError:
             pass
         except OSError:
-            # A file system without hard links: of two at the same instant the later one stays.
+            # A file system without hard links: of two simultaneous writers, the last one wins.
             if not target.exists():
                 os.replace(temporary, target)
 
 
 def _status(target: Path) -> os.stat_result | None:
-    """Return what is known of the file that is there; None if there is none."""
+    """Return the status of the file, None if it does not exist."""
     try:
         status = target.stat()
     except FileNotFoundError:
@@ -105,23 +105,23 @@ def _status(target: Path) -> os.stat_result | None:
 def _temporary_file(
     target: Path, write: Callable[[BinaryIO], object], old: os.stat_result | None
 ) -> Iterator[Path]:
-    """Write a file beside `target`, hand it out to be given that name, and remove what is left."""
+    """Write a temporary file next to `target`, yield it for renaming, and clean up."""
     folder = target.parent
     if not folder.is_dir():
         raise FileNotFoundError(
-            errno.ENOENT, f"expected an existing folder, got {str(folder)!r}; make it first"
+            errno.ENOENT, f"expected an existing folder, got {str(folder)!r}; create it first"
         )
-    # Not by tempfile, whose files nobody else may read.
+    # Not by tempfile, which creates files that only the owner may read.
     name = f".{target.name[:_NAME_CHARACTERS]}.{os.getpid()}-{secrets.token_hex(4)}"
     temporary = folder / name
-    # One that was to be read by few must not be read by more, not even while it is written.
+    # A file with restricted access must not become readable, not even while it is written.
     mode = 0o666 if old is None else 0o600
     try:
         handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     except PermissionError as error:
         raise PermissionError(
             error.errno,
-            f"expected a folder in which files can be made, got {str(folder)!r}: the new "
+            f"expected a folder in which files can be created, got {str(folder)!r}: the new "
             f"{target.name!r} is written beside the old one, which stays whole until it is done; "
             "name another folder",
         ) from error
@@ -139,7 +139,7 @@ def _temporary_file(
 
 
 def _adopt(handle: int, old: os.stat_result) -> None:
-    """Give an open file the owner, group and mode of the one that it replaces."""
+    """Give an open file the owner, group and mode of the file that it replaces."""
     mode = stat.S_IMODE(old.st_mode)
     if hasattr(os, "fchown"):
         made = os.fstat(handle)
@@ -147,7 +147,7 @@ def _adopt(handle: int, old: os.stat_result) -> None:
             try:
                 os.fchown(handle, old.st_uid, old.st_gid)
             except OSError:  # only root may give files away; the group can be one's own
-                mode &= 0o777  # another owner's file must not run as this one's
+                mode &= 0o777  # no setuid bit for a different owner
                 with contextlib.suppress(OSError):
                     os.fchown(handle, -1, old.st_gid)
     if hasattr(os, "fchmod"):
@@ -155,10 +155,10 @@ def _adopt(handle: int, old: os.stat_result) -> None:
 
 
 def _rewrite(target: Path, temporary: Path) -> None:
-    """Copy a whole file over the content of another, which stays the same file.
+    """Copy a file over the content of another, which keeps its inode.
 
-    The room is taken first, so that a full disk changes nothing. A crash in the midst of it leaves
-    the temporary file, which is whole.
+    Space is reserved first, so a full disk changes nothing. A crash during the copy leaves the
+    temporary file, which is whole.
     """
     size = temporary.stat().st_size
     with temporary.open("rb") as source, target.open("r+b") as file:
@@ -178,7 +178,7 @@ def _rewrite(target: Path, temporary: Path) -> None:
 
 @contextmanager
 def _explained(target: Path) -> Iterator[None]:
-    """Name the file and the remedy where the disk is full."""
+    """Raise `DiskFullError` with the file and a remedy if the disk is full."""
     try:
         yield
     except DiskFullError:
@@ -189,13 +189,13 @@ def _explained(target: Path) -> Iterator[None]:
         raise DiskFullError(
             error.errno,
             f"{os.strerror(error.errno)}: the disk is full, {target} was not written and what was "
-            "there before is whole; free some room and make the same call again, or name another "
+            "there before is whole; free some space and make the same call again, or name another "
             "folder",
         ) from error
 
 
 def sync_folder(folder: Path) -> None:
-    """Let the names in a folder reach the disk, where the system can say so."""
+    """Sync the entries of a folder to disk, where the system supports it."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:  # some systems do not open folders

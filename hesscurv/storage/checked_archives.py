@@ -1,7 +1,7 @@
-"""Large files of tensors that ``torch.load`` reads too, and whose every byte is checked.
+"""Large tensor files with a checksum over all bytes, readable by ``torch.load``.
 
 The file is an archive of ``torch.save``, a zip file. Its comment, the last bytes, is the checksum
-of all bytes before.
+of all preceding bytes.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ def write_archive(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
 
     Args:
         path: The file, as for `write_atomically`; its folder must exist.
-        data: Nested dicts and lists of tensors and plain values. "checksum" is added to it.
+        data: Nested dicts and lists of tensors and plain values. A key "checksum" is added.
 
     Raises:
-        TypeError: If `data` holds something else.
+        TypeError: If `data` holds anything else.
         FileNotFoundError: If the folder does not exist.
         OSError: If the disk is full or not writable; an older file of this name is untouched.
 
-    Cost: no copy of what is on the CPU.
+    Cost: CPU tensors are not copied.
     """
 
     def write(file: BinaryIO) -> None:
         hashed = _HashedFile(file)
-        # What is read must say that there is a checksum, lest a lost one pass for an old file.
+        # The content records that a checksum exists; a file that lost it would pass for an old one.
         save_archive({**data, "checksum": "sha256"}, hashed)
         hashed.finish()
 
@@ -49,18 +49,18 @@ def write_archive(path: str | os.PathLike[str], data: dict[str, Any]) -> None:
 def read_archive(
     path: Path, kind: str, map_location: str | torch.device | None = "cpu"
 ) -> tuple[dict[str, Any], bool]:
-    """Read what `write_archive` wrote, or an archive of ``torch.save`` from before it.
+    """Read a file of `write_archive`, or an older archive of ``torch.save``.
 
-    The checksum is compared before any of the content is looked at.
+    The checksum is verified before any content is parsed.
 
     Args:
         path: The file.
-        kind: What is expected there, for messages: "a file of Eigenpairs.save".
+        kind: The expected kind, for messages: "a file of Eigenpairs.save".
         map_location: As in ``torch.load``.
 
     Returns:
-        The data, and whether it has lost its checksum, being one of `write_archive`: it is not
-        to be used then.
+        The data, and whether a file of `write_archive` has lost its checksum; do not use the data
+        then.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -75,7 +75,7 @@ def read_archive(
             raise ValueError(f"{path} is damaged: its checksum does not fit its content")
         file.seek(0)
         try:
-            # Older files have no checksum over all, but each part has one.
+            # Older files have no overall checksum, but each zip member has one.
             data = load_archive(
                 file, size, compare_members=given is None, map_location=map_location
             )
@@ -85,7 +85,7 @@ def read_archive(
 
 
 class _HashedFile:
-    """Hands on what is written, but the last two bytes, the length of the comment that follows."""
+    """Forward writes, holding back the last two bytes: the length of the zip comment."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash, self._held = file, hashlib.sha256(), b""
@@ -115,14 +115,14 @@ class _HashedFile:
 
 
 def _read_comment(file: BinaryIO, size: int) -> bytes | None:
-    """Return the checksum at the end of a file, None if there is none."""
+    """Return the checksum at the end of a file, None without one."""
     file.seek(max(0, size - _COMMENT))
     comment = file.read(_COMMENT)
     return comment[len(_MARK) :] if comment.startswith(_MARK) else None
 
 
 def _hash(file: BinaryIO, count: int) -> bytes:
-    """Return the checksum of a file's first bytes, as it is written in the comment."""
+    """Return the checksum of the first `count` bytes, as written in the comment."""
     file.seek(0)
     digest, left = hashlib.sha256(), count
     while left > 0 and (part := file.read(min(left, _READ_BYTES))):

@@ -1,4 +1,4 @@
-"""Small files of tensors and plain values that are whole, ours and undamaged, or refused."""
+"""Small files of tensors and plain values with a magic number and a checksum."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def write_checked(path: str | os.PathLike[str], data: dict[str, Any]) -> int:
         The number of bytes.
 
     Raises:
-        TypeError: If `data` holds something else.
+        TypeError: If `data` holds anything else.
         DiskFullError: If the disk is full; an older file of this name is untouched.
     """
     buffer = io.BytesIO()
@@ -43,7 +43,7 @@ def write_checked(path: str | os.PathLike[str], data: dict[str, Any]) -> int:
 
 
 def read_checked(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what `write_checked` wrote, without pickle.
+    """Read a file of `write_checked`, without pickle.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -53,7 +53,7 @@ def read_checked(path: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(path)
     require_regular_file(path, "a file of this library")
     with path.open("rb") as file:
-        if file.read(len(_MAGIC)) != _MAGIC:  # before a foreign file's size is taken
+        if file.read(len(_MAGIC)) != _MAGIC:  # first, so that a large foreign file is not read
             raise ValueError(f"{path} is not a file of this library, or its beginning is damaged")
         digest = file.read(hashlib.sha256().digest_size)
         payload = file.read()

@@ -1,4 +1,4 @@
-"""Where a path leads: through links to a regular file, or to a device, a FIFO, an open file."""
+"""Resolution of paths: symbolic links, regular files, devices, FIFOs and open files."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import stat
 from pathlib import Path
 from typing import BinaryIO
 
-_LONGEST_NAME = 200  # bytes, of the 255 that a name may have
-_MOST_LINKS = 40  # as many as Linux follows
-# Names of open files, which are links in /proc that lead to no name, or to one that was removed.
+_LONGEST_NAME = 200  # bytes, of the 255 that a file name may have
+_MOST_LINKS = 40  # as Linux
+# Names of open files: links in /proc whose targets may have no name, or a removed one.
 _OPEN_FILES = re.compile(r"/proc/(self|\d+)(/task/\d+)?/fd|/dev/fd")
 
 
 def follow_links(path: str | os.PathLike[str]) -> Path:
-    """Return what a path names behind symbolic links, whether or not it exists.
+    """Resolve symbolic links, whether or not the target exists.
 
-    Names of open files, such as /dev/stdout and /proc/self/fd/3, are returned as such.
+    Names of open files, such as /dev/stdout and /proc/self/fd/3, are returned unresolved.
 
     Args:
         path: Any path.
 
     Raises:
-        OSError: If links lead to each other in a circle, or a name is too long.
+        OSError: If links form a cycle, or a name is too long.
     """
     target = Path(path)
     for _ in range(_MOST_LINKS):
@@ -35,10 +35,10 @@ def follow_links(path: str | os.PathLike[str]) -> Path:
 
 
 def is_stream(target: Path) -> bool:
-    """Whether bytes are written through a name and not kept under it: a device, a FIFO.
+    """Whether a path is a stream rather than a regular file: a device, a FIFO, an open file.
 
     Args:
-        target: A path of `follow_links`.
+        target: A path from `follow_links`.
     """
     if _is_open_file(target):
         return True
@@ -50,14 +50,14 @@ def is_stream(target: Path) -> bool:
 
 
 def open_stream(target: Path, *, wait: bool = True) -> BinaryIO:
-    """Open what `is_stream` to write to it; an open file is written from where it stands.
+    """Open a stream for writing; an open file continues at its current position.
 
     Args:
-        target: The path.
-        wait: Whether to wait for a FIFO's reader.
+        target: A path for which `is_stream` is true.
+        wait: Whether to wait for a reader of a FIFO.
 
     Raises:
-        OSError: If it cannot be opened, or nobody reads the FIFO and `wait` is False.
+        OSError: If it cannot be opened, or the FIFO has no reader and `wait` is False.
     """
     if _is_open_file(target) and target.name.isdigit() and _is_own(target):
         return os.fdopen(os.dup(int(target.name)), "wb")
@@ -67,14 +67,14 @@ def open_stream(target: Path, *, wait: bool = True) -> BinaryIO:
 
 
 def require_regular_file(path: Path, kind: str) -> None:
-    """Raise unless there is a regular file to read, whose size bounds what it can hold.
+    """Raise unless a path is a regular file, whose size bounds the data that it can hold.
 
     Args:
         path: The path; links are followed.
-        kind: What is expected there, for the message.
+        kind: The expected kind, for the message.
 
     Raises:
-        FileNotFoundError: If there is nothing.
+        FileNotFoundError: If it does not exist.
         IsADirectoryError: If it is a folder.
         ValueError: If it is a device, a FIFO or a socket.
     """
@@ -82,7 +82,7 @@ def require_regular_file(path: Path, kind: str) -> None:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(
-            errno.ENOENT, f"expected {kind}, found none at {path}; look for the name"
+            errno.ENOENT, f"expected {kind}, found none at {path}; check the name"
         ) from error
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, f"expected {kind}, got the folder {path}")
@@ -93,10 +93,10 @@ def require_regular_file(path: Path, kind: str) -> None:
 
 
 def as_file_name(name: str) -> str:
-    """Return a name as part of a file's: no folders, no characters that a system refuses.
+    """Return a name made safe for a file: no separators, no reserved characters.
 
     Args:
-        name: Any text. Letters, digits and most signs stay as they are.
+        name: Any text. Letters, digits and most punctuation are kept.
     """
     text = re.sub(r'[/\\:*?"<>|\x00-\x1f\x7f]', "-", name)
     text = text.encode("utf-8", "replace")[:_LONGEST_NAME].decode("utf-8", "ignore")

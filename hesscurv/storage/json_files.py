@@ -1,4 +1,4 @@
-"""Small files of plain values as text, with a checksum."""
+"""Small JSON files with a checksum."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
     Args:
         path: The file, as for `write_atomically`; its folder must exist.
-        data: What JSON can hold; "checksum" is added.
+        data: JSON-serializable values; a key "checksum" is added.
 
     Raises:
         OSError: If it cannot be written; an older file of this name is untouched.
@@ -28,7 +28,7 @@ def write_json(path: Path, data: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read what `write_json` wrote.
+    """Read a file of `write_json`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -48,6 +48,6 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _checksum(data: dict[str, Any]) -> str:
-    # Through text once: JSON turns numbers as keys into text, and tuples into lists.
+    # One round trip first: JSON turns numeric keys into strings and tuples into lists.
     plain = json.loads(json.dumps(data))
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Tensors that live in files: mapped into memory, read and written back by the system."""
+"""Memory-mapped tensors in unnamed files."""
 
 from __future__ import annotations
 
@@ -13,27 +13,26 @@ import torch
 from torch import Tensor
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""Numbers of errors that say that the disk, the user's share of it, or a file's limit is full."""
+"""Error numbers of a full disk, an exhausted quota, and a file size limit."""
 
 
 class DiskFullError(OSError):
-    """There is no room on the disk for what was to be written; what was there before is whole."""
+    """The disk is full; the previous content of the file is intact."""
 
 
 def mapped_tensor(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Return an uninitialised CPU tensor whose memory is a new file in a folder.
 
-    The file has no name any more when this returns: it goes when the tensor does, also when the
-    process is killed. Its room is taken at once, since a write to a mapped page for which the disk
-    has none would end the process.
+    The file is unlinked at once: it is freed with the tensor, also when the process is killed. Its
+    space is reserved up front, since a write to a mapped page without disk space kills the process.
 
     Args:
-        folder: Where the file lies; it must exist.
-        shape: Of the tensor.
-        dtype: Of the tensor.
+        folder: Existing folder of the file.
+        shape: Shape of the tensor.
+        dtype: Dtype of the tensor.
 
     Raises:
-        DiskFullError: If the disk has no room for it.
+        DiskFullError: If the disk has too little space.
     """
     numel = math.prod(shape)
     size = numel * torch.empty(0, dtype=dtype, device="cpu").element_size()
@@ -49,15 +48,15 @@ def mapped_tensor(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> T
 
 
 def reserve(handle: int, size: int, folder: Path) -> None:
-    """Take the room of a file on the disk.
+    """Reserve disk space for a file.
 
     Args:
         handle: Descriptor of the open file.
         size: Bytes from its beginning.
-        folder: Where it lies, for the message.
+        folder: Its folder, for the message.
 
     Raises:
-        DiskFullError: If there is not enough.
+        DiskFullError: If the disk has too little space.
     """
     try:
         if hasattr(os, "posix_fallocate"):
@@ -67,7 +66,7 @@ def reserve(handle: int, size: int, folder: Path) -> None:
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
-        zeros = bytes(2**24)  # a file system without reservations: its blocks have to be written
+        zeros = bytes(2**24)  # no fallocate on this file system: only written blocks are reserved
         for start in range(0, size, len(zeros)):
             os.pwrite(handle, zeros[: size - start], start)
     except OSError as error:
@@ -75,18 +74,18 @@ def reserve(handle: int, size: int, folder: Path) -> None:
 
 
 def disk_full(error: OSError, folder: Path, size: int) -> OSError:
-    """Return what to raise for an error of writing: with sizes and remedy, where the disk is full.
+    """Return the error to raise for a failed write: a `DiskFullError` if the disk is full.
 
     Args:
-        error: What the system said.
-        folder: Where it happened.
+        error: Error of the system.
+        folder: The folder written to.
         size: The bytes that were to be written.
     """
     if error.errno not in DISK_FULL or isinstance(error, DiskFullError):
         return error
     return DiskFullError(
         error.errno,
-        f"the disk is full: {size / 1e9:.3g} GB were to be written to {folder}; free some room "
+        f"the disk is full: {size / 1e9:.3g} GB were to be written to {folder}; free some space "
         "there and make the same call again, name another folder, or take fewer vectors "
         "(max_basis, k) or storage_dtype=torch.float16",
     )

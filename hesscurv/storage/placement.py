@@ -1,4 +1,4 @@
-"""Where many long vectors live: on the model's device, in the host's memory, or on a disk."""
+"""Placement of a basis of long vectors: device memory, host memory, or disk."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from hesscurv.storage.pinned_memory import pinned_if_possible
 
 logger = logging.getLogger(__name__)
 
-_SHARE = 0.8  # of what is free: the rest is for products, their temporaries and everybody else
+_SHARE = 0.8  # of the free memory; the rest is for products and other processes
 _SHARE_OF_DISK = 0.95
-_MAPPED_ROWS = 64  # rows of a mapped block that are handed out as one: see `Placement.pieces`
+_MAPPED_ROWS = 64  # rows of a mapped block per piece: see `Placement.pieces`
 
 
 @dataclass(frozen=True)
 class Placement:
-    """A place for vectors, and their dtype there.
+    """Storage location and dtype of a basis.
 
     Args:
         kind: "device", "cpu" or "disk".
         dtype: float32, float64, float16 or bfloat16.
-        device: The device of the operator, where all computation is done.
+        device: The operator's device, where all computation runs.
         folder: The folder, for "disk".
-        chosen: Whether nobody asked for it.
-        capacity: The most vectors that are planned for.
+        chosen: Whether it was chosen automatically.
+        capacity: Maximal number of vectors.
         dim: Their length.
-        sharing: How many processes of the job share the host's memory.
+        sharing: Number of processes of the job that share the host's memory.
     """
 
     kind: str
@@ -54,11 +54,11 @@ class Placement:
         return self.capacity * self.dim * self.dtype.itemsize
 
     def is_unusual(self, dtype: torch.dtype) -> bool:
-        """Whether it was chosen because memory is short: not on the device, or in less digits."""
+        """Whether it was chosen for lack of memory: off the device, or in lower precision."""
         return self.chosen and (self.kind != "device" or self.dtype != dtype)
 
     def __str__(self) -> str:
-        """Say where, how many and how large."""
+        """Return location, number and size of the vectors."""
         where = {
             "device": str(self.device),
             "cpu": "host memory",
@@ -73,27 +73,27 @@ class Placement:
     def allocate(self, rows: int) -> Tensor:
         """Return uninitialised storage (rows, D).
 
-        For a CUDA device, the host's memory is pinned where there is room for that.
+        For a CUDA device, host memory is pinned if there is room.
 
         Raises:
-            DiskFullError: If it is to be a file, and the disk is full.
+            DiskFullError: If it is a file and the disk is full.
         """
         if self.kind == "disk":
             assert self.folder is not None
             return mapped_tensor(self.folder, (rows, self.dim), self.dtype)
         shape = rows, self.dim
         if self.kind == "cpu" and self.device.type == "cuda":
-            # The rest of the plan must fit beside it.
+            # The planned vectors that are still to come must fit as well.
             beside = max(0, self.capacity - rows) * self.dim * self.dtype.itemsize
             return pinned_if_possible(shape, self.dtype, beside=beside, sharing=self.sharing)
         device = self.device if self.kind == "device" else torch.device("cpu")
         return torch.empty(shape, dtype=self.dtype, device=device)
 
     def pieces(self, block_mD: Tensor) -> Sequence[Tensor]:
-        """Return a block in pieces that are best read one after the other.
+        """Split a block into pieces for sequential reading.
 
-        Algebra runs over chunks of columns whose size falls with the number of rows: with many rows
-        it would read a file in many short stretches.
+        Algebra runs over chunks of columns whose size falls with the number of rows: many rows of
+        a file would be read in many short stretches.
         """
         return block_mD.split(_MAPPED_ROWS) if self.kind == "disk" else [block_mD]
 
@@ -111,30 +111,30 @@ def choose_placement(
     sharing: int = 1,
     reserved: int = 0,
 ) -> Placement:
-    """Choose where a basis lives and how many vectors it may have, from what is free now.
+    """Choose the location, dtype and capacity of a basis from the free memory.
 
-    By itself: the device, in the operator's dtype; the device, in float16 if the tolerance allows
-    its rounding; the host's memory, in both; a temporary folder. The first is taken that holds
-    three quarters of the wanted vectors, or else the first that holds as many as are needed.
+    Candidates, in order: the device in the operator's dtype; the device in float16 if the tolerance
+    allows its rounding; host memory in both; a temporary folder. The first that holds three
+    quarters of the wanted vectors is taken, or else the first that holds the required ones.
 
     Args:
-        storage: "device"; "host" or "cpu", the host's memory; or a folder. None chooses.
-        storage_dtype: The operator's dtype, float16 or bfloat16; None chooses.
+        storage: "device"; "host" or "cpu", host memory; or a folder. None chooses automatically.
+        storage_dtype: The operator's dtype, float16 or bfloat16; None chooses automatically.
         dim: Length of a vector, on this process.
         dtype: The operator's dtype.
         device: The operator's device.
-        least: Vectors without which it cannot be done.
-        wanted: Vectors beyond which more are of no use.
+        least: Minimal number of vectors.
+        wanted: Number of vectors beyond which more do not help.
         rounding_allowed: Whether float16 may be chosen.
-        sharing: How many processes of the job share the host's memory and disk.
-        reserved: Bytes on the operator's device that products will take.
+        sharing: Number of processes of the job that share the host's memory and disk.
+        reserved: Bytes on the operator's device reserved for products.
 
     Returns:
         The placement, with `capacity` set.
 
     Raises:
-        TypeError: If an argument is of a wrong kind.
-        ValueError: If it fits nowhere; sizes and remedies are named.
+        TypeError: If an argument has the wrong type.
+        ValueError: If it fits nowhere; with sizes and remedies.
     """
     _check(storage, storage_dtype, dtype)
     kinds = _kinds(storage, device)
@@ -173,19 +173,19 @@ def allocate_basis(
 
     Args:
         storage: "device", "host" (or "cpu", the same) or a folder, the last two for operators on
-            the CPU; None takes memory, or there, where that is short, a temporary folder.
-        rows: The number of vectors.
+            the CPU; None takes memory or, for such operators, a temporary folder if it is short.
+        rows: Number of vectors.
         dim: Their length.
-        dtype: Theirs and the operator's.
-        device: The operator's.
-        reserved: Bytes on it that products will take.
+        dtype: Dtype of the vectors and of the operator.
+        device: The operator's device.
+        reserved: Bytes on it reserved for products.
 
     Returns:
         Shape (rows, dim), on a device of the operator's type.
 
     Raises:
         ValueError: If it fits nowhere, or is not on the operator's device.
-        DiskFullError: If it is to be a file, and the disk is full.
+        DiskFullError: If it is a file and the disk is full.
     """
     if device.type != "cpu" and storage not in (None, "device"):
         raise ValueError(
@@ -230,12 +230,13 @@ def _free(kind: str, folder: Path | None, device: torch.device) -> int:
         assert folder is not None
         return int(_SHARE_OF_DISK * shutil.disk_usage(folder).free)
     place = device if kind == "device" else torch.device("cpu")
-    # What is free moves by itself; a plan for all of the memory must not pass in one run alone.
+    # Free memory fluctuates: without the second bound, a plan for all of the memory would pass in
+    # some runs and fail in others.
     return int(_SHARE * min(free_memory(place), device_memory(place)))
 
 
 def _is_memory(folder: Path) -> bool:
-    """Whether a folder lies in memory (tmpfs), where it saves none."""
+    """Whether a folder lies in memory (tmpfs), so that using it saves none."""
     best, kind = "", ""
     try:
         for line in Path("/proc/mounts").read_text().splitlines():
@@ -277,7 +278,7 @@ def _refusal(options: list[tuple[Placement, int]], least: int, dim: int) -> str:
     tried = "; ".join(
         f"{str(o.dtype).removeprefix('torch.')} on "
         f"{o.folder if o.kind == 'disk' else o.device if o.kind == 'device' else 'the host'}: "
-        f"{least * dim * o.dtype.itemsize / 1e9:.3g} GB needed, {room / 1e9:.3g} GB to be had"
+        f"{least * dim * o.dtype.itemsize / 1e9:.3g} GB needed, {room / 1e9:.3g} GB available"
         for o, room in options
     )
     remedies = ["lower k, max_basis or block_size", "select fewer parameters"]

@@ -1,4 +1,4 @@
-"""Archives of ``torch.save`` that hold plain values alone and no more than their file has bytes."""
+"""Archives of ``torch.save`` restricted to plain values, read with a bound on their size."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def save_archive(data: dict[str, Any], file: Any) -> None:
     """Write tensors and plain values as ``torch.save`` does, so that `load_archive` reads them.
 
     Args:
-        data: Nested dicts, lists, tuples and sets of tensors and plain values. NumPy's numbers
+        data: Nested dicts, lists, tuples and sets of tensors and plain values. NumPy scalars
             become Python's.
-        file: Has `write`; it is written from front to back.
+        file: Has `write`; it is written sequentially.
 
     Raises:
-        TypeError: If there is something else in it, which could not be read without pickle.
-        OSError: What `file.write` raises.
+        TypeError: If it holds anything else, which could not be read without pickle.
+        OSError: Any error of `file.write`.
     """
     sink = _Sink(file)
     torch.save(as_plain(data), sink)  # type: ignore[arg-type]
@@ -41,23 +41,23 @@ def load_archive(
     compare_members: bool = True,
     map_location: str | torch.device | None = "cpu",
 ) -> dict[str, Any]:
-    """Read what `save_archive` wrote, without pickle, and no more than the file can hold.
+    """Read a file of `save_archive`, without pickle and without allocating more than its size.
 
     Args:
-        file: Open at its beginning; it can seek.
-        size: The number of its bytes, which bounds every size that it names.
-        compare_members: Whether to compare the checksum of each part, CRC-32, which torch does not.
+        file: Open at its beginning, seekable.
+        size: Its number of bytes, which bounds every size that it declares.
+        compare_members: Whether to verify the CRC-32 of each member; torch does not.
         map_location: The device of the tensors; None for those that they were saved from.
 
     Raises:
-        ValueError: If it is damaged, or no archive of a dict.
-        RuntimeError: If there is no such device, or one of those that it was saved from is missing.
+        ValueError: If it is damaged, or not an archive of a dict.
+        RuntimeError: If the device, or one that it was saved from, does not exist.
     """
     try:
         _check_members(file, size, compare_members)
         file.seek(0)
         data = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zipfile and torch raise what they stumble over, of any type
+    except Exception as error:  # zipfile and torch raise errors of many types on damaged files
         first = str(error).strip().split("\n")[0][:200]
         raise ValueError(f"{type(error).__name__}: {first}") from error
     if not isinstance(data, dict):
@@ -68,7 +68,7 @@ def load_archive(
             raise ValueError(
                 f"it names a tensor of shape {tuple(tensor.shape)}, which {size} bytes cannot hold"
             )
-    # Not before: an error from here on is the device's, not the file's.
+    # Only now: any error from here on concerns the device, not the file.
     if map_location is None:
         file.seek(0)
         data = torch.load(file, weights_only=True)
@@ -78,15 +78,15 @@ def load_archive(
 
 
 def as_plain(value: Any, path: str = "data") -> Any:
-    """Return a value of nothing but what ``torch.load(weights_only=True)`` reads.
+    """Convert a value to types that ``torch.load(weights_only=True)`` reads.
 
     Args:
-        value: Tensors and plain values, nested; NumPy's numbers and subclasses of Python's become
-            Python's.
-        path: What it is called in the message.
+        value: Tensors and plain values, nested; NumPy scalars and subclasses of Python's types
+            become Python's.
+        path: Its name in the message.
 
     Raises:
-        TypeError: If there is something else in it.
+        TypeError: If it holds anything else.
     """
     if type(value) in _AS_THEY_ARE or isinstance(value, Tensor):
         return value
@@ -113,7 +113,7 @@ def as_plain(value: Any, path: str = "data") -> Any:
 
 
 class _Sink:
-    """Takes what torch.save writes; torch's own code in C++ makes a riddle of an error in it."""
+    """Writer that keeps the first error: torch's C++ code would replace it by an unrelated one."""
 
     def __init__(self, file: Any) -> None:
         self._file = file
@@ -141,7 +141,7 @@ def _check_members(file: BinaryIO, size: int, compare: bool) -> None:
             raise ValueError(f"its parts are larger than its {size} bytes")
         if compare:
             for member in members:
-                with archive.open(member) as part:  # the checksum is compared where it ends
+                with archive.open(member) as part:  # zipfile verifies the CRC at the end
                     while part.read(_READ_BYTES):
                         pass
 

@@ -1,1 +1,1 @@
-"""Removal of channels with torch-pruning."""
+"""Channel removal with torch-pruning."""

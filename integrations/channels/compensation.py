@@ -1,4 +1,4 @@
-"""Let the layers that read channels make up for those that a pruner is about to take away."""
+"""Compensation of removed channels by the layers that read them."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(frozen=True)
 class _Reader:
-    """A layer that reads channels, which of them go, and what follows it."""
+    """A layer that reads channels, the channels to remove, and the batch norm after it."""
 
     name: str
     layer: Any
     gone: Tensor  # (channels,), bool
-    norm: Any  # the batch norm that alone takes its outputs, or None
+    norm: Any  # the batch norm that is the only reader of its outputs, or None
 
 
 @dataclass(frozen=True)
 class _Update:
-    """What a reader is to become: weights, and what its outputs' means lose."""
+    """Update of a reader: new weights, and the change of its outputs' means."""
 
     weight: Tensor
     shift: Tensor
@@ -55,54 +55,55 @@ def compensate_channels_(
     *,
     damping: float = 1e-3,
 ) -> dict[str, float]:
-    r"""Move the weights that read channels to where the loss of some channels is felt least.
+    r"""Compensate for the removal of channels in the weights that read them.
 
-    For a layer with weights W (o, i), a convolution's unfolded, and inputs of mean m and covariance
-    C, of which those in P go and those in K stay:
+    For a layer with weights W (o, i), unfolded for a convolution, and inputs of mean m and
+    covariance C, of which P are removed and K kept:
 
     .. math:: W_K \leftarrow W_K + W_P C_{PK} (C_{KK} + \mu I)^{-1}, \quad W_P \leftarrow 0, \quad
         b \leftarrow b + (W - W') m
 
     This is the joint update of the Optimal Brain Surgeon for the Kronecker-factored curvature
     :math:`G \otimes C`, whatever G: least squares on the layer's outputs, with W' the new weights.
-    Where the layer has no bias, a batch norm that alone takes its outputs moves its running mean
-    instead; without either, C is not centred and b stays away. Between scoring and pruning:
+    If the layer has no bias, a batch norm that is the only reader of its outputs adjusts its
+    running mean instead; without either, C is not centred and b is omitted. Call it between scoring
+    and pruning::
 
         groups = list(pruner.step(interactive=True))
         compensate_channels_(model, task, batches, groups)
         for group in groups:
             group.prune()
 
-    The groups may be pruned in any order: each follows those that go before it, see
-    `remove_channels_`, which does both. All layers are fitted to the inputs that they have now. So
-    where many channels go, it is better done in stages. Afterwards the model computes what it will
-    compute once the groups are pruned, as far as the channels that go are read by the updated
-    layers: dense layers and convolutions in two dimensions, without groups. Other readers are left
-    as they are. Of what the model cuts into equal chunks, as many channels stay as keep them equal,
-    with weights of zero behind them.
+    The groups may be pruned in any order: each is updated for those pruned before it, see
+    `remove_channels_`, which does both. All layers are fitted to their present inputs, so remove
+    many channels in stages. Afterwards the model computes what it will compute once the groups are
+    pruned, as far as the removed channels are read by the updated layers: dense layers and
+    two-dimensional convolutions without groups. Other readers are unchanged. Where the model splits
+    a tensor into equal chunks, enough channels are kept, with zero weights behind them, for the
+    chunks to stay equal.
 
     Args:
-        model: The model that the pruner has, in place; batch norms count in eval mode.
-        task: Says how the model is run on a batch, see `hesscurv.supervised`.
-        batches: A list or DataLoader of batches, targets unused but for the samples' weights.
-        groups: `torch_pruning.Group`s with the channels that go, not pruned yet.
-        damping: mu, relative to the mean of the diagonal of C; default 1e-3. Directions of less
-            variance hardly move.
+        model: The pruner's model, changed in place; batch norms are used in eval mode.
+        task: Runs the model on a batch, see `hesscurv.supervised`.
+        batches: A list or DataLoader of batches; targets only enter by the samples' weights.
+        groups: `torch_pruning.Group`s with the channels to remove, not pruned yet.
+        damping: mu, relative to the mean of the diagonal of C; default 1e-3. Directions of smaller
+            variance hardly change.
 
     Returns:
-        By layer's name, the part of the outputs' variance that could not be made up for, relative
-        to the variance of what goes (summed over outputs): 0 is all made up for, 1 nothing.
+        By layer name, the uncompensated fraction of the variance that the removal takes from the
+        outputs (summed over outputs): 0 is full compensation, 1 none.
 
     Raises:
-        TypeError: If the model is no module, or a group none of torch-pruning.
+        TypeError: If the model is not a module, or a group not one of torch-pruning.
         ValueError: If the damping is not positive, a layer loses all of its inputs, its weight is
             not a parameter of the model, values are not finite, or the smaller model, tried on a
-            copy, computes something else than with the channels at zero. The model is then as it
-            was. What cannot be tried, such as views of sizes that the code keeps, is logged.
+            copy, differs from the model with the channels at zero. The model is unchanged then. If
+            the trial is impossible, such as with hard-coded view sizes, that is logged.
 
     Cost:
-        Two copies of the model for the trial, one forward pass; ``i^2`` operations a sample and
-        place, ``i^3`` a layer, ``i^2`` floats.
+        Two copies of the model for the trial, one forward pass; ``i^2`` operations per sample and
+        place, ``i^3`` per layer, ``i^2`` floats.
 
     References:
         He et al., ICCV 2017, arXiv 1707.06168, equation (5), least squares on a layer's outputs;
@@ -122,15 +123,15 @@ def prepare_removal_(
     *,
     must_run: bool,
 ) -> dict[str, float]:
-    """Check groups, compensate for them, and let them be pruned one after the other.
+    """Check groups, compensate for them, and prepare them for pruning one after the other.
 
     Args:
-        model: The model, in place.
-        task: Says how it is run on a batch.
+        model: The model, changed in place.
+        task: Runs the model on a batch.
         batches: Batches.
-        groups: The groups, in the order in which they will be pruned; brought up to date in place.
+        groups: The groups, in pruning order; updated in place.
         damping: As in `compensate_channels_`; None for no compensation.
-        adapt: What a model needs once the channels are gone.
+        adapt: Adapts a model after the removal of channels.
         must_run: See `check_removal`.
 
     Returns:
@@ -171,7 +172,7 @@ def prepare_removal_(
 def _updates(
     model: nn.Module, task: Task, batches: Iterable[Any], readers: list[_Reader], damping: float
 ) -> dict[str, _Update]:
-    """Fit the readers, on one pass over the batches; those that do not run are left out."""
+    """Fit the readers in one pass over the batches; layers that do not run are omitted."""
     weights = {f"{r.name}.weight": Weight(r.layer, "weight") for r in readers}
     objective = Objective(
         model, task, batches, list(weights), training=False, compute_dtype=None, budget=None
@@ -193,7 +194,7 @@ def _updates(
 
 
 def _read(model: nn.Module, groups: list[Any]) -> list[_Reader]:
-    """Return the layers that read what goes, each once, with all that it loses."""
+    """Return the layers that read removed channels, each once, with all inputs that it loses."""
     names = {module: name for name, module in model.named_modules()}
     own = {id(p) for p in model.parameters()}
     owners = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
@@ -212,8 +213,8 @@ def _read(model: nn.Module, groups: list[Any]) -> list[_Reader]:
             )
         if not has_covariance(Weight(layer, "weight")):
             continue
-        if owners[id(layer.weight)] > 1:  # what it is to become would be the other's as well
-            _logger.warning("%s is not fitted anew: it shares its weight", names[layer])
+        if owners[id(layer.weight)] > 1:  # an update would change the other layer as well
+            _logger.warning("%s is not refitted: it shares its weight", names[layer])
             continue
         check_inside(torch.tensor(list(indices), device="cpu"), layer.weight.shape[1], names[layer])
         gone = torch.zeros(layer.weight.shape[1], dtype=torch.bool, device=layer.weight.device)
@@ -225,7 +226,7 @@ def _read(model: nn.Module, groups: list[Any]) -> list[_Reader]:
 
 
 def _norm_after(node: Any) -> Any:
-    """Return the batch norm that alone takes a layer's outputs and has running means, or None."""
+    """Return the batch norm, with running means, that is the only reader of a layer, or None."""
     if len(node.outputs) != 1 or len(node.outputs[0].inputs) != 1:
         return None
     after = node.outputs[0].module
@@ -233,7 +234,7 @@ def _norm_after(node: Any) -> Any:
 
 
 def _fit(reader: _Reader, moments: Tensor, damping: float) -> _Update:
-    """Fit a layer's outputs by the inputs that stay; `moments` (i + 1, i + 1) has a constant."""
+    """Fit a layer's outputs by the kept inputs; `moments` (i + 1, i + 1) includes a constant."""
     measured_in, moments = moments.dtype, moments.double()
     places = moments[-1, -1]
     mean_i, second_ii = moments[-1, :-1] / places, moments[:-1, :-1] / places
@@ -241,7 +242,7 @@ def _fit(reader: _Reader, moments: Tensor, damping: float) -> _Update:
         mean_i = torch.zeros_like(mean_i)
     C = centred(second_ii, mean_i, measured_in)
     W = reader.layer.weight.detach().double().flatten(1)
-    # A convolution's inputs are unfolded channel by channel.
+    # Inputs of a convolution are unfolded channel by channel.
     gone = reader.gone.repeat_interleave(W.shape[1] // len(reader.gone))
     W_P, C_PK, C_KK = W[:, gone], C[gone][:, ~gone], C[~gone][:, ~gone]
     if not bool(C.isfinite().all() and W.isfinite().all()):

@@ -1,4 +1,4 @@
-"""What an entry of a weight costs in one forward pass, so that channels can be ranked per cost."""
+"""Cost of weight entries in multiply-adds, for ranking channels by loss per cost."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from hesscurv.objective.running.environment import preserved
 
 
 def macs_per_entry(model: nn.Module, example_inputs: Any) -> dict[str, float]:
-    """Return how many multiply-adds each entry of a weight takes for one sample.
+    """Return the multiply-adds per entry of each weight for one sample.
 
-    An entry of a convolution's kernel is used once at every position of the output, one of a dense
-    layer once for every row of its input. Pruning channels changes neither, so that one measurement
-    serves all steps of iterative pruning.
+    An entry of a convolution kernel is used once per output position, one of a dense layer once per
+    row of its input. Pruning channels changes neither, so one measurement serves all steps of
+    iterative pruning.
 
     Args:
-        model: The module; wrappers of torch.compile and DDP are looked through.
-        example_inputs: What the model is called with: a tensor, a tuple of arguments or a dict of
-            keyword arguments, with the samples along the first axis of their first tensor.
+        model: The module; wrappers of torch.compile and DDP are unwrapped.
+        example_inputs: Inputs of the model: a tensor, a tuple of arguments or a dict of keyword
+            arguments, with the samples along the first axis of their first tensor.
 
     Returns:
-        A dict from weights' dotted names to multiply-adds per entry and sample, for convolutions
-        and dense layers. Other parameters cost nothing.
+        A dict from dotted names of weights to multiply-adds per entry and sample, for convolutions
+        and dense layers. Other parameters have no cost.
 
     Raises:
-        TypeError: If the model is no module.
+        TypeError: If the model is not a module.
         ValueError: If no convolution or dense layer is called.
 
     Cost: one forward pass without gradients. The model is left as it was.
@@ -41,9 +41,9 @@ def macs_per_entry(model: nn.Module, example_inputs: Any) -> dict[str, float]:
     found: dict[str, float] = {}
 
     def hook(layer: Any, args: Any, out: Tensor) -> None:
-        # The kernel meets each input of a transposed convolution, each output of the others.
+        # A kernel is applied at each input of a transposed convolution, each output of others.
         seen = args[0] if getattr(layer, "transposed", False) else out
-        # Both have the weight's first axis as their width: the last axis of a dense layer's output.
+        # The number of positions is the numel over the width, the first axis of the weight.
         if id(layer.weight) in names:
             name = names[id(layer.weight)]
             found[name] = found.get(name, 0.0) + seen.numel() / layer.weight.shape[0]
@@ -64,7 +64,7 @@ def macs_per_entry(model: nn.Module, example_inputs: Any) -> dict[str, float]:
 
 
 def check_costs(costs: Mapping[str, float] | None) -> None:
-    """Refuse costs that cannot divide.
+    """Require finite nonnegative costs.
 
     Raises:
         ValueError: If one is negative or not finite.

@@ -1,11 +1,10 @@
-"""Index mappings of torch-pruning's graph for splits, concatenations, flattens, from true shapes.
+"""Corrected index mappings of torch-pruning's graph for splits, concatenations and flattens.
 
-torch-pruning 1.6.1 maps channels across these operations wrongly where models go beyond its
-assumptions: it takes the readers of a split in the order of its traversal, the last first; gives
-every reader a part of its own, though two may read one; leaves out what a concatenation joins that
-needs no gradient; looks at dimension 1 alone; and keeps the offsets of a split after a step of
-pruning. Here the operations' shapes are read off the autograd graph that it has traced, and the
-mappings are put in for those that its own updates would set.
+torch-pruning 1.6.1 maps channels across these operations wrongly for models outside of its
+assumptions: it assigns readers of a split in reverse order of traversal; gives every reader its own
+part, even if two read the same; omits inputs of a concatenation that need no gradient; considers
+only dimension 1; and keeps the offsets of a split after a pruning step. Here the shapes of the
+operations are read off the traced autograd graph, and the resulting mappings replace its own.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ def repair_(graph: Any) -> bool:
     """Put exact index mappings into a graph of torch-pruning, once.
 
     Args:
-        graph: A `torch_pruning.DependencyGraph` that has been built. Operations whose channels
-            cannot be located, such as behind a general reshape, keep torch-pruning's own mappings.
+        graph: A built `torch_pruning.DependencyGraph`. Operations whose channels cannot be located,
+            such as behind a general reshape, keep torch-pruning's mappings.
 
     Returns:
-        Whether the graph was changed: groups made before are to be made again.
+        Whether the graph was changed; existing groups must be remade then.
     """
     if graph in _repaired:
         return False
@@ -74,10 +73,10 @@ def repair_(graph: Any) -> bool:
 
 
 def remake_(group: Any) -> None:
-    """Make a group again, in place, from its root layer and that layer's indices.
+    """Remake a group in place from its root layer and that layer's indices.
 
-    What the pruner has emptied on purpose stays empty: the keys and values that several heads
-    share.
+    Entries that the pruner has emptied on purpose stay empty: the keys and values shared by several
+    heads.
     """
     graph = group._DG
     (dep, idxs), *_ = list(group)
@@ -92,7 +91,7 @@ def remake_(group: Any) -> None:
 
 
 class _Mappings(list[Any]):
-    """A dependency's two index mappings, some of which torch-pruning's updates leave alone."""
+    """The two index mappings of a dependency, with fixed ones that torch-pruning cannot replace."""
 
     def __init__(self) -> None:
         super().__init__([None, None])
@@ -108,24 +107,24 @@ class _Mappings(list[Any]):
 
 
 class _Part:
-    """Maps indices between a whole and one of its neighbouring parts, whose sizes may change.
+    """Maps indices between a whole and one of its consecutive parts, whose sizes may change.
 
     Args:
         op: The operation of torch-pruning that holds the sizes.
         sizes: The name of its attribute, a list.
-        place: Which of the parts.
+        place: Index of the part.
     """
 
     def __init__(self, op: Any, sizes: str, place: int) -> None:
         self._op, self._sizes, self._place = op, sizes, place
 
     def to_node(self, idxs: Sequence[Any]) -> list[Any]:
-        """Map a part's indices to the whole's."""
+        """Map indices of the part to those of the whole."""
         start = sum(getattr(self._op, self._sizes)[: self._place])
         return [i._replace(idx=i.idx + start) for i in idxs]
 
     def from_node(self, idxs: Sequence[Any]) -> list[Any]:
-        """Map those of the whole's indices that are the part's to the part's own."""
+        """Map indices of the whole to those of the part, dropping others."""
         sizes = getattr(self._op, self._sizes)
         start = sum(sizes[: self._place])
         stop = start + sizes[self._place]
@@ -133,7 +132,7 @@ class _Part:
 
 
 class _Stride:
-    """Maps a channel to its neighbouring entries of a flattened axis, and back."""
+    """Maps a channel to its consecutive entries of a flattened axis, and back."""
 
     def __init__(self, stride: int, *, flattens: bool) -> None:
         self._stride, self._flattens = stride, flattens
@@ -153,7 +152,7 @@ class _Stride:
 
 
 class _Sliced:
-    """Maps channels to those of a slice, whose bounds may change, and back."""
+    """Maps channels to those of a slice with changing bounds, and back."""
 
     def __init__(self, op: Any) -> None:
         self._op = op
@@ -185,7 +184,7 @@ def _connect_each(node: Any, other: Any, mappings: Sequence[Any], slot: int) -> 
 
 
 def _divide(graph: Any, node: Any, edges: Edges) -> bool:
-    """Put a node between a split and the readers of each part; return whether that was possible."""
+    """Insert a node between a split and the readers of each part; return whether possible."""
     fn = node.grad_fn
     source, output = fn.next_functions[0]
     shape, axis = shape_of(source, output), edges.axis(source, output)
@@ -200,7 +199,7 @@ def _divide(graph: Any, node: Any, edges: Edges) -> bool:
     for reader, outputs in reading.items():
         known = edges.node_of.get(reader)
         if known is None or sum(n is node for n in known.inputs) != len(outputs):
-            return False  # a layer that is called several times
+            return False  # a layer called several times
     parts = [_new_node(graph, f"part {k} of {node.name}") for k in range(count)]
     for reader, outputs in reading.items():
         known, left = edges.node_of[reader], iter(outputs)
@@ -219,10 +218,10 @@ def _divide(graph: Any, node: Any, edges: Edges) -> bool:
 
 
 def _join(node: Any, edges: Edges) -> tuple[list[int] | None, list[Any]] | None:
-    """Return the sizes of what a concatenation joins and the nodes it comes from, or None.
+    """Return the sizes and source nodes of the inputs of a concatenation, or None.
 
-    Sizes are None along another dimension than the channels', nodes None where there is none: for
-    what needs no gradient, and parameters that are not pruned.
+    Sizes are None along other dimensions than channels; nodes are None for inputs that need no
+    gradient and for parameters that are not pruned.
     """
     fn, shape = node.grad_fn, shape_of(node.grad_fn, 0)
     found = (edges.axis(*edge) for edge in fn.next_functions if edge[0] is not None)
@@ -241,7 +240,7 @@ def _join(node: Any, edges: Edges) -> tuple[list[int] | None, list[Any]] | None:
     if dim != axis:
         return None, sources
     if None in sizes:
-        # Several in a row count as one.
+        # Adjacent inputs without nodes are merged.
         first = sizes.index(None)
         stop = next((k for k in range(first, len(sizes)) if sizes[k] is not None), len(sizes))
         if None in sizes[stop:]:
@@ -252,7 +251,7 @@ def _join(node: Any, edges: Edges) -> tuple[list[int] | None, list[Any]] | None:
 
 
 def _fill_in(graph: Any, node: Any, sizes: list[int] | None, sources: list[Any]) -> None:
-    """Give a concatenation its sizes, and nodes for what torch-pruning has left out."""
+    """Set the sizes of a concatenation, and add nodes for inputs that torch-pruning omits."""
     if sizes is None:
         return
     node.inputs = []
@@ -281,7 +280,7 @@ def _stride(node: Any, edges: Edges) -> _Stride | None:
 
 
 def _slice_axis(node: Any, edges: Edges) -> str | None:
-    """Return along what a slice is taken, "channels" or "another axis"; None if unknown."""
+    """Return the axis of a slice, "channels" or "another axis"; None if unknown."""
     source, output = node.grad_fn.next_functions[0]
     if source is None:
         return None

@@ -1,8 +1,8 @@
-"""Groups of torch-pruning that can be removed one after the other, and all at once.
+"""Groups of torch-pruning that stay valid while others are removed.
 
 A group lists, for each of its layers, indices in the model as it was when the group was made.
-Behind a concatenation one axis belongs to several groups: once one of them is gone, the indices of
-the others there have moved. Here each group follows what is removed before it.
+Behind a concatenation one axis belongs to several groups: once one of them is removed, the indices
+of the others shift. Here each group is updated for earlier removals.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import nn
 from hesscurv.integrations.channels.graph import remake_, repair_
 
 _Attention = nn.MultiheadAttention
-# A layer's node in the graph, and the function that takes channels from one of its sides.
+# A layer's node in the graph, and the pruning function for one of its sides.
 Axis = tuple[Any, Callable[..., Any]]
 
 
 class _Log:
-    """What has been removed from each axis of a graph, in order: the group's root and indices."""
+    """Log of removals from each axis of a graph: root of the group and indices, in order."""
 
     def __init__(self) -> None:
         self.removed: dict[Axis, list[tuple[Any, list[int]]]] = {}
@@ -33,7 +33,7 @@ class _Log:
         return len(self.removed.get(axis, ()))
 
     def now(self, axis: Axis, idxs: Sequence[int], since: int) -> list[int]:
-        """Return where indices are by now, in order; those that are gone are left out."""
+        """Return the present positions of indices, in order, omitting removed ones."""
         left = sorted(set(map(int, idxs)))
         for _, gone in self.removed.get(axis, [])[since:]:
             taken = set(gone)
@@ -41,7 +41,7 @@ class _Log:
         return left
 
     def only_by_itself(self, axis: Axis) -> bool:
-        """Whether nothing was removed from an axis but by groups that have it as their root."""
+        """Whether all removals from an axis were by groups rooted there."""
         return all(root is axis[0] for root, _ in self.removed.get(axis, []))
 
 
@@ -49,16 +49,17 @@ _logs: weakref.WeakKeyDictionary[Any, _Log] = weakref.WeakKeyDictionary()
 
 
 def current_groups(groups: Iterable[Any]) -> list[Any]:
-    """Check groups of torch-pruning, and make those again, in place, that are not the model's now.
+    """Check groups of torch-pruning, and remake outdated ones in place.
 
-    Groups of a graph whose index mappings were wrong, and those made before others were removed.
+    Outdated are groups of a graph whose index mappings were wrong, and those made before others
+    were removed.
 
     Returns:
         The groups.
 
     Raises:
-        TypeError: If one is no group of torch-pruning.
-        ValueError: If one cannot be made again, since its root layer has lost other channels.
+        TypeError: If one is not a group of torch-pruning.
+        ValueError: If one cannot be remade, since its root layer has lost other channels.
     """
     groups = list(groups)
     for group in groups:
@@ -87,7 +88,7 @@ def current_groups(groups: Iterable[Any]) -> list[Any]:
 
 
 def follow_removals_(groups: Iterable[Any]) -> None:
-    """Let the `prune` of each group remove what its indices mean now, whatever goes before it."""
+    """Replace the `prune` of each group by one that translates its indices after removals."""
     for group in groups:
         log = _logs.setdefault(group._DG, _Log())
         stamps = {axis: (log.count(axis), _size(group._DG, axis)) for axis in _axes(group)}
@@ -141,11 +142,11 @@ def _prune(
 
 @torch.no_grad()
 def keep_scale_(attention: nn.MultiheadAttention, head_dim: int) -> None:
-    """Let an attention with smaller heads divide by the root of what they were.
+    """Keep the softmax scale of an attention after its heads have become smaller.
 
     Args:
         attention: The module, whose queries are scaled in place.
-        head_dim: The size of its heads before.
+        head_dim: The previous size of its heads.
     """
     scale, width = (attention.head_dim / head_dim) ** 0.5, attention.embed_dim
     weight = attention.in_proj_weight
@@ -155,9 +156,7 @@ def keep_scale_(attention: nn.MultiheadAttention, head_dim: int) -> None:
 
 
 def _refuse(name: str, *args: Any, **kwargs: Any) -> NoReturn:
-    raise ValueError(
-        f"expected channels of {name} that are there still, got a group that has been pruned"
-    )
+    raise ValueError(f"expected present channels of {name}, got a group that has been pruned")
 
 
 def _axes(group: Any) -> list[Axis]:

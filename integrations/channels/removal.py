@@ -1,4 +1,4 @@
-"""Remove channels in one call: checked, compensated, one group after the other."""
+"""Channel removal in one call: check, compensation, pruning of all groups."""
 
 from __future__ import annotations
 
@@ -25,38 +25,37 @@ def remove_channels_(
     """Compensate for the channels of a pruner's step, and remove them.
 
     The smaller model computes what the compensated one does with the channels at zero where they
-    are read. That is tried first on a copy, with some samples of the first batch; what differs is
-    refused, and nothing has been changed then. The groups are removed in turn, each by what its
-    indices mean once those before it are gone: behind a concatenation, indices move.
+    are read. That is verified first on a copy, with some samples of the first batch; a difference
+    raises an error and leaves the model unchanged. The groups are removed in turn, with indices
+    translated after each removal, since they shift behind a concatenation.
 
         importance.rank_jointly(pruner)
         remove_channels_(model, task, batches, pruner)
 
-    Normalisation over channels (layer norm, group norm) takes its statistics over those that are
-    left.
+    Normalisation over channels (layer norm, group norm) uses statistics over the remaining ones.
 
     Args:
-        model: The model that the pruner has, in place.
-        task: Says how the model is run on a batch, see `hesscurv.supervised`.
+        model: The pruner's model, changed in place.
+        task: Runs the model on a batch, see `hesscurv.supervised`.
         batches: A list or DataLoader of batches.
         groups: The pruner, whose next step is taken; or `torch_pruning.Group`s of one model, as
-            ``pruner.step(interactive=True)`` yields them.
+            yielded by ``pruner.step(interactive=True)``.
         damping: As in `compensate_channels_`; None to remove the channels without compensation.
-        adapt: Called with the model once its channels are gone, for sizes that its code keeps, such
-            as an attention's ``head_dim``; and before, with the copy. Default none.
+        adapt: Called with the model after the removal, and before that with the copy, to update
+            sizes kept in its code, such as an attention's ``head_dim``. Default none.
 
     Returns:
-        As `compensate_channels_`: by layer's name, the part that could not be made up for.
+        As `compensate_channels_`: by layer name, the uncompensated fraction.
 
     Raises:
-        TypeError: If the model is no module, or a group none of torch-pruning.
-        ValueError: If the smaller model would not run, or would compute something else; and as in
-            `compensate_channels_`. The model is then as it was.
+        TypeError: If the model is not a module, or a group not one of torch-pruning.
+        ValueError: If the smaller model does not run or computes something else; and as in
+            `compensate_channels_`. The model is unchanged then.
 
     Cost: as `compensate_channels_`, and two copies of the model.
     """
     if isinstance(groups, tp.pruner.BasePruner):
-        repair_(groups.DG)  # before it scores the channels
+        repair_(groups.DG)  # before the pruner scores the channels
         groups = groups.step(interactive=True)
     groups = list(groups)
     left = prepare_removal_(model, task, batches, groups, damping, adapt, must_run=True)

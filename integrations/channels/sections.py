@@ -1,8 +1,8 @@
-"""Equal sections: what a model's code cuts into equal chunks has to stay divisible.
+"""Equal chunks: tensors that a model splits into equal parts must stay divisible.
 
-``x.chunk(2, 1)`` finds its parts by their number. Where more channels go from one part than from
-another, the parts of what is left are others. So some of those channels stay in the model, with
-weights of zero wherever they are read: it computes what it would without them.
+``x.chunk(2, 1)`` determines its parts by their number. If more channels are removed from one part
+than from another, the boundaries shift. So some of these channels are kept, with zero weights
+wherever they are read: the model computes what it would without them.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from hesscurv.integrations.channels.slices import READERS
 
 _logger = logging.getLogger(__name__)
 _TYPES = tp.ops.OPTYPE
-# Whose reading of a channel at zero is not a matter of the weights behind.
+# Readers for which zeroing weights does not remove a channel.
 _OTHERS = (_TYPES.MHA, _TYPES.LSTM, _TYPES.CUSTOMIZED)
 
 
 def level_sections_(groups: Sequence[Any]) -> dict[Any, set[int]]:
-    """Let as many channels stay as keep chunks of equal size; groups lose them in place.
+    """Keep enough channels for equal chunks; they are taken out of the groups in place.
 
     Args:
-        groups: Groups of torch-pruning, made for the model as it is now.
+        groups: Groups of torch-pruning, made for the present model.
 
     Returns:
-        By layer, the inputs that are to be zero instead: of dense layers and convolutions.
+        By layer, the inputs to be zeroed instead: of dense layers and convolutions.
     """
     staying: dict[Any, set[int]] = {}
     names: set[str] = set()
@@ -38,7 +38,7 @@ def level_sections_(groups: Sequence[Any]) -> dict[Any, set[int]]:
         for module, inputs in _let_stay_(group, node, idx).items():
             staying.setdefault(module, set()).update(inputs)
         names.add(group[0].dep.target.name)
-    # Another channel of theirs may go and take them along.
+    # Another channel of the group may take the kept ones along.
     for group in groups:
         for dep, idxs in group:
             if dep.handler in READERS and dep.target.module in staying:
@@ -54,7 +54,7 @@ def level_sections_(groups: Sequence[Any]) -> dict[Any, set[int]]:
 
 
 def _find_uneven(groups: Sequence[Any]) -> tuple[Any, int] | None:
-    """Return a node that cuts equal chunks, and an index in it that is to stay; None if all fit."""
+    """Return a node that splits into equal chunks, and an index in it to keep; None if all fit."""
     nodes = {
         item[0].target: None
         for group in groups
@@ -62,7 +62,7 @@ def _find_uneven(groups: Sequence[Any]) -> tuple[Any, int] | None:
         if item[0].target.type == _TYPES.SPLIT and item[0].target.module.split_sizes
     }
     for node in nodes:
-        # By sizes that the code computes, they may be as they are.
+        # A split by sizes that the code computes needs no equal parts.
         if type(node.grad_fn).__name__ != "SplitBackward0":
             continue
         gone = {i for group in groups for i in _idxs_at(group, node)}
@@ -83,7 +83,7 @@ def _idxs_at(group: Any, node: Any) -> set[int]:
 
 
 def _let_stay_(group: Any, node: Any, idx: int) -> dict[Any, set[int]]:
-    """Take from a group all channels that would take an index of a node along."""
+    """Take all channels out of a group that would remove an index of a node."""
     graph, (dep, roots) = group._DG, next(iter(group))
     if any(item[0].target.type in _OTHERS for item in group):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Where the channels of a traced model's tensors lie, from what autograd notes of operations."""
+"""Channel axes of a traced model's tensors, from the attributes of autograd nodes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ _SIZED = (_TYPES.SPLIT, _TYPES.CONCAT, _TYPES.SLICE)
 
 
 class Edges:
-    """The tensors between a graph's nodes: who reads which output of what, and their shapes.
+    """The tensors between the nodes of a graph: their readers and shapes.
 
     Args:
-        graph: A `torch_pruning.DependencyGraph`, with the autograd graph that it has traced.
+        graph: A `torch_pruning.DependencyGraph`, with its traced autograd graph.
 
     Attributes:
-        node_of: The graph's nodes by operation of autograd.
-        readers: For an operation and one of its outputs, the operations that read it, and as which
-            of their inputs.
+        node_of: The graph's nodes by autograd operation.
+        readers: For an operation and one of its outputs, the operations that read it, with the
+            index of the input.
     """
 
     def __init__(self, graph: Any) -> None:
@@ -39,7 +39,7 @@ class Edges:
                     stack.append(source)
 
     def axis(self, source: Any, output: int) -> int | None:
-        """Return the axis of an output along which its channels lie, or None if that is unknown."""
+        """Return the channel axis of an output, or None if unknown."""
         moves: list[tuple[int, ...]] = []
         while source is not None:
             found, node = shape_of(source, output), self.node_of.get(source)
@@ -66,7 +66,7 @@ class Edges:
         return None
 
     def is_read_by_channel(self, fn: Any) -> bool:
-        """Whether an operation's output goes, through others of its shape, to a convolution."""
+        """Whether an operation's output reaches a convolution through operations of equal shape."""
         shape, seen, stack = shape_of(fn, 0), {fn}, [fn]
         while stack:
             for reader, _ in self.readers.get((stack.pop(), 0), ()):
@@ -80,7 +80,7 @@ class Edges:
 
 
 def shape_of(fn: Any, output: int) -> tuple[int, ...] | None:
-    """Return the shape of an output of an operation, from what autograd noted of it."""
+    """Return the shape of an output of an operation, as recorded by autograd."""
     noted = getattr(fn, "_input_metadata", ())
     return tuple(map(int, noted[output].shape)) if output < len(noted) else None
 
@@ -100,7 +100,7 @@ def _kernel(module: Any) -> tuple[int, ...]:
 
 
 def _permutation(fn: Any, ndim: int) -> tuple[int, ...] | None:
-    """Return which of its input's axes each axis of a transpose's output is."""
+    """Return the input axis of each output axis of a transpose."""
     name, order = type(fn).__name__, list(range(ndim))
     if name == "PermuteBackward0":
         return tuple(signed(d) % ndim for d in fn._saved_dims)
@@ -114,9 +114,9 @@ def _permutation(fn: Any, ndim: int) -> tuple[int, ...] | None:
 
 
 def _alike(fn: Any, shape: tuple[int, ...], is_resized: bool) -> tuple[Any, int]:
-    """Return the input whose axes are those of an operation's output, or (None, 0).
+    """Return the input with the same axes as an operation's output, or (None, 0).
 
-    Pooling changes the places, a concatenation or a part the size of one axis.
+    Pooling changes the spatial sizes, a concatenation or a slice the size of one axis.
     """
     for matches in (
         lambda found: found == shape,

@@ -1,9 +1,9 @@
-"""Which entries of which parameters go when torch-pruning removes a channel.
+"""Parameter entries that torch-pruning removes with each channel.
 
 A group of torch-pruning lists layers with the indices that each one loses. Here every such index
-becomes a slice of a named parameter, and values given for a parameter's entries are summed by
-channel. A channel may lose several slices of one parameter (behind a flatten, or a layer on a
-residual stream that loses row c and column c): an entry in two of them counts once.
+becomes a slice of a named parameter, and values of a parameter's entries are summed by channel. A
+channel may remove several slices of one parameter (behind a flatten, or row c and column c of a
+layer on a residual stream): an entry in two of them counts once.
 
 Shapes: b rows of values, C channels of the group, E indices of an axis.
 """
@@ -21,8 +21,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 _WIDTH = (("weight", 0), ("bias", 0))
-# What torch-pruning's own functions take away: attribute and axis. Normalisation layers lose the
-# same either way; for layer normalisation and bare parameters the graph's node says the axis.
+# Attribute and axis pruned by torch-pruning's functions. Normalisation layers lose the same on both
+# sides; for layer normalisation and bare parameters the graph's node gives the axis.
 _AXES: dict[Any, tuple[tuple[str, int], ...]] = {
     tp.function.prune_conv_out_channels: _WIDTH,
     tp.function.prune_conv_in_channels: (("weight", 1),),
@@ -43,16 +43,16 @@ READERS = (tp.function.prune_conv_in_channels, tp.function.prune_linear_in_chann
 
 @dataclass(frozen=True, eq=False)
 class ChannelSlice:
-    """The slices of one parameter along one axis, and the channel that each belongs to.
+    """The slices of one parameter along one axis, and the channel of each.
 
     Args:
         name: The parameter's dotted name in the model.
         shape: Its shape.
-        axis: The axis along which it is sliced.
+        axis: The axis of the slices.
         index: Shape (E,), int64: positions along the axis.
-        channel: Shape (E,), int64: the channel in the group that takes each slice along.
-        blocks: In a grouped convolution, the number of equal parts of axis 0; slice e is then of
-            part ``block[e]`` alone.
+        channel: Shape (E,), int64: the channel of the group that removes each slice.
+        blocks: In a grouped convolution, the number of equal parts of axis 0; slice e then lies
+            within part ``block[e]``.
         block: Shape (E,), int64; unused for one part.
         entries: Shapes (E,) each: flat entries instead of slices, and their channels in `channel`.
     """
@@ -68,11 +68,11 @@ class ChannelSlice:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is whole slices along the axis, so that sums over the rest are enough."""
+        """Whether all slices are whole, so that sums over the other axes suffice."""
         return self.blocks == 1 and self.entries is None
 
     def coordinates(self) -> tuple[Tensor, Tensor]:
-        """Return the flat entries of the parameter, and each one's channel."""
+        """Return the flat entries of the parameter, and the channel of each."""
         if self.entries is not None:
             return self.entries, self.channel
         flat = torch.arange(prod(self.shape), device="cpu").reshape(self.shape)
@@ -87,7 +87,7 @@ class ChannelSlice:
 
 @dataclass(frozen=True, eq=False)
 class GroupChannels:
-    """A group's channels: for each of its layers with parameters, what they take along.
+    """A group's channels, with the slices that they remove from each layer.
 
     Args:
         root: The name of the group's first layer, for messages.
@@ -101,20 +101,20 @@ class GroupChannels:
 
 
 def read_group(group: Any, names: Mapping[int, str], readers_only: bool = False) -> GroupChannels:
-    """Read off a group of torch-pruning what each of its channels takes along.
+    """Return the slices that each channel of a torch-pruning group removes.
 
     Args:
-        group: A `torch_pruning.Group`, with all channels of its root or with some.
+        group: A `torch_pruning.Group`, with all or some channels of its root.
         names: Maps the id of each of the model's parameters to its name.
-        readers_only: Whether to take only the weights that read the channels: the input side of
-            convolutions and dense layers. A group without any is taken as a whole.
+        readers_only: Whether to include only the weights that read the channels: the input side of
+            convolutions and dense layers. A group without any is included as a whole.
 
     Returns:
         The channels, in the order in which the pruner expects their scores.
 
     Raises:
         ValueError: If a layer's weight is computed from other parameters (masked by
-            `torch.nn.utils.prune`, normalised or parametrised), or is none of the model's.
+            `torch.nn.utils.prune`, normalised or parametrised), or is not one of the model's.
     """
     root = group[0]
     found = GroupChannels(root.dep.target.name, len(root.idxs))
@@ -132,7 +132,7 @@ def read_group(group: Any, names: Mapping[int, str], readers_only: bool = False)
 
 
 def _taken(group: Any) -> list[tuple[Any, list[tuple[int, int]]]]:
-    """Return each layer's indices in a group, each with the place of the channel that takes it."""
+    """Return each layer's indices in a group, with the position of the channel of each."""
     root = group[0]
     position = _positions(root.idxs)
     if not any(item.dep.target.type in _DIVIDING for item in group):
@@ -149,7 +149,7 @@ def _taken(group: Any) -> list[tuple[Any, list[tuple[int, int]]]]:
             )
             for item in group
         ]
-    # Parts of one tensor that meet again go together, and torch-pruning names one of them alone.
+    # Parts of one tensor that are combined again go together; torch-pruning names only one of them.
     order = [item.dep for item in group]
     kept: dict[Any, list[tuple[int, int]]] = {(dep.target, dep.handler): [] for dep in order}
     for i, place in position.items():
@@ -161,10 +161,10 @@ def _taken(group: Any) -> list[tuple[Any, list[tuple[int, int]]]]:
 
 
 def check_inside(idxs: Tensor, size: int, layer: str) -> None:
-    """Refuse indices of channels that a layer does not have.
+    """Require indices within the channels of a layer.
 
     Raises:
-        ValueError: If there is one.
+        ValueError: If one is outside.
     """
     if len(idxs) and int(idxs.max()) >= size:
         raise ValueError(
@@ -175,13 +175,13 @@ def check_inside(idxs: Tensor, size: int, layer: str) -> None:
 
 
 def sum_along(values: Tensor, axis: int) -> Tensor:
-    """Sum values (b, *shape) over all axes of the parameter but one: shape (b, shape[axis])."""
+    """Sum values (b, *shape) over all axes of the parameter except one: (b, shape[axis])."""
     moved = values.movedim(axis + 1, 1)
     return moved.flatten(2).sum(2) if moved.ndim > 2 else moved
 
 
 def sum_by_channel(sums: Tensor, part: ChannelSlice, count: int) -> Tensor:
-    """Add up what `sum_along` gave by channel: shape (b, C)."""
+    """Sum the results of `sum_along` by channel: shape (b, C)."""
     out = sums.new_zeros(sums.shape[0], count)
     index, channel = part.index.to(sums.device), part.channel.to(sums.device)
     return out.index_add_(1, channel, sums.index_select(1, index))
@@ -217,10 +217,10 @@ def by_name(slices: Sequence[ChannelSlice]) -> dict[str, list[ChannelSlice]]:
 
 
 def _positions(idxs: Sequence[int]) -> dict[int, int]:
-    """Map a root index to its place among the scores.
+    """Map a root index to its position among the scores.
 
-    A group with all channels is scored by index, whatever their order; one with some of them in the
-    order given.
+    A group with all channels is scored by index, in any order; one with some of them in the given
+    order.
     """
     if sorted(idxs) == list(range(len(idxs))):
         return {i: i for i in idxs}
@@ -235,7 +235,7 @@ def _slices_of(
         axis = dep.target.pruning_dim % layer.ndim
         return [_slice(layer, dep.target.name, axis, index, channel, names)]
     if isinstance(layer, nn.PReLU) and layer.num_parameters == 1:
-        return []  # one slope for all channels: none goes
+        return []  # one slope for all channels: none is removed
     axes = _AXES.get(handler)
     if axes is None:
         return (
@@ -259,7 +259,7 @@ def _slices_of(
         if is_conv and layer.transposed and attribute == "weight":
             axis = 1 - axis
         if is_conv and attribute == "weight" and axis == 1 and layer.groups > 1:
-            # Axis 1 holds one group's channels; which group's, that axis 0 says.
+            # Axis 1 has the channels of one group only; axis 0 determines which.
             size = value.shape[1]
             out.append(
                 ChannelSlice(
@@ -302,9 +302,9 @@ def _name(value: nn.Parameter, layer: str, names: Mapping[int, str]) -> str:
 def _probed(
     dep: Any, index: Tensor, channel: Tensor, names: Mapping[int, str]
 ) -> list[ChannelSlice]:
-    """Find what goes with each channel by taking it from a copy whose entries are their numbers.
+    """Find the entries removed with each channel by pruning a copy filled with entry numbers.
 
-    For layers with pruning functions of their own, such as attention: one copy for each channel.
+    For layers with custom pruning functions, such as attention: one copy per channel.
     """
     layer = dep.target.module
     known = {attribute: names[id(p)] for attribute, p in layer.named_parameters() if id(p) in names}

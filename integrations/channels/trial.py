@@ -1,9 +1,9 @@
-"""Whether a model without some channels computes what it does with those channels at zero.
+"""Trial removal: test that a model without some channels agrees with those channels at zero.
 
-Both are tried on copies before anything is changed. A channel is at zero wherever it is read: in
-the inputs of convolutions and dense layers and, as far as something else reads it, such as the
-product of queries and keys, in the outputs of the layers that write it. Layer and group
-normalisation take their statistics over the channels that are left.
+Both are run on copies before anything is changed. A channel is zeroed wherever it is read: in the
+inputs of convolutions and dense layers and, for other readers such as the product of queries and
+keys, in the outputs of the layers that write it. Layer and group normalisation use statistics over
+the remaining channels.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ _NO_LAYERS = (
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a trial came to.
+    """Outcome of a trial.
 
     Args:
-        kind: "same"; "differs", in numbers; "shape", where outputs lose channels; "fails", where
-            the smaller model does not run; or "unknown", where the trial itself cannot be made.
-        why: What was found, for a message.
+        kind: "same"; "differs", in numbers; "shape", if outputs lose channels; "fails", if the
+            smaller model does not run; or "unknown", if the trial is impossible.
+        why: The finding, for a message.
     """
 
     kind: Literal["same", "differs", "shape", "fails", "unknown"]
@@ -61,14 +61,13 @@ def try_removal(
     groups: Sequence[Any],
     adapt: Callable[[nn.Module], None] | None = None,
 ) -> Verdict:
-    """Remove groups from a copy of the model, and compare it with a copy where they are at zero.
+    """Remove groups from a copy of the model, and compare it with a copy where they are zero.
 
     Args:
         objective: The model and the task; the model has the groups' layers.
         batch: A batch, on the device.
-        groups: Groups of torch-pruning, all made for the model as it is now; they are removed in
-            this order.
-        adapt: What a model needs once the channels are gone.
+        groups: Groups of torch-pruning, all made for the present model, in order of removal.
+        adapt: Adapts a model after the removal of channels.
 
     Cost: two copies of the model and two forward passes.
     """
@@ -103,7 +102,7 @@ def try_removal(
         return Verdict("unknown", "outputs are not finite")
     scale = float(wanted.abs().max()) if wanted.numel() else 0.0
     off = float((got - wanted).abs().max()) if wanted.numel() else 0.0
-    # Rounding grows through the layers; a channel in a wrong place changes leading digits.
+    # Rounding grows through the layers; a misplaced channel changes leading digits.
     if not off <= 8 * torch.finfo(wanted.dtype).eps ** 0.5 * scale:
         return Verdict("differs", f"outputs differ by {off:.1e}, of {scale:.1e} at most")
     return Verdict("same")
@@ -116,17 +115,17 @@ def check_removal(
     *,
     must_run: bool,
 ) -> None:
-    """Refuse groups without which a model does not compute what it does with them at zero.
+    """Refuse groups whose removal differs from setting them to zero.
 
     Args:
         objective: The model and the task.
-        groups: Groups of torch-pruning, made for the model as it is now.
-        adapt: What a model needs once the channels are gone.
-        must_run: Whether to refuse also what `adapt` or the caller may mend: views of fixed sizes,
-            such as attention's, and outputs that lose channels.
+        groups: Groups of torch-pruning, made for the present model.
+        adapt: Adapts a model after the removal of channels.
+        must_run: Whether to also refuse failures that `adapt` or the caller may fix: views of fixed
+            sizes, such as in attention, and outputs that lose channels.
 
     Raises:
-        ValueError: If so; nothing has been changed.
+        ValueError: If they differ; nothing has been changed.
     """
     batch = part_of(next(iter(objective.batches.first_pass())), 0, _SAMPLES)
     verdict = try_removal(objective, batch, groups, adapt)
@@ -157,7 +156,7 @@ def check_removal(
 
 
 class _Copy:
-    """A copy of a model, and which of its modules are copies of which."""
+    """A copy of a model, with a map from modules to their copies."""
 
     def __init__(self, model: nn.Module) -> None:
         memo: dict[int, Any] = {}
@@ -167,7 +166,7 @@ class _Copy:
         self._gone: dict[Any, set[int]] = {}
 
     def remove(self, dep: Any, idxs: list[int]) -> None:
-        """Take channels from a layer, as `torch_pruning.Group.prune` does; where they are now."""
+        """Remove channels from a layer as `torch_pruning.Group.prune`, at their present indices."""
         node, axis = dep.target, (dep.target.module, dep.handler)
         gone = self._gone.setdefault(axis, set())
         new = set(idxs) - gone
@@ -188,7 +187,7 @@ class _Copy:
 
     @torch.no_grad()
     def set_to_zero(self, dep: Any, idxs: list[int]) -> bool:
-        """Set channels of a layer to zero where they are read; return whether that is known."""
+        """Zero channels of a layer where they are read; return whether that is supported."""
         node, module = dep.target, self._of[id(dep.target.module)]
         index = torch.tensor(idxs, device="cpu")
         if node.type == _TYPES.PARAMETER:
@@ -210,7 +209,7 @@ class _Copy:
             if module.in_proj_bias is not None:
                 module.in_proj_bias[rows] = 0
             zero_inputs_(module.out_proj, rows[: len(index)])
-            # What is left reads nothing of them.
+            # The remaining channels do not depend on them.
             module.in_proj_weight[:, rows[: len(index)]] = 0
             module.register_forward_hook(_zeroed(index, -1))
         else:
@@ -219,7 +218,7 @@ class _Copy:
 
 
 def _outputs(objective: Objective, model: nn.Module, batch: Any) -> Tensor:
-    """Return the task's outputs on a batch, or its loss, in eval mode and with the same draws."""
+    """Return the task's outputs on a batch, or its loss, in eval mode with fixed random numbers."""
     names = [name for name, p in model.named_parameters() if p.is_floating_point()]
     other = Objective(
         model, objective.task, [batch], names, training=False, compute_dtype=None, budget=None
@@ -237,7 +236,7 @@ def _outputs(objective: Objective, model: nn.Module, batch: Any) -> Tensor:
 
 
 def zero_inputs_(layer: Any, index: Tensor) -> None:
-    """Set a layer's weights that read some inputs to zero: of a convolution or a dense layer."""
+    """Zero the weights of a convolution or dense layer that read some inputs."""
     weight = layer.weight
     if getattr(layer, "transposed", False):
         weight[index] = 0
@@ -251,10 +250,10 @@ def zero_inputs_(layer: Any, index: Tensor) -> None:
 
 def _zeroed(index: Tensor, axis: int | None) -> Any:
     def hook(module: nn.Module, args: Any, out: Any) -> Any:
-        if isinstance(out, tuple):  # attention, with its weights
+        if isinstance(out, tuple):  # attention, which also returns its weights
             return out[0].index_fill(-1, index.to(out[0].device), 0), *out[1:]
         places = len(getattr(module, "kernel_size", ()))
-        # A convolution without a batch has its channels first.
+        # In an unbatched convolution the channels are the first axis.
         along = axis if axis is not None else (0 if places and out.ndim == places + 1 else 1)
         return out.index_fill(along, index.to(out.device), 0)
 

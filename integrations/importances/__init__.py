@@ -1,1 +1,1 @@
-"""Importances of channels for torch-pruning."""
+"""Channel importances for torch-pruning."""

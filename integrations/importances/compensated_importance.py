@@ -1,4 +1,4 @@
-"""Channels scored by the loss that is left once the layers behind have made up for them."""
+"""Channel importance after compensation: loss that the following layers cannot make up for."""
 
 from __future__ import annotations
 
@@ -27,46 +27,46 @@ from hesscurv.pruning.weights import Weight
 class CompensatedImportance(CurvatureImportance):
     r"""Score channels by what `compensate_channels_` cannot make up for.
 
-    A layer with weights W (o, i) that loses its inputs in P, and is fitted anew, changes by
+    A layer with weights W (o, i) that loses its inputs in P and is refitted changes by
     :math:`\Delta W = -W_P [A^{-1}]_{PP}^{-1} [A^{-1}]_{P \cdot}` with :math:`A = C + \mu I`, C the
-    covariance of its inputs: the block of the Optimal Brain Surgeon. A channel's score is the rise
-    in loss which that costs, :math:`\frac{1}{2N} \sum_n \langle g_n, \Delta W \rangle^2`, with rows
-    :math:`g_n` of the Fisher or the Gauss-Newton matrix as in `FisherImportance`, summed inside
-    over all layers that read it. A channel that others can stand in for costs nothing.
+    covariance of its inputs: a block of the Optimal Brain Surgeon. A channel's score is the
+    resulting rise in loss, :math:`\frac{1}{2N} \sum_n \langle g_n, \Delta W \rangle^2`, with rows
+    :math:`g_n` of the Fisher or Gauss-Newton matrix as in `FisherImportance`, summed inside over
+    all layers that read it. A redundant channel costs nothing.
 
-    The means of the inputs are made up for by the layer's bias, or a batch norm that follows, where
-    there is one; see `compensate_channels_`, which is to be called before each step's groups are
-    pruned. With `rank_jointly` each channel is chosen given those that are gone: the layers are
-    fitted anew after each, and of two that can stand in for each other one stays.
+    The means of the inputs are compensated by the layer's bias, or by a following batch norm; see
+    `compensate_channels_`, which must be called before the groups of a step are pruned. With
+    `rank_jointly` each channel is chosen given the removed ones: the layers are refitted after
+    each, and of two interchangeable channels one stays.
 
-    On data that the model was trained on, the loss's own curvature is that of the few samples which
-    it is not sure of. A task whose loss is the outputs' square counts how much all of them change.
+    On training data, the curvature of the loss is dominated by the few samples on which the model
+    is uncertain. A task with the squared outputs as loss measures the change of all outputs.
 
     Args:
-        model: The model that the pruner has.
+        model: The pruner's model.
         task: A task with outputs and loss, see `hesscurv.supervised`.
         batches: A list or DataLoader of batches; the same ones in every step.
         rows: "ggn", the default, or "fisher", see `FisherImportance`.
         draws: Rows per sample for "ggn", each with new signs; default 1.
-        params: Which weights may be fitted anew, see `select_parameters`; of these, the ones of
-            dense layers and of convolutions in two dimensions without groups. Default all.
+        params: The weights that may be refitted, see `select_parameters`; of these, the ones of
+            dense layers and of two-dimensional convolutions without groups. Default all.
         damping: mu, relative to the mean of the diagonal of C; default 1e-3.
-        exact: The part of all channels that a joint ranking orders one by one; the rest follow by
-            their scores at that point. Take more than go in one step; default 0.5.
+        exact: The fraction of all channels that a joint ranking orders one by one; the rest follow
+            by their scores at that point. Choose more than one step removes; default 0.5.
         normalizer: Applied to each group's scores, see `CurvatureImportance`; default None.
-        costs: What entries of the parameters cost, by name, as from `macs_per_entry`; scores are
-            then the loss for each unit saved. Default None, the loss itself.
+        costs: Cost of the parameters' entries, by name, as from `macs_per_entry`; scores are then
+            loss per unit of cost. Default None, the loss itself.
         generator: Source of the random signs, on the CPU; default a new one with seed 0.
 
     Raises:
-        TypeError: If the model, the task or the batches are of a wrong type.
-        ValueError: If an option is out of range. When scoring: if a group has no layer that is
-            measured, its samples are not along the first axis of a layer's inputs, and as in
+        TypeError: If the model, the task or the batches have the wrong type.
+        ValueError: If an option is out of range. When scoring: if a group has no measured layer,
+            the samples are not along the first axis of a layer's inputs, and as in
             `CurvatureImportance`.
 
     Cost:
-        One backward pass for each sample and draw, R o i floats for R rows and every layer, and
-        ``i^3`` operations; for each channel of a joint ranking R o i C more, C those of its layer.
+        One backward pass per sample and draw, R o i floats for R rows and ``i^3`` operations per
+        layer; for each channel of a joint ranking R o i C more, with C channels in its layer.
 
     References:
         Hassibi and Stork, NIPS 1992, equation (5), and Kurtic et al., NeurIPS 2023, arXiv
@@ -101,7 +101,7 @@ class CompensatedImportance(CurvatureImportance):
         self._task, self._batches = task, batches
         self._signs = generator or torch.Generator().manual_seed(0)
         chosen = set(select_parameters(self.model, params))
-        # By name: pruning puts other parameters in their place.
+        # By name, since pruning replaces the parameters.
         self._layers = [
             name
             for name, module in self.model.named_modules()
@@ -110,7 +110,7 @@ class CompensatedImportance(CurvatureImportance):
         self._rows_of: dict[str, ReaderRows] = {}
 
     def refresh(self) -> None:
-        """Take gradients and inputs of the model as it is now, one pass over the batches."""
+        """Measure gradients and inputs of the present model, in one pass over the batches."""
         self._rows_of, self._ranks = {}, None
         layers = {name: self.model.get_submodule(name) for name in self._layers}
         objective = Objective(
@@ -128,7 +128,7 @@ class CompensatedImportance(CurvatureImportance):
         self._has_changed()
 
     def measured(self) -> set[str]:
-        """Return the names of the weights that are measured."""
+        """Return the names of the measured weights."""
         return set(self._rows_of)
 
     def _why_unmeasured(self, names: list[str]) -> str:
@@ -140,7 +140,7 @@ class CompensatedImportance(CurvatureImportance):
         if not kinds:
             return super()._why_unmeasured(names)
         return (
-            "layers that this importance fits anew are nn.Linear and nn.Conv2d without groups and "
+            "layers that this importance refits are nn.Linear and nn.Conv2d without groups and "
             f"with padding in numbers, not {', '.join(kinds)}; use FisherImportance, which scores "
             "layers of any type"
         )
@@ -150,7 +150,7 @@ class CompensatedImportance(CurvatureImportance):
             self.refresh()
 
     def _apart(self, scores: Tensor) -> Tensor:
-        """Order channels that all cost nothing, such as those of a dead layer, by their place."""
+        """Order channels of zero cost, such as those of a dead layer, by position."""
         if len(scores) > 1 and bool((scores == 0).all()):
             smallest = torch.finfo(scores.dtype).tiny
             return torch.arange(len(scores), dtype=scores.dtype, device=scores.device) * smallest
@@ -169,7 +169,7 @@ class CompensatedImportance(CurvatureImportance):
         return total, total.new_zeros(count)
 
     def _rank_all(self) -> dict[Any, Tensor]:
-        """Rank the channels of all groups of the pruner, each given those that are gone."""
+        """Rank the channels of all groups of the pruner, each given the removed ones."""
         groups: list[_Group] = []
         fits: dict[str, _Fit] = {}
         for group, parts in self._groups():
@@ -191,7 +191,7 @@ class CompensatedImportance(CurvatureImportance):
 
 
 def _describe(module: nn.Module) -> str:
-    """Name a layer's type, and the options that a layer of that type may not have."""
+    """Return a layer's type and its unsupported options."""
     options = []
     if getattr(module, "groups", 1) != 1:
         options.append(f"groups={module.groups}")
@@ -202,9 +202,9 @@ def _describe(module: nn.Module) -> str:
 
 @dataclass
 class _Group:
-    """The channels of a group: by reader, which of its inputs each one is, (e,) each.
+    """The channels of a group: by reader, the inputs of each channel, (e,) each.
 
-    In one of several parts, such as heads, a channel stands for those in the same place of all.
+    With several equal parts, such as heads, a channel represents those at its position in all.
     """
 
     root: Any
@@ -215,7 +215,7 @@ class _Group:
 
 @dataclass
 class _Fit:
-    """A layer as it is fitted to the inputs that are left; what is gone is zero throughout."""
+    """A layer fitted to its remaining inputs; removed ones are zero throughout."""
 
     gradients: Tensor  # (R, o i)
     sums: Tensor  # (R, o)
@@ -232,13 +232,13 @@ class _Fit:
         return cls(rows.gradients.flatten(1), rows.sums, mean, W, inverse)
 
     def change(self, inputs_ce: Tensor) -> Tensor:
-        """Return how the weights would change with each of some channels gone, (c, o, i)."""
+        """Return the change of the weights for the removal of each of some channels, (c, o, i)."""
         blocks = self.inverse[inputs_ce[:, :, None], inputs_ce[:, None, :]]
         across = torch.linalg.solve(blocks, self.inverse[inputs_ce])
         return -self.weight[:, inputs_ce].transpose(0, 1) @ across
 
     def rows(self, inputs: list[Tensor]) -> Tensor:
-        """Return what the outputs' combination of each sample would change by, (R, c)."""
+        """Return the change of each row's combination of outputs, by channel, (R, c)."""
         out = self.gradients.new_zeros(len(self.gradients), len(inputs), dtype=torch.float64)
         sizes: dict[int, list[int]] = {}
         inputs = [self._left(mine) for mine in inputs]
@@ -271,9 +271,9 @@ class _Fit:
 
 
 def _inputs_of(parts: list[ChannelSlice], count: int) -> list[Tensor]:
-    """Return which inputs of a reader's weight matrix each of C channels is, (e,) each.
+    """Return the inputs of a reader's weight matrix for each of C channels, (e,) each.
 
-    Behind a split a layer reads some channels alone, and the others are none of its inputs.
+    Behind a split a layer reads only some channels; the others have none.
     """
     found: list[list[Tensor]] = [[] for _ in range(count)]
     for part in parts:
@@ -286,7 +286,7 @@ def _inputs_of(parts: list[ChannelSlice], count: int) -> list[Tensor]:
 
 
 def _eliminate(groups: list[_Group], fits: dict[str, _Fit], exact: float) -> list[Tensor]:
-    """Return each channel's place in the order, 0 for the first to go, by group."""
+    """Return each channel's rank in the order of removal, 0 first, by group."""
     left = [torch.ones(len(g.costs), dtype=torch.bool, device="cpu") for g in groups]
     places = [torch.zeros(len(g.costs), dtype=torch.float32, device="cpu").double() for g in groups]
     rows = [_rows_left(g, fits, keep) for g, keep in zip(groups, left, strict=True)]
@@ -311,7 +311,7 @@ def _eliminate(groups: list[_Group], fits: dict[str, _Fit], exact: float) -> lis
         for i, other in enumerate(groups):
             if other.inputs.keys() & groups[g].inputs.keys():
                 rows[i] = _rows_left(other, fits, left[i])
-    # By their scores now; the best of each group at the end.
+    # The rest by their present scores; the best of each group last.
     rest = []
     for g in range(len(groups)):
         rise = rises(g, True)
@@ -324,7 +324,7 @@ def _eliminate(groups: list[_Group], fits: dict[str, _Fit], exact: float) -> lis
 
 
 def _rows_left(group: _Group, fits: dict[str, _Fit], left: Tensor) -> Tensor:
-    """Return the rows of a group's channels, (R, C); zero for those that are gone."""
+    """Return the rows of a group's channels, (R, C); zero for removed ones."""
     channels = left.nonzero()[:, 0].tolist()
     total = sum(
         fits[name].rows([inputs[c] for c in channels]) for name, inputs in group.inputs.items()

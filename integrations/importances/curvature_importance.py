@@ -1,4 +1,4 @@
-"""What the channel importances share: reading a group, reducing its layers, refusing bad scores."""
+"""Base class of the channel importances: reading groups, reducing layers, validating scores."""
 
 from __future__ import annotations
 
@@ -35,25 +35,25 @@ _NORMALIZERS = ("sum", "mean", "max", "standarization", "gaussian", "lamp")
 
 
 class CurvatureImportance(tp.importance.Importance):
-    """An importance that scores a channel by a quadratic form of all that it takes along.
+    """An importance that scores a channel by a quadratic form of the entries it removes.
 
-    A subclass says what has been measured, and gives the form of some slices of parameters.
+    Subclasses declare the measured parameters, and evaluate the form on slices of them.
 
     Args:
-        model: The model that the pruner has; wrappers of torch.compile and DDP are looked through.
-        weights: Which weights stand for a channel. "group": all that it takes along. "readers": the
-            weights that read it alone, the input side of convolutions and dense layers; at zero
-            they remove the channel just as well, and then no layer counts it a second time. Groups
-            without readers are taken whole.
-        group_reduction: "sum" takes the channel's entries of all layers jointly. The others take
-            each layer's own form and return their "mean", "max", "prod", the "first" layer's, or,
-            with None, all of them, (layers, C), which no pruner takes.
+        model: The pruner's model; wrappers of torch.compile and DDP are unwrapped.
+        weights: The weights that represent a channel. "group": all that it removes. "readers": only
+            those that read it, the input side of convolutions and dense layers; setting these to
+            zero removes the channel as well, and no layer counts it twice. Groups without readers
+            are used whole.
+        group_reduction: "sum" uses the channel's entries in all layers jointly. The others evaluate
+            each layer separately and return the "mean", "max", "prod", the "first" layer's, or,
+            with None, all of them, (layers, C), which no pruner supports.
         normalizer: Applied to each group's scores, as in torch-pruning: None, "sum", "mean", "max",
             "standarization", "gaussian", "sentinel_<fraction>", "lamp", or a function. None keeps
-            the unit of the loss, by which layers can be compared.
-        costs: What each entry of a parameter costs, by the parameter's name; others cost nothing.
-            Scores are divided by the sum over all that the channel takes along, before they are
-            normalised: the loss for each unit saved. None for no division.
+            the unit of the loss, which is comparable between layers.
+        costs: Cost per entry, by name of the parameter; others cost nothing. Before normalisation
+            scores are divided by the sum over all removed entries: loss per unit of cost. None for
+            no division.
     """
 
     def __init__(
@@ -85,17 +85,17 @@ class CurvatureImportance(tp.importance.Importance):
         self._ranks: dict[Any, Tensor] | None = None
 
     def __repr__(self) -> str:
-        """Name the model and the settings."""
+        """Return the model and the settings."""
         settings = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "model"}
         return describe_object(self, model=Words(type(self.model).__name__), **settings)
 
     def rank_jointly(self, pruner: Any) -> Self:
-        """Rank the channels of all of a pruner's groups together, each in view of the others.
+        """Rank the channels of all of a pruner's groups jointly.
 
-        From then on the scores are places in an order, see `backward_elimination`: the next channel
-        to go is the one that adds least to the loss of all that go in this step. Scores by
-        themselves leave out that their effects add up or cancel, which tells once many go at once.
-        Ask it for global pruning; each step ranks what is left anew.
+        From then on the scores are ranks, see `backward_elimination`: the next channel removed is
+        the one that adds least to the loss of all removed in this step. Individual scores ignore
+        that effects add up or cancel, which matters once many are removed at once. Use it with
+        global pruning; each step ranks the remaining channels again.
 
         Args:
             pruner: The `torch_pruning.BasePruner` that has this importance.
@@ -104,7 +104,7 @@ class CurvatureImportance(tp.importance.Importance):
             The importance itself.
 
         Raises:
-            ValueError: If there is a normalizer or another group_reduction than "sum", since places
+            ValueError: If there is a normalizer or a group_reduction other than "sum", since ranks
                 have no unit and rows are joint, or no rows, as with kind "diagonal".
         """
         if self.normalizer is not None or self.group_reduction != "sum":
@@ -117,22 +117,22 @@ class CurvatureImportance(tp.importance.Importance):
         return self
 
     def __call__(self, group: Any) -> Tensor | None:
-        """Return a group's scores, lowest first to go; called by the pruner.
+        """Return a group's scores, lowest removed first; called by the pruner.
 
         Args:
             group: A `torch_pruning.Group`.
 
         Returns:
             Shape (C,) for the C indices of the group's first layer, on the parameters' device;
-            None, which leaves the group alone, where its layers have no parameters.
+            None, which excludes the group, if its layers have no parameters.
 
         Raises:
-            ValueError: If none of the group's parameters is among those measured, scores are not
-                finite or all equal, or a layer's weight is computed from other parameters.
+            ValueError: If none of the group's parameters is measured, scores are not finite or all
+                equal, or a layer's weight is computed from other parameters.
         """
         if getattr(group, "_DG", None) is not None and repair_(group._DG):
             remake_(group)
-        # The pruner's grad mode is its own affair; what needs gradients switches them on.
+        # Independent of the pruner's grad mode; code that needs gradients enables them.
         with torch.no_grad():
             found = read_group(group, self._names(), self.weights == "readers")
             if not found.layers:
@@ -143,7 +143,7 @@ class CurvatureImportance(tp.importance.Importance):
             try:
                 self._follow(changed)
             except BaseException:
-                self._marks = ()  # else the next call would score by what was measured before
+                self._marks = ()  # otherwise the next call would use outdated measurements
                 raise
             if self._pruner is not None:
                 self._ranks = self._ranks or self._rank_all()
@@ -159,33 +159,33 @@ class CurvatureImportance(tp.importance.Importance):
 
     @abstractmethod
     def measured(self) -> set[str]:
-        """Return the names of the parameters that have been measured."""
+        """Return the names of the measured parameters."""
 
     @abstractmethod
     def refresh(self) -> None:
-        """Measure the model as it is now. Called for a group once the model has changed.
+        """Measure the present model. Called automatically once the model has changed.
 
-        Changes of shapes, of the parameters in place, and of buffers are noticed by themselves;
-        after writes through `.data` call it.
+        Changes of shapes, in-place changes of parameters, and changes of buffers are detected; call
+        it after writes through `.data`.
         """
 
     @abstractmethod
     def _rows(self, slices: list[ChannelSlice], count: int) -> tuple[Tensor, Tensor]:
         """Return a quadratic form of the channels' entries in some slices, in float64.
 
-        Rows (R, C), half of whose squares are summed, and what is added to that, shape (C,).
+        Rows (R, C), half of whose squares are summed, and an additive term, shape (C,).
         """
 
     @abstractmethod
     def _follow(self, changed: bool) -> None:
-        """Come up to the model's present state, after a change or not."""
+        """Update to the present state of the model, after a change or not."""
 
     def _why_unmeasured(self, names: list[str]) -> str:
-        """Say why parameters were not measured, and what measures them."""
+        """Explain why parameters were not measured, and how to measure them."""
         return "select them (`params`)"
 
     def _apart(self, scores: Tensor) -> Tensor:
-        """Return scores without the ties that mean something; others are refused."""
+        """Return scores with meaningful ties broken; others are refused."""
         return scores
 
     def _form(self, slices: list[ChannelSlice], count: int) -> Tensor:
@@ -194,7 +194,7 @@ class CurvatureImportance(tp.importance.Importance):
         return (0.5 * rows.square().sum(0) + extra).to(torch.promote_types(dtype, torch.float32))
 
     def _known(self, found: GroupChannels) -> list[list[ChannelSlice]]:
-        """Return what has been measured of each of a group's layers."""
+        """Return the measured slices of each of a group's layers."""
         measured = self.measured()
         layers = [[part for part in layer if part.name in measured] for layer in found.layers]
         if not any(layers):
@@ -208,10 +208,10 @@ class CurvatureImportance(tp.importance.Importance):
         return [layer for layer in layers if layer]
 
     def _groups(self) -> Iterator[tuple[Any, int]]:
-        """Yield the pruner's groups as it has them scored, and the equal parts that each is of.
+        """Yield the pruner's groups as it scores them, and the number of equal parts of each.
 
-        Channels in the same place of all parts, such as heads, go together. An attention's group
-        has the layer behind it as its root.
+        Channels at the same position of all parts, such as heads, go together. An attention's group
+        has the following layer as its root.
         """
         pruner = self._pruner
         for group in pruner.DG.get_all_groups(
@@ -266,7 +266,7 @@ class CurvatureImportance(tp.importance.Importance):
         return {id(p): name for name, p in self.model.named_parameters()}
 
     def _has_changed(self) -> bool:
-        """Whether the model is another than at the last call; takes note of it."""
+        """Whether the model has changed since the last call; records its state."""
         tensors = [*self.model.named_parameters(), *self.model.named_buffers()]
         marks = tuple(
             (name, tuple(t.shape), t.data_ptr(), 0 if t.is_inference() else t._version)
@@ -276,7 +276,7 @@ class CurvatureImportance(tp.importance.Importance):
         return marks != before
 
     def _costs_of(self, found: GroupChannels) -> Tensor:
-        """Return what each channel of a group costs, shape (C,)."""
+        """Return the cost of each channel of a group, shape (C,)."""
         assert self.costs is not None
         total = torch.zeros(found.count, dtype=torch.float32, device="cpu")
         for name, mine in by_name([part for layer in found.layers for part in layer]).items():
@@ -305,12 +305,12 @@ class CurvatureImportance(tp.importance.Importance):
 
 
 def root_of(group: Any) -> Any:
-    """Return what tells a group from the others of its graph: the root layer, and its side."""
+    """Return the identity of a group in its graph: the root layer, and its side."""
     return group[0].dep.target.module, group[0].dep.handler
 
 
 def check_normalizer(normalizer: Normalizer) -> None:
-    """Refuse what `normalize` does not know.
+    """Require a normalizer that `normalize` supports.
 
     Raises:
         ValueError: If the normalizer is unknown.
@@ -343,8 +343,8 @@ def normalize(scores: Tensor, normalizer: Normalizer) -> Tensor:
         return (scores - scores.mean()) / scores.std()
     if normalizer == "lamp":
         ordered, order = scores.sort()
-        # Each over the sum of those that are not below it.
-        # On the host: a running sum on a GPU is refused by torch.use_deterministic_algorithms.
+        # Each score over the sum of all scores not below it.
+        # On the host: torch.use_deterministic_algorithms refuses cumsum on a GPU.
         left = ordered.flip(0).cpu().cumsum(0).flip(0).to(ordered.device)
         return torch.empty_like(scores).index_copy_(0, order, ordered / left)
     place = int(float(normalizer.removeprefix("sentinel_")) * len(scores))

@@ -1,4 +1,4 @@
-"""The order in which channels go when each is chosen in view of those that went before it."""
+"""Joint ranking of channels by greedy backward elimination."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ def backward_elimination(
     r"""Rank channels by greedy removal under their joint quadratic form.
 
     Removing the set S raises the loss by :math:`\frac12 \|\sum_{c \in S} a_c\|^2 + \sum_{c \in S}
-    e_c`, with a_c the columns of `rows_RC`. Next to go is the channel with the smallest rise for
-    its cost, given those that are gone. Channels whose effects cancel go together, and of two that
-    do the same, one stays. The last channel of each group is kept until all others are gone.
+    e_c`, with a_c the columns of `rows_RC`. The next channel removed has the smallest rise per
+    cost, given the removed ones. Channels whose effects cancel go together, and of two equivalent
+    ones one stays. The last channel of each group is kept until all others are removed.
 
     Args:
         rows_RC: Shape (R, C), float64.
-        extra_C: Shape (C,), float64: e, what each channel adds by itself.
+        extra_C: Shape (C,), float64: e, the separable contribution of each channel.
         costs_C: Shape (C,), positive.
-        group_C: Shape (C,), int64: the group that each channel is in.
+        group_C: Shape (C,), int64: the group of each channel.
 
     Returns:
-        Shape (C,), float64: each channel's place in the order, 0 for the first to go.
+        Shape (C,), float64: each channel's rank in the order of removal, 0 first.
 
-    Cost: C passes over R C values; beyond 4096 channels, several go at a time.
+    Cost: C passes over R C values; beyond 4096 channels, several are removed at a time.
     """
     count = rows_RC.shape[1]
     alone_C = 0.5 * rows_RC.square().sum(0) + extra_C
@@ -40,7 +40,7 @@ def backward_elimination(
         rise_C = (alone_C + gone_R @ rows_RC) / costs_C
         may_go = is_left & (left_G[group_C] > 1)
         if not bool(may_go.any()):
-            may_go = is_left  # one of each group: what is left of the order
+            may_go = is_left  # only the last channel of each group remains
         rise_C = rise_C.masked_fill(~may_go, float("inf"))
         for c in rise_C.argsort()[:at_once].tolist():
             group = group_C[c]

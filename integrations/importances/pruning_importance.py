@@ -1,9 +1,8 @@
-"""Channel importances for torch-pruning, from the top eigenspace and from per-sample gradients.
+"""Channel importances for torch-pruning from the top eigenspace and per-sample gradients.
 
-Each scores a channel by the rise in loss that a quadratic model predicts when all of it goes at
-once, ``1/2 w_C^T H w_C``: C holds every entry that the channel takes along, over all layers of the
-group. Off-diagonal curvature between them counts, which sums of single weights' saliencies leave
-out.
+Each scores a channel by the predicted rise in loss of its removal, ``1/2 w_C^T H w_C``, with C all
+entries that it removes, over all layers of the group. Unlike sums of single-weight saliencies it
+includes the off-diagonal curvature between them.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _BLOCK_ENTRIES = 2**23  # values of one block of eigenvectors, 32 MiB in float32
 
 
 class EigenspaceImportance(CurvatureImportance):
-    r"""Score channels by the curvature that the top eigenspace has along their weights.
+    r"""Score channels by the curvature of the top eigenspace along their weights.
 
     For the entries C of a channel, weights w and eigenpairs :math:`(\lambda_j, v_j)`:
 
@@ -46,28 +45,28 @@ class EigenspaceImportance(CurvatureImportance):
     - "diagonal": :math:`\frac12 \sum_{i \in C} w_i^2 (\sum_j |\lambda_j| v_{ij}^2 + d_i)`, optimal
       brain damage, weight by weight;
     - "leverage": :math:`\sum_{i \in C} \sum_j v_{ij}^2`, the channel's share of the eigenspace,
-      whatever its weights.
+      independent of its weights.
 
-    Parameters of the group that the eigenpairs do not cover count nothing.
+    Parameters of the group that the eigenpairs do not cover contribute nothing.
 
     Args:
-        model: The model that the pruner has.
-        pairs: Eigenpairs with a layout, as `eigsh` returns them for an operator of this model; or a
-            function of the model that computes them. Pruning changes shapes, so that fixed pairs
-            serve one step; a function is called again at the first group after each change of the
-            model, and serves any number of steps, and training in between.
+        model: The pruner's model.
+        pairs: Eigenpairs with a layout, as returned by `eigsh` for an operator of this model; or a
+            function of the model that computes them. Pruning changes shapes, so fixed pairs serve
+            one step; a function is called again at the first group after each change of the model,
+            and serves any number of steps, with training in between.
         kind: "joint", "diagonal" or "leverage".
         diagonal: d, shape (D,), the diagonal of the curvature outside the eigenspace (or a damping
             with weight decay); or a function of the model that returns it. Default none.
         weights: "group" or "readers", see `CurvatureImportance`; default "group".
-        group_reduction: How a group's layers are put together, see `CurvatureImportance`; default
+        group_reduction: reduction over the layers of a group, see `CurvatureImportance`; default
             "sum", jointly.
         normalizer: Applied to each group's scores, see `CurvatureImportance`; default None.
-        costs: What entries of the parameters cost, by name, as from `macs_per_entry`; scores are
-            then the loss for each unit saved. Default None, the loss itself.
+        costs: Cost of the parameters' entries, by name, as from `macs_per_entry`; scores are
+            then loss per unit of cost. Default None, the loss itself.
 
     Raises:
-        TypeError: If the model or the pairs are of a wrong type.
+        TypeError: If the model or the pairs have the wrong type.
         ValueError: If the pairs have no layout, or an option is unknown. When scoring: if the
             model's shapes are no longer those of the pairs, and as in `CurvatureImportance`.
 
@@ -116,11 +115,11 @@ class EigenspaceImportance(CurvatureImportance):
 
     @property
     def pairs(self) -> Eigenpairs | None:
-        """The eigenpairs that scores come from; None before a function's first call."""
+        """The eigenpairs of the scores; None before a function's first call."""
         return self._pairs
 
     def refresh(self) -> None:
-        """Take the eigenpairs for the model as it is now: call the functions, check the shapes."""
+        """Update the eigenpairs for the present model: call the functions, check the shapes."""
         with torch.enable_grad():
             given, extra = self._source, self._diagonal_source
             pairs = given if isinstance(given, Eigenpairs) else given(self.model)
@@ -143,7 +142,7 @@ class EigenspaceImportance(CurvatureImportance):
         self._has_changed()
 
     def rank_jointly(self, pruner: Any) -> Self:
-        """Rank the channels of all of a pruner's groups together; see `CurvatureImportance`."""
+        """Rank the channels of all of a pruner's groups jointly; see `CurvatureImportance`."""
         if self.kind != "joint":
             raise ValueError(f"expected kind 'joint' for a joint ranking, got {self.kind!r}")
         return super().rank_jointly(pruner)
@@ -201,7 +200,7 @@ class EigenspaceImportance(CurvatureImportance):
     def _projections(
         self, rows: slice, columns: slice, p: Tensor, parts: list[ChannelSlice], count: int
     ) -> Tensor:
-        """Return what one parameter adds to ``v_j^T w_C``, shape (b, C), in float64."""
+        """Return the contribution of one parameter to ``v_j^T w_C``, shape (b, C), in float64."""
         assert self._pairs is not None
         dtype = torch.promote_types(p.dtype, torch.float32)
         V_bp = self._pairs.eigenvectors[rows, columns].mT.to(device=p.device, dtype=dtype)
@@ -209,7 +208,7 @@ class EigenspaceImportance(CurvatureImportance):
         return channel_sums(values, parts, count).double()
 
     def _weightwise(self, rows: slice, p: Tensor) -> Tensor | None:
-        """Return what each entry of one parameter adds by itself, in its shape and float64."""
+        """Return the separable contribution of each entry of one parameter, in float64."""
         assert self._pairs is not None
         factor: Tensor | None = None
         if self.kind != "joint":
@@ -230,7 +229,7 @@ class EigenspaceImportance(CurvatureImportance):
 
 
 class FisherImportance(CurvatureImportance):
-    r"""Score channels by the mean square of what they contribute to each sample's gradient.
+    r"""Score channels by the mean square of their first-order effect on each sample's loss.
 
     :math:`\frac{1}{2N} \sum_n (\sum_{i \in C} g_{ni} w_i)^2 = \frac12 w_C^T F w_C` for the entries
     C of a channel: exact, for the Fisher of these samples, and joint over the whole group. Rows
@@ -239,40 +238,39 @@ class FisherImportance(CurvatureImportance):
     - "fisher": the gradient of sample n's loss at its target, for the empirical Fisher;
     - "ggn": :math:`J_n^T L_n s`, with J the Jacobian of the outputs, :math:`L_n L_n^T` the Hessian
       of the loss in them and s random signs: the generalised Gauss-Newton matrix in expectation,
-      which does not vanish where the training targets are met.
+      which does not vanish when the training targets are met.
 
-    The model is left as it was: gradients, hooks, modes, buffers and random state are never
-    involved, and batch normalisation runs in eval mode. It is measured at the first group, and
-    again at the first one after a change of the model, so that iterative pruning needs no more.
+    The model is not changed: gradients, hooks, modes, buffers and random state are untouched, and
+    batch normalisation runs in eval mode. It is measured at the first group, and again at the first
+    one after a change of the model, as iterative pruning needs.
 
     Args:
-        model: The model that the pruner has.
-        task: A task with outputs and loss, see `hesscurv.supervised`; each sample's loss is what
-            its `sample_losses` returns for that sample alone, and counts by its share of `weight`
-            instead of 1/N where that is no number of samples.
+        model: The pruner's model.
+        task: A task with outputs and loss, see `hesscurv.supervised`; a sample's loss is that of
+            `sample_losses` for this sample only, weighted by its share of `weight` instead of 1/N
+            if the task overrides it.
         batches: A list or DataLoader of batches; the same ones in every step.
         rows: "fisher" or "ggn".
         draws: Rows per sample for "ggn", each with new signs; default 1.
-        params: Which parameters count, see `select_parameters`; default all that require grad.
+        params: The parameters included, see `select_parameters`; default all that require grad.
         weights: "group" or "readers", see `CurvatureImportance`; default "group".
-        group_reduction: How a group's layers are put together, see `CurvatureImportance`; default
+        group_reduction: reduction over the layers of a group, see `CurvatureImportance`; default
             "sum", jointly.
         normalizer: Applied to each group's scores, see `CurvatureImportance`; default None.
-        costs: What entries of the parameters cost, by name, as from `macs_per_entry`; scores are
-            then the loss for each unit saved. Default None, the loss itself.
-        chunk_size: Samples whose gradients are taken at once; by default as many as the memory
-            allows, 64 at most.
+        costs: Cost of the parameters' entries, by name, as from `macs_per_entry`; scores are
+            then loss per unit of cost. Default None, the loss itself.
+        chunk_size: Samples per vectorised gradient; by default as many as the memory allows, at
+            most 64.
         generator: Source of the random signs, on the CPU; default a new one with seed 0.
 
     Raises:
-        TypeError: If the model, the task or the batches are of a wrong type.
-        ValueError: If an option is unknown or out of range. When scoring: if the loss is no mean
-            over samples, outputs are too many for "ggn", and as in `CurvatureImportance`.
+        TypeError: If the model, the task or the batches have the wrong type.
+        ValueError: If an option is unknown or out of range. When scoring: if the loss is not a mean
+            over samples, there are too many outputs for "ggn", and as in `CurvatureImportance`.
 
-    Cost: one per-sample gradient for each sample and draw, in each step; N W floats for layers of W
-    inputs and outputs in all, and 2 D floats for each sample of a chunk. A group where rows and
-    columns of one weight go together, or that has parameters outside of layers, takes a pass over
-    the data of its own.
+    Cost: one per-sample gradient per sample and draw, in each step; N W floats for layers with W
+    inputs and outputs in total, and 2 D floats per sample of a chunk. A group that removes rows and
+    columns of one weight, or has parameters outside of layers, takes a separate pass over the data.
 
     References:
         Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018, arXiv
@@ -305,7 +303,7 @@ class FisherImportance(CurvatureImportance):
             costs=costs,
         )
         check_rows(rows, draws, chunk_size)
-        # By name: pruning puts other parameters in their place.
+        # By name, since pruning replaces the parameters.
         self._selected = tuple(select_parameters(self.model, params))
         source = generator or torch.Generator().manual_seed(0)
         self._measure = lambda: SampleRows(
@@ -321,7 +319,7 @@ class FisherImportance(CurvatureImportance):
         self._rows_of_samples: SampleRows | None = None
 
     def refresh(self) -> None:
-        """Take the samples' gradients of the model as it is now, one pass over the batches."""
+        """Measure per-sample gradients of the present model, in one pass over the batches."""
         self._rows_of_samples = self._ranks = None
         samples = self._measure()
         samples.measure()
@@ -329,7 +327,7 @@ class FisherImportance(CurvatureImportance):
         self._has_changed()
 
     def measured(self) -> set[str]:
-        """Return the names of the parameters that gradients are taken of."""
+        """Return the names of the differentiated parameters."""
         return set(self._selected)
 
     def _follow(self, changed: bool) -> None:

@@ -1,7 +1,7 @@
-"""Per-sample gradients of the weights that read channels, and the moments of what they read.
+"""Per-sample gradients of the weights that read channels, and moments of their inputs.
 
-Shapes: R rows (one a sample and draw), o outputs and i inputs of a layer's weight matrix, a
-convolution's unfolded; n samples of a chunk, P places of one.
+Shapes: R rows (one per sample and draw), o outputs and i inputs of a layer's weight matrix,
+unfolded for a convolution; n samples of a chunk, P places of one.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 @dataclass(repr=False)
 class ReaderRows(Described):
-    """What has been measured of one layer.
+    """Measurements of one layer.
 
     Args:
-        gradients: Shape (R, o, i), in the compute dtype: each row's gradient by the weight matrix,
+        gradients: Shape (R, o, i), in the compute dtype: each row's gradient in the weight matrix,
             times the square root of the row's weight in the mean.
-        sums: Shape (R, o), the same by the layer's intercept.
-        second: Shape (i, i), float64: mean over places of the inputs' products.
-        mean: Shape (i,), float64: their mean.
-        has_intercept: Whether a bias, or a batch norm right behind, can make up for the mean.
+        sums: Shape (R, o), the same for the layer's intercept.
+        second: Shape (i, i), float64: second moments of the inputs, averaged over places.
+        mean: Shape (i,), float64: mean of the inputs.
+        has_intercept: Whether a bias, or a batch norm directly after, can compensate the mean.
     """
 
     gradients: Tensor
@@ -56,16 +56,16 @@ def reader_rows(
         objective: The model and the task, in eval mode.
         layers: Dense layers and convolutions by name.
         rows: "fisher", gradients of the samples' losses; or "ggn", random combinations of the rows
-            of the Gauss-Newton matrix's square root.
-        draws: Rows a sample, for "ggn".
+            of a square root of the Gauss-Newton matrix.
+        draws: Rows per sample, for "ggn".
         signs: Source of the random signs.
 
     Returns:
-        By name; layers that do not run, or that outputs do not depend on, are left out.
+        By name; layers that do not run, or that do not affect the outputs, are omitted.
 
     Raises:
-        ValueError: If the loss is no mean over samples, or a layer's inputs do not have the samples
-            first.
+        ValueError: If the loss is not a mean over samples, or the first axis of a layer's inputs is
+            not that of the samples.
     """
     objective.refresh()
     task = objective.task_parts
@@ -117,7 +117,7 @@ def reader_rows(
 def _calls(
     model: nn.Module, layers: dict[str, Any]
 ) -> Iterator[tuple[dict[str, list[tuple[Tensor, Tensor]]], set[str]]]:
-    """Collect the layers' inputs and outputs, and which outputs a batch norm takes at once."""
+    """Collect the layers' inputs and outputs, and the outputs read directly by a batch norm."""
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in layers}
     followed: set[str] = set()
     handles = []
@@ -148,7 +148,7 @@ def _calls(
 def _inputs(
     layers: dict[str, Any], calls: dict[str, list[tuple[Tensor, Tensor]]], n: int
 ) -> dict[str, list[Tensor]]:
-    """Return what each layer's weight matrix multiplied, one (n, P, i) for each call."""
+    """Return the inputs of each layer's weight matrix, one (n, P, i) per call."""
     found: dict[str, list[Tensor]] = {}
     for name, seen in calls.items():
         for x, _ in seen:
@@ -174,7 +174,7 @@ def _add_moments(moments: dict[str, Tensor], inputs: dict[str, list[Tensor]], w_
 def _directions(
     task: Any, out: Tensor, batch: Any, rows: Rows, draws: int, signs: torch.Generator
 ) -> Iterable[Tensor]:
-    """Yield, for each draw, what the outputs' gradients are combined with, of their shape."""
+    """Yield, for each draw, the coefficients of the outputs' gradients, of their shape."""
     if rows == "fisher":
         yield output_slopes(task, out, batch)
         return
@@ -184,7 +184,7 @@ def _directions(
 
 
 def _by_sample(layer: Any, grad: Tensor | None, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Return each sample's gradient by the weight matrix, (n, o, i), and the intercept, (n, o)."""
+    """Return each sample's gradient in the weight matrix, (n, o, i), and intercept, (n, o)."""
     if grad is None:
         o = layer.weight.shape[0]
         return u.new_zeros(len(u), o, u.shape[2]), u.new_zeros(len(u), o)

@@ -1,4 +1,4 @@
-"""Ridge regression on covariances that may be singular: constant, repeated or too few inputs."""
+"""Ridge regression on possibly singular covariances: constant, repeated or too few inputs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ _MOST_TRIES = 40
 
 
 def centred(second_ii: Tensor, mean_i: Tensor, measured_in: torch.dtype) -> Tensor:
-    r"""Return the covariance of inputs from their second moments, with a diagonal of at least zero.
+    r"""Return the covariance of inputs from their second moments, with a nonnegative diagonal.
 
-    The difference :math:`E[x x^T] - m m^T` cancels for inputs that hardly vary, which leaves
-    rounding errors of either sign. An input whose variance is within them is constant: its row and
-    column are zero.
+    The difference :math:`E[x x^T] - m m^T` cancels for nearly constant inputs, which leaves
+    rounding errors of either sign. An input whose variance is within rounding is treated as
+    constant: its row and column are zero.
 
     Args:
-        second_ii: Shape (i, i), float64, mean of the inputs' products.
+        second_ii: Shape (i, i), float64, second moments of the inputs.
         mean_i: Shape (i,), float64, the mean, or zeros for no centring.
-        measured_in: The dtype that the products were summed in.
+        measured_in: The dtype in which products were summed.
 
     Returns:
         Shape (i, i), a new tensor.
@@ -34,11 +34,11 @@ def centred(second_ii: Tensor, mean_i: Tensor, measured_in: torch.dtype) -> Tens
 def ridge_factor(C_ii: Tensor, ridge: float) -> Tensor:
     r"""Return the Cholesky factor of :math:`C + \mu I`, with mu raised until it exists.
 
-    Rounding may leave a covariance with negative eigenvalues, which a ridge below them does not
-    make up for. Where nothing varies any ridge gives the same fit, and 1 is taken.
+    Rounding may leave a covariance with negative eigenvalues larger than the ridge. For a zero
+    covariance any ridge gives the same fit, and 1 is used.
 
     Args:
-        C_ii: Shape (i, i), symmetric; positive semi-definite but for rounding.
+        C_ii: Shape (i, i), symmetric; positive semi-definite up to rounding.
         ridge: mu, at least zero.
 
     Returns:

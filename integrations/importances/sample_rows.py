@@ -1,7 +1,7 @@
-"""Each sample's gradient row times the weights, reduced at once to sums by row and column.
+"""Products of per-sample gradients and weights, reduced to sums by row and column.
 
-``g_ni w_i`` for N samples and D parameters is never stored: a chunk of samples at a time is summed
-over all axes of a parameter but one. Shapes: n samples of a chunk, c outputs of a sample.
+``g_ni w_i`` for N samples and D parameters is never stored: chunks of samples are summed over all
+axes of a parameter except one. Shapes: n samples of a chunk, c outputs of a sample.
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from hesscurv.pruning.curvature.sample_weights import check_mean_over_samples, w
 Rows = Literal["fisher", "ggn"]
 
 _MOST_AT_ONCE = 16
-# Batches that tell about the others.
+# Batches on which the loss is checked, as representatives of all.
 _MOST_CHECKED = 4
 
 
 class SampleRows:
-    """The rows of a model's per-sample curvature, times its weights, in sums.
+    """Sums of the rows of a model's per-sample curvature, times its weights.
 
     Args:
         model: The module.
         task: A task with outputs and loss.
         batches: Re-iterable batches.
         rows: "fisher", gradients of the samples' losses; or "ggn", random combinations of the rows
-            of the Gauss-Newton matrix's square root.
-        draws: Rows a sample, for "ggn".
-        names: The parameters to take gradients of.
-        chunk_size: Samples at once; None for as many as fit.
+            of a square root of the Gauss-Newton matrix.
+        draws: Rows per sample, for "ggn".
+        names: The parameters to differentiate.
+        chunk_size: Samples per chunk; None for as many as fit.
         generator: Source of the random signs.
 
     Attributes:
         sums: After `measure`: for a parameter's name and an axis, shape (N draws, shape[axis]).
         weights: After `measure`: shape (N draws,), float64, each row's weight in the mean, by
-            `sample_weights`; sum 1. Samples of no weight have no row.
+            `sample_weights`, with sum 1. Samples of zero weight have no row.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class SampleRows:
         self.weights = torch.empty(0, dtype=torch.float32, device="cpu")
 
     def measure(self) -> None:
-        """Take all rows and sum them up along the axes of the model's layers."""
+        """Compute all rows and sum them along the axes of the model's layers."""
         self._objective.refresh()
         names = list(dict.fromkeys(name for name, _ in self._axes))
         found, weights = self._collect(
@@ -86,7 +86,7 @@ class SampleRows:
         self.weights = weights
 
     def channel_sums(self, parts: Mapping[str, list[ChannelSlice]], count: int) -> Tensor:
-        """Sum rows by channel for any slices of some parameters, in a pass of its own.
+        """Sum rows by channel for any slices of some parameters, in a separate pass.
 
         Args:
             parts: The slices by parameter.
@@ -105,7 +105,7 @@ class SampleRows:
     def _collect(
         self, names: list[str], reduce: Callable[[Values], Any], *, first: bool
     ) -> tuple[list[Any], Tensor]:
-        """Reduce the rows of all samples, chunk by chunk; return this and each row's weight."""
+        """Reduce the rows of all samples, chunk by chunk; return the result and the row weights."""
         objective = self._objective
         # The same signs in every pass, so that parts of a group add up.
         signs = torch.Generator().manual_seed(self._seed)
@@ -137,7 +137,7 @@ class SampleRows:
         return {name: rows[name].detach() * chosen[name] for name in names}
 
     def _directions(self, batch: Any, signs: torch.Generator) -> list[Tensor | None]:
-        """Return, for each draw, what the outputs' gradients are combined with, shape (n, c)."""
+        """Return, for each draw, the coefficients of the outputs' gradients, shape (n, c)."""
         if self._kind == "fisher":
             return [None]
         objective = self._objective
@@ -155,7 +155,7 @@ class SampleRows:
 
 
 def check_rows(rows: str, draws: int, chunk_size: int | None) -> None:
-    """Refuse options that `SampleRows` does not know.
+    """Require options that `SampleRows` supports.
 
     Raises:
         ValueError: If one is unknown or out of range.
@@ -170,7 +170,7 @@ def check_rows(rows: str, draws: int, chunk_size: int | None) -> None:
 
 
 def _axes_of_layers(model: nn.Module, names: set[str]) -> list[tuple[str, int]]:
-    """Return the axes along which torch-pruning cuts the parameters of common layers."""
+    """Return the axes along which torch-pruning slices the parameters of common layers."""
     own = {id(p): name for name, p in model.named_parameters()}
     found: dict[tuple[str, int], None] = {}
     for module in model.modules():

@@ -1,1 +1,1 @@
-"""Lightning, Transformers and loggers."""
+"""Adapters for Lightning, Transformers and loggers."""

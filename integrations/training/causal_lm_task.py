@@ -1,4 +1,4 @@
-"""The losses of Hugging Face's models: their own, and next-token prediction in little memory."""
+"""Tasks for Hugging Face models: their own loss, and memory-efficient next-token prediction."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from hesscurv.objective.data.samples import describe, num_samples
 from hesscurv.operators import Task
 
 IGNORED = -100  # the label of positions that have no loss
-_OTHER_COUNTS = {"shift_labels", "num_items_in_batch"}  # that make the mean another one
+_OTHER_COUNTS = {"shift_labels", "num_items_in_batch"}  # inputs that change the mean
 
 
 class ModelLossTask(Described):
-    """The loss that a model itself returns: ``model(**batch).loss``, for dict batches with labels.
+    """The loss returned by a model: ``model(**batch).loss``, for dict batches with labels.
 
-    For the Hessian; the GGN and the Fisher need the loss in two parts, see `hesscurv.Task`. A
-    batch counts by its labels other than -100 where these are integers, else by its samples;
-    operators test whether the loss is a mean over them.
+    For the Hessian; the GGN and the Fisher need the loss in two parts, see `hesscurv.Task`. The
+    weight of a batch is its number of labels other than -100 if these are integers, otherwise of
+    samples; operators test whether the loss is a mean over them.
 
     Args:
         shifted: Whether the model predicts each next token, so that the first label of a sequence
             has no loss; default False.
     """
 
-    tests_mean = True  # what it counts is believed after a test
+    tests_mean = True  # its weights are tested by operators
 
     def __init__(self, shifted: bool = False) -> None:
         self.shifted = shifted
@@ -40,7 +40,7 @@ class ModelLossTask(Described):
         """Return the model's mean loss on a batch.
 
         Raises:
-            TypeError: If the batch is no mapping.
+            TypeError: If the batch is not a mapping.
             ValueError: If the model returns no loss.
         """
         output = model(**_mapping(batch))
@@ -56,7 +56,7 @@ class ModelLossTask(Described):
         """Return the number of labels that the loss is a mean over.
 
         Raises:
-            ValueError: If the batch says what its loss is divided by.
+            ValueError: If the batch specifies the divisor of its loss.
         """
         if "num_items_in_batch" in _mapping(batch):
             raise ValueError(
@@ -75,22 +75,22 @@ class CausalLMTask(Task):
     r"""Next-token prediction, with the logits of a few tokens at a time.
 
     The loss is the mean cross-entropy over all labels other than -100, label t + 1 predicted at
-    position t: that of Hugging Face's causal language models. Logits of shape (B, T, V) for a
-    large vocabulary V would be most of what a Hessian product keeps; here neither the loss nor its
+    position t, as in Hugging Face's causal language models. For a large vocabulary V, logits of
+    shape (B, T, V) would dominate the memory of a Hessian product; here neither the loss nor its
     first or second derivative ever holds those of more than `chunk` tokens. The model's own code
-    turns hidden states to logits, so that scaling and capping of logits are in it.
+    computes the logits, including scaling and capping.
 
-    As a task of the GGN or the Fisher, by `outputs` and `loss`, it computes all logits at once.
+    For the GGN or the Fisher, by `outputs` and `loss`, it computes all logits at once.
 
     Args:
-        chunk: Tokens at a time, at least 1; default 256.
+        chunk: Tokens per chunk, at least 1; default 256.
 
     Raises:
         TypeError: If `chunk` is not an int.
         ValueError: If it is below 1.
 
-    Cost: a product evaluates the head, from hidden states to logits, about twice as often as it
-    would with all logits kept. Memory: a few tensors of shape (chunk, V).
+    Cost: a product evaluates the head, from hidden states to logits, about twice as often as with
+    all logits kept. Memory: a few tensors of shape (chunk, V).
     """
 
     def __init__(self, chunk: int = 256) -> None:
@@ -108,8 +108,8 @@ class CausalLMTask(Task):
             batch: A mapping of keyword inputs, among them "labels", shape (B, T).
 
         Raises:
-            TypeError: If the batch is no mapping, or the model has no body and head.
-            ValueError: If there are no labels, or the model's loss is another.
+            TypeError: If the batch is not a mapping, or the model has no body and head.
+            ValueError: If there are no labels, or the model's loss is a different one.
         """
         inputs, labels = _split(batch)
         body = body_of(model)
@@ -156,16 +156,16 @@ class CausalLMTask(Task):
         return _cross_entropy(outputs[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), "mean")
 
     def weight(self, batch: Any) -> float:
-        """Return the number of tokens that are predicted."""
+        """Return the number of predicted tokens."""
         return float(self.row_weights(batch).sum())
 
     def row_weights(self, batch: Any) -> Tensor:
-        """Return the number of tokens that are predicted in each sequence, shape (B,)."""
+        """Return the number of predicted tokens in each sequence, shape (B,)."""
         return (_split(batch)[1][:, 1:] != IGNORED).sum(1).double()
 
 
 def is_causal_lm(model: nn.Module) -> bool:
-    """Whether `CausalLMTask` has the loss of a model, as far as the model tells."""
+    """Whether `CausalLMTask` matches the loss of a model, judging by its attributes."""
     try:
         body_of(model)
     except (TypeError, ValueError):
@@ -174,11 +174,11 @@ def is_causal_lm(model: nn.Module) -> bool:
 
 
 def body_of(model: Any) -> nn.Module:
-    """Return what computes a causal language model's hidden states.
+    """Return the body of a causal language model, which computes the hidden states.
 
     Raises:
-        TypeError: If the model is not made of a body and a head.
-        ValueError: If its loss is another than next-token prediction.
+        TypeError: If the model does not consist of a body and a head.
+        ValueError: If its loss is not next-token prediction.
     """
     remedy = "pass hesscurv.integrations.ModelLossTask() as the task"
     name = type(model).__name__
@@ -214,7 +214,7 @@ def _head_parameters(model: Any) -> dict[str, Tensor]:
 
 @contextmanager
 def _returning(module: nn.Module, output: Any) -> Iterator[list[bool]]:
-    """Let a module return something that is computed already; note whether it was called."""
+    """Make a module return a precomputed output; record whether it was called."""
     called: list[bool] = []
 
     def forward(*args: Any, **kwargs: Any) -> Any:

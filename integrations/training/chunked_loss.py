@@ -1,8 +1,8 @@
-"""A sum of losses over many rows, a few rows at a time, whose derivatives are taken so as well.
+"""Chunked sum of losses over many rows, with chunked first and second derivatives.
 
-Checkpointing saves nothing here: the gradient's own graph, from which second derivatives are taken,
-would keep what checkpointing does not. So the sum and its gradient are two functions of autograd,
-each of which keeps its inputs alone and computes its derivative anew, chunk by chunk.
+Checkpointing saves nothing here: the gradient's own graph, needed for second derivatives, would
+keep what checkpointing frees. So the sum and its gradient are two autograd functions, each of which
+saves only its inputs and recomputes its derivative chunk by chunk.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ def chunked_sum(
     r"""Return :math:`\sum_i \ell(h_i, y_i; w)`, twice differentiable in rows and weights.
 
     Args:
-        loss: ``loss(rows, targets, *weights) -> scalar``, the sum over a few rows; a function of
-            nothing else that is differentiated.
+        loss: ``loss(rows, targets, *weights) -> scalar``, the sum over a few rows; it must not
+            depend on other differentiable tensors.
         rows_ND: The rows h, shape (N, D).
         targets_N: The targets y, shape (N, ...), not differentiated.
-        size: Rows at a time.
+        size: Rows per chunk.
         weights: The weights w that the loss depends on.
 
     Returns:
         The scalar sum.
 
     Cost: the loss once; its gradient, two evaluations and one gradient of it; a product with its
-    second derivative, four gradients. Memory: what `loss` keeps for one chunk, never for two.
+    second derivative, four gradients. Memory: that of `loss` for a single chunk.
     """
     total: Tensor = _Sum.apply(loss, size, targets_N, rows_ND, *weights)
     return total

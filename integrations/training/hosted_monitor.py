@@ -1,4 +1,4 @@
-"""A `CurvatureMonitor` that a training library makes and calls: its probe set, state and steps."""
+"""`CurvatureMonitor` hosted by a training library: probe set, state and creation."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from hesscurv.objective.data.batches import check_source
 from hesscurv.objective.data.samples import describe, num_samples
 from hesscurv.optim.preconditioner.curvature_samples import take_samples
 
-_BATCHES = 4  # of the training loader, where nobody says how many samples
+_BATCHES = 4  # of the training loader, by default
 
 
 class HostedMonitor:
-    """Makes a monitor once there is a model, and hands it what was restored before.
+    """Creates a monitor once there is a model, and passes on a state restored earlier.
 
     Args:
         task: The task, or None for the library's own loss.
         batches: The probe set, or None for samples of the training loader.
         k: Number of eigenpairs.
-        samples: At most so many samples; None takes all of given batches, and of a loader as many
-            as its first four batches have.
+        samples: Maximal number of samples; None takes all of given batches, and from a loader the
+            size of four batches.
         options: Further arguments of `CurvatureMonitor`.
 
     Raises:
-        TypeError: If an argument is of a wrong type, or what the library itself provides.
+        TypeError: If an argument has the wrong type, or is provided by the library.
         ValueError: If `batches` is a single batch.
     """
 
@@ -60,13 +60,13 @@ class HostedMonitor:
 
     @property
     def records(self) -> list[dict[str, Any]]:
-        """All records, also those from before a resumption."""
+        """All records, including those before a resumption."""
         if self.monitor is not None:
             return self.monitor.records
         return [] if self._state is None else list(self._state.get("records", ()))
 
     def description(self) -> dict[str, Any]:
-        """Return what is measured, and how often it was, for `repr`."""
+        """Return the settings and the number of measurements, for `repr`."""
         given = {name: self.options[name] for name in ("schedule",) if name in self.options}
         return {"task": self.task, "k": self.k, **given, "records": len(self.records)}
 
@@ -79,25 +79,26 @@ class HostedMonitor:
         loggers: Iterable[Any],
         convert: Callable[[Any], Any] = lambda batch: batch,
     ) -> None:
-        """Make the monitor, anew for a model that is another than before.
+        """Create the monitor, or a new one for a different model.
 
         Args:
             model: The model.
-            task: What stands for a task that was not given.
-            loader: The training loader, read where no batches were given.
+            task: The default task.
+            loader: The training loader, used if no batches were given.
             optimizer: An object with param_groups.
-            loggers: Where records go.
+            loggers: Receivers of the records.
             convert: Applied to each batch, as in training.
 
         Raises:
-            ValueError: If the loader cannot be read beside the training, or arguments are wrong.
+            ValueError: If the loader cannot be read without disturbing training, or arguments are
+                invalid.
         """
         if any(hasattr(p, "ds_id") for p in model.parameters()):
             raise ValueError(
                 "expected whole parameters, got some that DeepSpeed's ZeRO stage 3 has split; use "
                 "DDP, FSDP2 or a lower stage"
             )
-        if self.monitor is not None:  # a second run goes on with the records of the first
+        if self.monitor is not None:  # a second run continues the records of the first
             self._state = self.monitor.state_dict()
         options = {"seed": 0, **self.options}
         batches = read_probe_set(
@@ -125,7 +126,7 @@ class HostedMonitor:
         return self._state or {} if self.monitor is None else self.monitor.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, at once or when the monitor is made."""
+        """Resume from a state, now or when the monitor is created."""
         if not state:
             return
         if self.monitor is None:
@@ -146,7 +147,7 @@ class AllGroups:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """All groups, as they are now."""
+        """All present groups."""
         return [group for optimizer in self._optimizers for group in optimizer.param_groups]
 
 
@@ -158,17 +159,17 @@ def read_probe_set(
     *,
     is_loader: bool,
 ) -> list[Any]:
-    """Read a probe set, the same in every process that reads it, beside a training in its midst.
+    """Read a probe set, the same in every process, without disturbing a running training.
 
     Args:
-        source: The training loader, or batches that the user gave.
-        samples: At most so many; None takes all, of a loader those of four batches.
-        seed: Of the order of a loader that shuffles, and of random augmentation.
+        source: The training loader, or batches given by the user.
+        samples: Maximal number of samples; None takes all, from a loader the size of four batches.
+        seed: Seed of the order of a shuffling loader, and of random augmentation.
         convert: Applied to each batch.
-        is_loader: Whether it is the training loader, which is to be left as found.
+        is_loader: Whether it is the training loader, whose state must not change.
 
     Raises:
-        ValueError: If the loader cannot be read so.
+        ValueError: If the loader cannot be read this way.
     """
     if is_loader:
         _check_loader(source)
@@ -213,7 +214,7 @@ def _samples_of(loader: Any) -> int:
 
 
 def _seed(seed: int) -> None:
-    """Seed the generators that a dataset may augment with; torch's own is seeded elsewhere."""
+    """Seed the generators used by augmentation; torch's own is seeded elsewhere."""
     import numpy
 
     random.seed(seed)

@@ -1,4 +1,4 @@
-"""Watch curvature in Lightning: a callback that measures after the optimizer's steps."""
+"""Lightning callback that measures curvature after optimizer steps."""
 
 from __future__ import annotations
 
@@ -21,37 +21,38 @@ from hesscurv.interface.descriptions import describe_object
 class CurvatureCallback(Callback):
     """Measures a LightningModule's curvature while `Trainer.fit` trains it.
 
-    The steps of the schedule are the trainer's ``global_step``: the optimizers' steps, however many
-    batches are accumulated for each. The training has the same bits with the callback as without.
-    The state goes into Lightning's checkpoints, so that a resumed run goes on with the records and
-    starts its next solve from the last eigenspace. In DDP every rank measures its share, and rank 0
-    logs. Curvature is computed in full precision, whatever the precision plugin.
+    The steps of the schedule are the trainer's ``global_step``: optimizer steps, regardless of
+    gradient accumulation. Training stays bit-identical. The state is stored in Lightning's
+    checkpoints, so that a resumed run continues the records and has the last eigenspace as warm
+    start. In DDP every rank measures its share, and rank 0 logs. Curvature is computed in full
+    precision, whatever the precision plugin.
 
     Args:
-        task: What is measured: a task such as `supervised(loss)`, called with the module and a
-            batch, or any callable ``(module, batch) -> scalar mean loss``. None takes the module's
-            own training step, see `TrainingStepTask`, which needs automatic optimization.
-        batches: The probe set: batches as the training loader yields them, which go through the
+        task: A task such as `supervised(loss)`, called with the module and a batch, or any callable
+            ``(module, batch) -> scalar mean loss``. None takes the module's own training step, see
+            `TrainingStepTask`, which needs automatic optimization.
+        batches: The probe set: batches as the training loader yields them, passed through the
             module's batch transfer hooks as in training. None takes samples of the training loader,
-            read once, in an order of its own seed, without disturbing it.
+            read once, in an order with its own seed, without disturbing it.
         k: Number of eigenpairs; default 10.
-        samples: At most so many samples; default all of `batches`, and of the training loader as
-            many as four batches have.
+        samples: Maximal number of samples; default all of `batches`, or from the training loader
+            the size of four batches.
         loggers: Objects with ``log(record, step)``; None takes the trainer's loggers: scalars go to
             all, histograms to those of TensorBoard and Weights & Biases.
-        name: What logged names begin with, before a slash, and what tells callbacks apart in a
-            checkpoint; default "curvature".
+        name: Prefix of logged names, before a slash, and key of the callback in a checkpoint;
+            default "curvature".
         **options: Further arguments of `CurvatureMonitor`: quantities, schedule, max_fraction,
             params, curvature, ...
 
     Attributes:
-        monitor: The `CurvatureMonitor`, from the beginning of the training on; None before.
+        monitor: The `CurvatureMonitor`, from the start of training; None before.
         records: All records.
 
     Raises:
-        TypeError: If an argument is of a wrong type; when training starts, if the training step is
-            to be the task and is no function of a batch.
-        ValueError: When training starts, if the training loader cannot be read beside it.
+        TypeError: If an argument has the wrong type; when training starts, if the training step is
+            the task but not a function of a batch.
+        ValueError: When training starts, if the training loader cannot be read without disturbing
+            it.
 
     Example:
         >>> Trainer(callbacks=[CurvatureCallback(schedule=every(100))])
@@ -74,12 +75,12 @@ class CurvatureCallback(Callback):
         self._step = 0
 
     def __repr__(self) -> str:
-        """Name it, and say what it measures and how often it has."""
+        """Return the name, the settings, and the number of measurements."""
         return describe_object(self, name=self.name, **self._hosted.description())
 
     @property
     def monitor(self) -> Any:
-        """The monitor, once training has begun."""
+        """The monitor, once training has started."""
         return self._hosted.monitor
 
     @property
@@ -89,11 +90,11 @@ class CurvatureCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """The state's name in checkpoints."""
+        """The key of the state in checkpoints."""
         return self._generate_state_key(name=self.name)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Read the probe set, and measure before the first step if the schedule says so."""
+        """Read the probe set, and measure before the first step if due."""
         if self._hosted.task is None:
             check_training_step(pl_module)
 
@@ -104,7 +105,7 @@ class CurvatureCallback(Callback):
 
         given = self._loggers
         self._hosted.begin(
-            # Of a model in DDP the wrapper, which knows whose buffers count.
+            # In DDP the wrapper, which determines whose buffers are used.
             pl_module if trainer.model is None else trainer.model,
             TrainingStepTask(),
             trainer.train_dataloader,
@@ -118,8 +119,8 @@ class CurvatureCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Measure if an optimizer has taken a step and the schedule says so."""
-        if trainer.global_step != self._step:  # else gradients were accumulated
+        """Measure if an optimizer has taken a step and a measurement is due."""
+        if trainer.global_step != self._step:  # otherwise gradients were accumulated
             self._step = trainer.global_step
             self.monitor.step(self._step)
 
@@ -128,7 +129,7 @@ class CurvatureCallback(Callback):
         return self._hosted.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from a checkpoint's state."""
+        """Resume from the state in a checkpoint."""
         self._hosted.load_state_dict(state_dict)
 
 
@@ -137,7 +138,7 @@ class _TrainerLoggers:
 
     Args:
         trainer: The trainer.
-        name: What names begin with.
+        name: Prefix of names.
     """
 
     def __init__(self, trainer: Trainer, name: str) -> None:
@@ -145,7 +146,7 @@ class _TrainerLoggers:
         self._by_id: dict[int, Any] = {}
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Log a record to each in its own way."""
+        """Log a record to each logger."""
         for logger in self._trainer.loggers:
             if id(logger) not in self._by_id:
                 self._by_id[id(logger)] = self._adapted(logger)
@@ -156,7 +157,7 @@ class _TrainerLoggers:
                 own.log(record, step)
 
     def _adapted(self, logger: Any) -> Any:
-        """Return what logs histograms too, where a logger has them."""
+        """Return an adapter that also logs histograms, if the logger supports them."""
         if isinstance(logger, loggers.TensorBoardLogger):
             return TensorBoardLogger(logger.experiment, prefix=self._prefix)
         if isinstance(logger, loggers.WandbLogger):

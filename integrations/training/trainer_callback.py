@@ -1,4 +1,4 @@
-"""Watch curvature in Hugging Face's Trainer: a callback that measures after its steps."""
+"""Callback for Hugging Face's Trainer that measures curvature after its steps."""
 
 from __future__ import annotations
 
@@ -24,44 +24,44 @@ from hesscurv.storage.destinations import as_file_name
 class CurvatureTrainerCallback(TrainerCallback):
     """Measures a model's curvature while `transformers.Trainer` trains it.
 
-    The steps of the schedule are the trainer's ``global_step``: updates, however many batches are
-    accumulated for each. The training has the same bits with the callback as without. Curvature is
-    computed in full precision, whatever the trainer's.
+    The steps of the schedule are the trainer's ``global_step``: updates, regardless of gradient
+    accumulation. Training stays bit-identical. Curvature is computed in full precision, whatever
+    the trainer's.
 
-    The state is kept in each checkpoint's folder, in a file of its own, written atomically and read
-    without pickle: trainer_state.json takes no tensors. A resumed run goes on with the records and
-    starts its next solve from the last eigenspace.
+    The state is stored in each checkpoint's folder, in a separate file, written atomically and read
+    without pickle, since trainer_state.json cannot hold tensors. A resumed run continues the
+    records and has the last eigenspace as warm start.
 
     Args:
-        task: What is measured, called with the model and a batch: `CausalLMTask`, `ModelLossTask`,
-            or any callable ``(model, batch) -> scalar mean loss``. None takes the model's own loss:
-            for causal language models by `CausalLMTask`, in little memory, for others by
-            `ModelLossTask`. Batches count by their valid labels, as the Trainer's
-            ``num_items_in_batch`` does. A Trainer that computes another loss (`compute_loss_func`,
-            a `compute_loss` of its own, smoothed labels) needs a task.
+        task: Called with the model and a batch: `CausalLMTask`, `ModelLossTask`, or any callable
+            ``(model, batch) -> scalar mean loss``. None takes the model's own loss: for causal
+            language models by the memory-efficient `CausalLMTask`, for others by `ModelLossTask`.
+            Batches are weighted by their valid labels, as by the Trainer's ``num_items_in_batch``.
+            A Trainer with a different loss (`compute_loss_func`, a custom `compute_loss`, smoothed
+            labels) needs a task.
         batches: The probe set, dict batches. None takes samples of the training loader, read once,
-            in an order of its own seed, without disturbing it.
+            in an order with its own seed, without disturbing it.
         k: Number of eigenpairs; default 10.
-        samples: At most so many samples; default all of `batches`, and of the training loader as
-            many as four batches have.
-        loggers: Objects with ``log(record, step)``; None takes TensorBoard and Weights & Biases
-            where the trainer's ``report_to`` names them.
-        name: What logged names begin with, before a slash, and the name of the file in checkpoints;
-            default "curvature".
-        resume_from: The checkpoint's folder, for a run that is resumed from one outside of its
-            ``output_dir``; default the one there.
+        samples: Maximal number of samples; default all of `batches`, or from the training loader
+            the size of four batches.
+        loggers: Objects with ``log(record, step)``; None takes TensorBoard and Weights & Biases if
+            the trainer's ``report_to`` names them.
+        name: Prefix of logged names, before a slash, and name of the file in checkpoints; default
+            "curvature".
+        resume_from: The checkpoint's folder, for a run resumed from outside of its ``output_dir``;
+            by default found there.
         **options: Further arguments of `CurvatureMonitor`: quantities, schedule, max_fraction,
             params, curvature, ...
 
     Attributes:
-        monitor: The `CurvatureMonitor`, from the beginning of the training on; None before.
+        monitor: The `CurvatureMonitor`, from the start of training; None before.
         records: All records.
 
     Raises:
-        TypeError: If an argument is of a wrong type.
-        ValueError: When training starts, if the training loader cannot be read beside it, there is
-            no task and the Trainer's loss is not the model's own, or the file in the checkpoint is
-            damaged.
+        TypeError: If an argument has the wrong type.
+        ValueError: When training starts, if the training loader cannot be read without disturbing
+            it, there is no task and the Trainer's loss is not the model's own, or the file in the
+            checkpoint is damaged.
 
     Example:
         >>> Trainer(..., callbacks=[CurvatureTrainerCallback(schedule=every(100))])
@@ -86,12 +86,12 @@ class CurvatureTrainerCallback(TrainerCallback):
         self.name = name
 
     def __repr__(self) -> str:
-        """Name it, and say what it measures and how often it has."""
+        """Return the name, the settings, and the number of measurements."""
         return describe_object(self, name=self.name, **self._hosted.description())
 
     @property
     def monitor(self) -> Any:
-        """The monitor, once training has begun."""
+        """The monitor, once training has started."""
         return self._hosted.monitor
 
     @property
@@ -102,7 +102,7 @@ class CurvatureTrainerCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Read probe set and checkpoint, and measure before the first step if it is time to."""
+        """Read probe set and checkpoint, and measure before the first step if due."""
         model: nn.Module = kwargs["model"]
         if self._hosted.task is None:
             check_own_loss(self, args)
@@ -119,13 +119,13 @@ class CurvatureTrainerCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measure if the schedule says so."""
+        """Measure if due."""
         self.monitor.step(state.global_step)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Save the state beside the checkpoint that was saved."""
+        """Save the state in the folder of the saved checkpoint."""
         folder = _checkpoint(args, state)
         if not args.should_save or not folder.is_dir():
             return
@@ -141,18 +141,18 @@ class CurvatureTrainerCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Close what was opened."""
+        """Close the loggers opened here."""
         for logger in self._own_loggers:
             if hasattr(logger, "close"):
                 logger.close()
 
     @property
     def file_name(self) -> str:
-        """The name of the file in a checkpoint's folder."""
+        """Name of the file in a checkpoint's folder."""
         return f"{as_file_name(self.name)}_monitor.pt"
 
     def _read(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-        """Return the state of the checkpoint that the run was resumed from; empty without one."""
+        """Return the state in the checkpoint that the run was resumed from; empty without one."""
         given = self._resume_from
         if given is None and isinstance(args.resume_from_checkpoint, str):
             given = Path(args.resume_from_checkpoint)
@@ -161,7 +161,7 @@ class CurvatureTrainerCallback(TrainerCallback):
         if not path.is_file() or not (given or _is_of(folder, state)):
             warnings.warn(
                 f"the run was resumed at step {state.global_step}, and {folder} has no state of "
-                "the monitor that fits; records begin anew. Name the checkpoint's folder: "
+                "the monitor that fits; records start over. Name the checkpoint's folder: "
                 "CurvatureTrainerCallback(resume_from=...)",
                 MonitorWarning,
                 stacklevel=2,
@@ -170,10 +170,10 @@ class CurvatureTrainerCallback(TrainerCallback):
         try:
             return read_checked(path)
         except ValueError as error:
-            raise ValueError(f"{error}; remove the file to begin the records anew") from error
+            raise ValueError(f"{error}; remove the file to start the records over") from error
 
     def _reporters(self, args: TrainingArguments) -> list[Any]:
-        """Return loggers for what the trainer reports to."""
+        """Return loggers for the trainer's ``report_to``."""
         found: list[Any] = []
         prefix = f"{self.name}/"
         if "tensorboard" in args.report_to:
@@ -192,7 +192,7 @@ def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
 
 
 def _is_of(folder: Path, state: TrainerState) -> bool:
-    """Whether a checkpoint is the one whose state the trainer has taken up: of its history."""
+    """Whether a checkpoint has the log history of the trainer's present state."""
     try:
         saved = json.loads((folder / "trainer_state.json").read_text())
     except (OSError, ValueError):

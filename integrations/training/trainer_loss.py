@@ -1,4 +1,4 @@
-"""The loss that Hugging Face's Trainer trains: the model's own, or refused where it is another."""
+"""Training loss of Hugging Face's Trainer: the model's own, or an error."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _REMEDY = (
 
 
 def own_loss(model: nn.Module) -> CausalLMTask | ModelLossTask:
-    """Return the task that has a model's own loss."""
+    """Return the task for a model's own loss."""
     if is_causal_lm(model):
         return CausalLMTask()
     return ModelLossTask(shifted=_shifts_labels(model))
 
 
 def check_own_loss(callback: Any, args: TrainingArguments) -> None:
-    """Refuse a training whose loss is not the model's own.
+    """Require a training on the model's own loss.
 
     Args:
         callback: The callback, called by its trainer.
@@ -63,10 +63,10 @@ def check_own_loss(callback: Any, args: TrainingArguments) -> None:
 
 
 def _trainer_of(callback: Any) -> Any:
-    """Return the trainer that is calling a callback, None if nothing like it is.
+    """Return the trainer that is calling a callback, or None.
 
-    Callbacks are given the model, the optimizer and the loaders, but not the trainer, which alone
-    knows what it does with the model's outputs: it is looked for among the callers.
+    Callbacks are given the model, the optimizer and the loaders, but not the trainer, which
+    determines the loss: it is searched for in the call stack.
     """
     frame = inspect.currentframe()
     try:
@@ -82,7 +82,7 @@ def _trainer_of(callback: Any) -> Any:
 
 
 def _shifts_labels(model: Any) -> bool:
-    """Whether a model's own loss is that of next tokens, as the Trainer decides."""
+    """Whether a model's own loss is next-token prediction, by the Trainer's criterion."""
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return False
     return "CausalLM" in type(model).__name__ or getattr(model, "loss_type", None) == "ForCausalLM"

@@ -1,4 +1,4 @@
-"""Records of a `CurvatureMonitor` in TensorBoard and in Weights & Biases."""
+"""TensorBoard and Weights & Biases loggers for records of a `CurvatureMonitor`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ Figures = Mapping[str, Callable[[list[dict[str, Any]]], Any]]
 
 @dataclass(repr=False)
 class FlatRecord(Described):
-    """A record, sorted by what its values are drawn as, under full names.
+    """A record with its values sorted by kind, under full names.
 
     Args:
         scalars: Numbers.
         histograms: Lists of numbers.
         figures: Matplotlib's figures.
-        texts: What went wrong, and events.
+        texts: Errors and events.
     """
 
     scalars: dict[str, float] = field(default_factory=dict)
@@ -32,14 +32,13 @@ class FlatRecord(Described):
 
 
 def flatten_record(record: Mapping[str, Any], prefix: str = "curvature/") -> FlatRecord:
-    """Sort a record's values by kind, and name each: nested mappings as "prefix" + name/inner name.
+    """Sort a record's values by kind; nested mappings are named prefix + name/inner name.
 
-    The step, None, empty lists and lists of other things than numbers are left out, and so is the
-    status "ok".
+    Omitted are the step, None, empty lists, lists of anything but numbers, and the status "ok".
 
     Args:
         record: A record, or any mapping of names to values.
-        prefix: What every name begins with; default "curvature/".
+        prefix: Prefix of every name; default "curvature/".
 
     Returns:
         The sorted values.
@@ -68,9 +67,9 @@ class TensorBoardLogger:
     """Writes records to TensorBoard: scalars, eigenvalues as histograms, figures, errors as text.
 
     Args:
-        log_dir: The folder of the event files; or a `torch.utils.tensorboard.SummaryWriter` that
-            there is already, which stays the caller's to close.
-        prefix: What every name begins with; default "curvature/".
+        log_dir: The folder of the event files; or an existing
+            `torch.utils.tensorboard.SummaryWriter`, which the caller closes.
+        prefix: Prefix of every name; default "curvature/".
         figures: Functions by name that draw all records so far and return matplotlib's figure or
             axes, such as `hesscurv.plots.sharpness`; called with each record. Default none.
 
@@ -107,12 +106,12 @@ class TensorBoardLogger:
         self._records: list[dict[str, Any]] = []
 
     def __repr__(self) -> str:
-        """Name the folder and the prefix."""
+        """Return the folder and the prefix."""
         folder = getattr(self.writer, "log_dir", None)
         return describe_object(self, log_dir=folder, prefix=self.prefix, figures=list(self.figures))
 
     def log(self, record: Mapping[str, Any], step: int) -> None:
-        """Write one record; what is written can be seen at once."""
+        """Write one record and flush."""
         flat = flatten_record(record, self.prefix)
         for name, number in flat.scalars.items():
             self.writer.add_scalar(name, number, step)
@@ -135,20 +134,20 @@ class TensorBoardLogger:
 class WandbLogger:
     """Sends records to Weights & Biases: scalars, eigenvalues as histograms, figures as images.
 
-    Values are drawn over a metric of their own, the training step, and not over the number of calls
-    of ``wandb.log``, so that they neither have to come in the order of others nor move these.
+    Values are plotted against a separate metric, the training step, instead of the number of calls
+    of ``wandb.log``, so they are independent of other logged values and their order.
 
     Args:
-        run: The run; None takes the one that ``wandb.init`` has begun, when the first record comes.
-        prefix: What every name begins with; default "curvature/".
-        step_metric: The metric that values are drawn over; default `prefix` + "step". Name another
-            logger's to share an axis with it: "trainer/global_step" is Lightning's,
-            "train/global_step" that of Transformers.
+        run: The run; None takes the one of ``wandb.init`` at the first record.
+        prefix: Prefix of every name; default "curvature/".
+        step_metric: The metric of the x axis; default `prefix` + "step". Use that of another logger
+            to share its axis: "trainer/global_step" is Lightning's, "train/global_step" that of
+            Transformers.
         figures: As for `TensorBoardLogger`.
 
     Raises:
         ImportError: If wandb is not installed.
-        RuntimeError: By `log`, if no run has begun.
+        RuntimeError: By `log`, if there is no run.
     """
 
     def __init__(
@@ -173,7 +172,7 @@ class WandbLogger:
         self._defined: Any = None
 
     def __repr__(self) -> str:
-        """Name the run, the prefix and the metric that values are drawn over."""
+        """Return the run, the prefix and the step metric."""
         return describe_object(
             self,
             run=getattr(self.run, "name", None),
@@ -188,7 +187,7 @@ class WandbLogger:
         if run is None:
             raise RuntimeError("expected a run; call wandb.init(...) before the first measurement")
         if self._defined is not run:
-            if self.step_metric.startswith(self.prefix):  # else it is another logger's
+            if self.step_metric.startswith(self.prefix):  # otherwise owned by another logger
                 run.define_metric(self.step_metric, hidden=True)
             run.define_metric(f"{self.prefix}*", step_metric=self.step_metric)
             self._defined = run
@@ -206,16 +205,16 @@ class WandbLogger:
 def _draw(
     record: Mapping[str, Any], figures: Figures, records: list[dict[str, Any]], prefix: str
 ) -> dict[str, Any]:
-    """Return figures of this record and all before, which are kept where there are any to draw."""
+    """Return figures of all records so far, which are kept only if there are figures to draw."""
     if figures:
         records.append(dict(record))
-    # Axes have the figure that they lie in; a figure has itself.
+    # `.figure` of axes is their figure, that of a figure is itself.
     return {f"{prefix}{name}": draw(list(records)).figure for name, draw in figures.items()}
 
 
 def _rendered(figure: Any) -> Any:
-    """Return a figure as an image: wandb's own way takes pyplot to be loaded."""
-    from PIL import Image  # which matplotlib, whose figure it is, stands on
+    """Render a figure as an image, since wandb's own conversion needs pyplot."""
+    from PIL import Image  # a dependency of matplotlib
 
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
@@ -225,12 +224,12 @@ def _rendered(figure: Any) -> Any:
 
 
 def _as_unicode(text: str) -> str:
-    # A module's name may have code points that no encoding has, which protocol buffers refuse.
+    # A module's name may have lone surrogates, which protocol buffers refuse.
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _is_number(value: Any) -> bool:
-    # Also NumPy's, which are no int or float.
+    # Also NumPy scalars, which are neither int nor float.
     return isinstance(value, (int, float)) or (
         getattr(value, "ndim", None) == 0 and hasattr(value, "item")
     )

@@ -1,4 +1,4 @@
-"""The loss of a LightningModule's own training step, without what else the step does."""
+"""Loss of a LightningModule's training step, without its side effects."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _INTERNALS = {"_parameters", "_buffers", "_modules", "_non_persistent_buffers_se
 
 
 class TrainingStepTask(Described):
-    """The loss that ``module.training_step(batch, 0)`` returns, for the Hessian.
+    """The loss returned by ``module.training_step(batch, 0)``, for the Hessian.
 
-    What the step does beside it comes to nothing: ``self.log``, the trainer's loggers, attributes
-    of modules and the tensors, lists, dicts and sets in them (outputs that are collected, states of
-    metrics). What reaches further, files or global variables say, is the step's own responsibility.
+    Side effects of the step are undone: ``self.log``, the trainer's loggers, attributes of modules
+    and the tensors, lists, dicts and sets in them (collected outputs, states of metrics). Others,
+    such as files or global variables, are not.
 
-    A module with manual optimization is refused: its step trains. A batch counts by its samples,
-    and operators test whether the loss is a mean over them.
+    A module with manual optimization is refused, since its step trains. The weight of a batch is
+    its number of samples, and operators test whether the loss is a mean over them.
 
     Raises:
-        TypeError: When called, for a module without such a step, or whose loss is no tensor.
+        TypeError: When called, for a module without such a step, or whose loss is not a tensor.
     """
 
-    tests_mean = True  # what it counts is believed after a test
+    tests_mean = True  # its weights are tested by operators
 
     def __call__(self, module: nn.Module, batch: Any) -> Tensor:
         """Return the training step's loss on a batch."""
@@ -51,7 +51,7 @@ class TrainingStepTask(Described):
 
 
 def check_training_step(module: Any) -> None:
-    """Refuse a module whose training step is no function of a batch.
+    """Require a module whose training step is a function of a batch.
 
     Raises:
         TypeError: With the reason.
@@ -76,7 +76,7 @@ def check_training_step(module: Any) -> None:
 
 
 def _takes_an_index(step: Any) -> bool:
-    """Whether a step takes a batch and its index, as Lightning decides."""
+    """Whether a step takes a batch and its index, by Lightning's criterion."""
     parameters = inspect.signature(step).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     return len(positional) >= 2 or any(p.kind is p.VAR_POSITIONAL for p in parameters)
@@ -84,7 +84,7 @@ def _takes_an_index(step: Any) -> bool:
 
 @contextmanager
 def _leaving_no_trace(module: nn.Module) -> Iterator[None]:
-    """Let a step's notes go nowhere, and put attributes back."""
+    """Discard everything that a step logs, and restore attributes."""
     modules = list(module.modules())
     before = [dict(vars(m)) for m in modules]
     trainer = vars(module).get("_trainer")
@@ -94,7 +94,7 @@ def _leaving_no_trace(module: nn.Module) -> Iterator[None]:
             for name, value in vars(m).items():
                 if name in _INTERNALS:
                     continue
-                if isinstance(value, Tensor):  # else adding in place would reach the original
+                if isinstance(value, Tensor):  # a copy, so that in-place updates spare the original
                     vars(m)[name] = value.clone()
                 elif type(value) in (list, dict, set):
                     vars(m)[name] = value.copy()
@@ -117,7 +117,7 @@ def _nothing(*args: Any, **kwargs: Any) -> None:
 
 
 class _Nothing:
-    """Stands in for a logger, and for its experiment: takes every call, and does nothing."""
+    """Stands in for a logger and its experiment: accepts every call and does nothing."""
 
     def __getattr__(self, name: str) -> Any:
         return _Nothing()

@@ -179,7 +179,7 @@ def test_a_resumed_run_goes_on_with_records_and_eigenspace(tmp_path):
     assert values(second) == values(whole)
 
     # Into another folder: by name, since the trainer does not say which checkpoint it has read.
-    with pytest.warns(MonitorWarning, match="begin anew"):
+    with pytest.warns(MonitorWarning, match="start over"):
         train(tmp_path / "b", [third], resume=str(folder))
     assert [r["step"] for r in third.records] == [3, 6]
     third = watching(resume_from=folder)
@@ -189,7 +189,7 @@ def test_a_resumed_run_goes_on_with_records_and_eigenspace(tmp_path):
     # A checkpoint of the same step, of another run.
     shutil.copytree(folder, tmp_path / "b" / "checkpoint-3")
     train(tmp_path / "b", [watching()], max_steps=3, seed=5, **saved)
-    with pytest.warns(MonitorWarning, match="begin anew"):
+    with pytest.warns(MonitorWarning, match="start over"):
         train(tmp_path / "b", [watching()], resume=str(folder))
 
     (folder / "curvature_monitor.pt").write_bytes(b"half of it")

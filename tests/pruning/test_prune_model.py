@@ -216,7 +216,7 @@ def test_gradients_are_those_asked_for_or_as_many_as_there_are_samples(asked, ta
 def test_reports_are_printed_and_kept_as_plain_values():
     report = run(network(), recalibrate_batch_norm=True)
     text = str(report)
-    assert "batch statistics measured anew" in text
+    assert "batch statistics recalibrated" in text
     assert all(name in text for name in ("0.weight", "3.weight", "6.weight"))
     assert len(text.splitlines()) == 3 + len(report.layers)
     values = json.loads(json.dumps(report.to_dict()))

@@ -97,7 +97,7 @@ def test_what_fits_nowhere_is_refused_with_sizes_and_remedies(machine):
     with pytest.raises(ValueError, match="at least 50 vectors of 1,000 entries") as refusal:
         choose(rounding_allowed=False)
     told = str(refusal.value)
-    for part in ("0.0002 GB needed", "8e-05 GB to be had", "lower k", "float16", "storage="):
+    for part in ("0.0002 GB needed", "8e-05 GB available", "lower k", "float16", "storage="):
         assert part in told
 
 

@@ -1,4 +1,4 @@
-"""Storage of the growing basis: m vectors of length D, in slabs that are allocated as needed."""
+"""Growing basis: m vectors of length D, in slabs allocated on demand."""
 
 from __future__ import annotations
 
@@ -14,37 +14,37 @@ from hesscurv.linalg.transfers import CopyStream, copy_stream, prefetched, to_de
 from hesscurv.storage.pinned_memory import release_pinned
 from hesscurv.storage.placement import Placement
 
-# Entries of the temporaries in `rotate_`: 16 MiB in float32. Where vectors come from a file or over
-# a bus, in longer stretches.
+# Entries of the temporaries in `rotate_`: 16 MiB in float32, and longer reads for vectors that come
+# from a file or over a bus.
 _TEMPORARY_NUMEL, _FAR_TEMPORARY_NUMEL = 2**22, 2**25
 
 
 class Journal(Protocol):
-    """What is told every change of a basis, so that the changes can be made again."""
+    """Log of all changes of a basis, from which they can be replayed."""
 
     def append(self, rows: list[Tensor]) -> None:
-        """Take note of vectors that were added, as they are stored."""
+        """Record appended vectors, in their storage dtype."""
 
     def rotate(self, start: int, stop: int, Y_nk: Tensor) -> None:
-        """Take note of `Basis.rotate_`."""
+        """Record `Basis.rotate_`."""
 
     def truncate(self, size: int) -> None:
-        """Take note of `Basis.truncate`."""
+        """Record `Basis.truncate`."""
 
 
 class Basis:
     """Up to `capacity` vectors of length D, each contiguous, in slabs of shape (m_i, D).
 
     The first slab has `first` rows and is all that remains after `shrink`; others are added when
-    vectors are appended, so that a run that ends early never takes the memory of its cap. All
-    sums are in the dtype and on the device of the computation, whatever the storage's own are.
+    vectors are appended, so a run that ends early never allocates its full capacity. All sums are
+    in the dtype and on the device of the computation, not those of the storage.
 
-    In pinned memory, vectors that are appended arrive beside the work that comes next. Until then
-    `block` has them from the device; what `slabs` and `shrink` return has arrived.
+    Copies of appended vectors to pinned memory overlap with the next work. Until they are done,
+    `block` reads from the device; `slabs` and `shrink` wait for them.
 
     Args:
-        placement: Where the vectors live, their dtype, length and largest number.
-        first: Rows of the first slab: the number of vectors that are wanted in the end.
+        placement: Location, dtype, length and maximal number of the vectors.
+        first: Rows of the first slab: the number of wanted vectors.
         grow: Rows of every other slab.
         dtype: Dtype of the computation.
     """
@@ -56,8 +56,8 @@ class Basis:
         self.journal: Journal | None = None
         self._dtype, self._device = dtype, placement.device
         self._grow = max(1, grow)
-        self._copies: CopyStream | None = None  # where slabs are pinned
-        # The vectors appended last, as they are stored, and the first one's index.
+        self._copies: CopyStream | None = None  # set if slabs are pinned
+        # The vectors appended last, in their storage dtype, and the index of the first.
         self._recent: tuple[int, Tensor] | None = None
         self._slabs: list[Tensor] = []
         self._add_slab(min(first, self.capacity))
@@ -82,7 +82,7 @@ class Basis:
         """Return a copy of a few vectors, (b, D), for the computation."""
         if self._recent is not None and start >= self._recent[0]:
             first, rows_rD = self._recent
-            self._recent = None  # most often read once, and their memory is needed
+            self._recent = None  # usually read once; frees their memory on the device
             return rows_rD[start - first : stop - first].to(self._dtype, copy=True)
         out_bD = torch.empty(stop - start, self.dim, dtype=self._dtype, device=self._device)
         self._fill(self.slabs(start, stop), out_bD, from_slabs=True)
@@ -114,8 +114,8 @@ class Basis:
     def rotate_(self, start: int, stop: int, Y_nk: Tensor) -> None:
         """Replace vectors start, ..., stop - 1 by k <= stop - start combinations of them.
 
-        ``V_Dk = Q_Dn Y_nk``, formed in place by chunks of D. Vectors after `stop` move up, and the
-        basis shrinks by what was dropped.
+        ``V_Dk = Q_Dn Y_nk``, formed in place by chunks of D. Vectors after `stop` move forward, and
+        the basis shrinks by n - k.
         """
         n, k = Y_nk.shape
         if n != stop - start or k > n:
@@ -128,7 +128,7 @@ class Basis:
         numel = _FAR_TEMPORARY_NUMEL if far else _TEMPORARY_NUMEL
         chunk = max(1024, chunk_entries(self._device, numel) // max(k, 1))
         ranges = [slice(low, low + chunk) for low in range(0, self.dim, chunk)]
-        # The columns that are copied ahead are not those that are written meanwhile.
+        # Safe in place: the chunk copied ahead has other columns than the one being written.
         read = prefetched(
             (view[:, columns] for columns in ranges for view in views), like.device, self._dtype
         )
@@ -151,13 +151,13 @@ class Basis:
             self.journal.rotate(start, stop, Y_nk)
 
     def truncate(self, size: int) -> None:
-        """Drop the vectors from `size` on; their memory is used again by later ones."""
+        """Drop the vectors from index `size` on; their memory is reused by later ones."""
         if self.journal is not None and size < self.size:
             self.journal.truncate(size)
         self.size = min(self.size, size)
 
     def shrink(self) -> Tensor:
-        """Free all slabs but the first and return its filled rows, (k, D)."""
+        """Free all slabs except the first and return its filled rows, (k, D)."""
         self._finish_copies()
         del self._slabs[1:]
         if self._copies is not None:
@@ -172,13 +172,13 @@ class Basis:
             self._copies = copy_stream(self._device)
 
     def _store_beside(self, views: list[Tensor], Q_rD: Tensor) -> bool:
-        """Let vectors of the device be stored while it goes on, where they can be; say whether."""
+        """Start an asynchronous copy of vectors to pinned slabs; return whether it was possible."""
         if self._copies is None or Q_rD.device.type != "cuda":
             return False
         if not all(view.is_pinned() for view in views):
             return False
         try:
-            # A copy: whoever has Q may write to it at once.
+            # A copy, since the caller may overwrite Q before the transfer is done.
             stored_rD = Q_rD.to(self.placement.dtype, copy=True)
         except torch.OutOfMemoryError:
             return False
@@ -187,7 +187,7 @@ class Basis:
         return True
 
     def _finish_copies(self) -> None:
-        """Wait for copies from and to the slabs: before the host reads them, or writes to them."""
+        """Wait for copies from and to the slabs, before the host reads or writes them."""
         self._recent = None
         if self._copies is not None:
             self._copies.synchronize()

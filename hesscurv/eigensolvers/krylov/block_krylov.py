@@ -1,4 +1,4 @@
-"""Randomised block Krylov (block Lanczos) with full reorthogonalisation and thick restart."""
+"""Thick-restart randomised block Krylov (block Lanczos) with full reorthogonalisation."""
 
 from __future__ import annotations
 
@@ -45,84 +45,82 @@ def block_krylov(
 ) -> Eigenpairs:
     r"""Compute k eigenpairs at an end of the spectrum by randomised block Krylov iteration.
 
-    From a random block Q_1 the space span{Q_1, H Q_1, H^2 Q_1, ...} grows block by block, every
-    block orthogonalised twice against all before it, and the pairs are those of
-    :math:`T = Q^T H Q` (Rayleigh-Ritz). The residuals come free: with
-    :math:`H Q = Q T + P R`, that of the Ritz pair (theta, Q y) is ||R y||. When the basis is full,
-    the best Ritz vectors are kept and the space grows on from them (thick restart). Once all k
-    have converged, products on fresh random vectors outside the space look for eigenvectors that
-    were missed, such as further copies of an eigenvalue of more copies than a block has vectors,
-    and some residuals are measured to learn the noise of the products.
+    From a random block Q_1 the space span{Q_1, H Q_1, H^2 Q_1, ...} grows block by block, each
+    block orthogonalised twice against all earlier ones; the Ritz pairs are those of
+    :math:`T = Q^T H Q`. Residuals are free: with :math:`H Q = Q T + P R`, that of the Ritz pair
+    (theta, Q y) is ||R y||. When the basis is full, the best Ritz vectors are kept and the space
+    grows from them (thick restart). Once all k have converged, matvecs with fresh random vectors
+    outside the space search for missed eigenvectors, such as further copies of an eigenvalue whose
+    multiplicity exceeds the block size, and some residuals are measured to estimate the noise of
+    the products.
 
-    **None is missed, but with a small probability.** A pair counts as converged when, beside its
-    residual, it is shown that all eigenvalues before it are in the space: beyond
-    ``x = |theta_i| + max(tol |theta_i|, 10 eps |lambda_1|)`` there are no others. By Haynsworth's
-    theorem that is so if H' + S(x) has no eigenvalue beyond x, H' being H outside the expanded
-    vectors and S(x) known: see `hesscurv.linalg.eigenvalue_bounds`. A Krylov process of that
-    matrix from one random vector is continued until an eigenvalue beyond x is found, or until its
-    eigenvector, by the numbers found, must have less than the share tau of that vector, where a
-    smaller share than tau has a probability of 0.001. So for every symmetric H, whatever its
-    spectrum, multiplicities and gaps, one search wrongly finds nothing missed with a probability
-    of at most 0.001, in exact arithmetic; two searches, one for each end, end a solve. The random
-    vectors are independent of all before them. Where it cannot be shown within the products,
-    because the spectrum is flat beyond the last pair or the basis small, pairs that others may
-    come before do not count as converged, and a warning says so. Products that are off by more
-    than their tolerance, or not symmetric, void it.
+    **No eigenpair is missed, except with a small probability.** A pair counts as converged if its
+    residual is small and all eigenvalues before it are shown to be in the space: there are no
+    others beyond ``x = |theta_i| + max(tol |theta_i|, 10 eps |lambda_1|)``. By Haynsworth's theorem
+    that holds if H' + S(x) has no eigenvalue beyond x, with H' the compression of H outside the
+    expanded vectors and S(x) known: see `hesscurv.linalg.eigenvalue_bounds`. A Krylov process of
+    that matrix from one random vector runs until it finds an eigenvalue beyond x, or until the
+    eigenvector would have to hold less than a share tau of that vector, which has probability
+    0.001. So for every symmetric H, whatever its spectrum, multiplicities and gaps, a search
+    wrongly reports nothing missed with probability at most 0.001, in exact arithmetic; a solve ends
+    with two searches, one for each end, with random vectors independent of all earlier ones. If the
+    matvecs do not suffice, because the spectrum is flat beyond the last pair or the basis is small,
+    pairs that others may precede do not count as converged, and a warning says so. Products in
+    error by more than their tolerance, or not symmetric, void the guarantee.
 
     Args:
         H: The symmetric operator, D x D.
         k: Number of pairs, 1 <= k <= D.
         which: "LM", largest magnitudes (default); "LA", largest values; "SA", smallest values.
         tol: Pair i has converged when its residual is at most
-            ``max(tol |lambda_i|, 10 eps |lambda_1|)``, where |lambda_1| is the largest magnitude
-            known, and none is missed before it; default 1e-3.
-        max_matvecs: The most products; default 20 k + 1000.
+            ``max(tol |lambda_i|, 10 eps |lambda_1|)``, where |lambda_1| is the largest known
+            magnitude, and none is missed before it; default 1e-3.
+        max_matvecs: Maximal number of matvecs; default 20 k + 1000.
         generator: Source of the starting block; default a new one with seed 0.
-        initial: Vectors (D, k0) to start from, such as an earlier solution's; they are multiplied
-            first, then the directions that couple most to pairs not yet converged.
+        initial: Vectors (D, k0) for a warm start, such as an earlier solution; they are multiplied
+            first, then the directions that couple most to unconverged pairs.
         block_size: Vectors in a block; by default chosen from the operator's calibration.
-        max_basis: The most vectors to store, at least k + 3 block_size; default 2 k + 10
-            block_size + 30, or fewer where memory is short. Memory is taken as the basis grows.
-        verify: Whether to look for missed eigenvectors at the end, usually 8 to 25 products. If
-            not, residuals alone decide what has converged.
-        storage: Where the basis lives: "device", the operator's; "host" (or "cpu", the same), the
-            host's memory, pinned where there is room for that, from and to which vectors are
-            copied while a CUDA device computes; or a folder on a disk, for files that are mapped
-            into memory and go with the result. By default chosen from what is free: see
+        max_basis: Maximal number of stored vectors, at least k + 3 block_size; default 2 k + 10
+            block_size + 30, or fewer if memory is short. Memory is allocated as the basis grows.
+        verify: Whether to search for missed eigenvectors at the end, usually 8 to 25 matvecs. If
+            not, residuals alone decide convergence.
+        storage: Location of the basis: "device", the operator's; "host" (or "cpu", the same), host
+            memory, pinned if possible, with copies that overlap with the computation on a CUDA
+            device; or a folder on a disk, for memory-mapped files that are removed with the result.
+            By default chosen from the free memory: see
             `hesscurv.storage.placement.choose_placement`.
-        storage_dtype: H's dtype, or torch.float16 or torch.bfloat16: half the memory, at the price
-            of vectors rounded by 2^-12 or 2^-9 of their norm, more of which shows in residuals the
-            further down the spectrum; sums are in H's dtype all the same. By default H's, or
-            float16 where memory is short and tol is at least 5e-3. The eigenvectors are returned
-            as they are stored.
-        checkpoint: A folder to save the work in, as it goes; where there is work in it already,
-            the same call goes on from there, and ends with the same bits on a CPU. See below.
-        progress: Whether to show a progress bar: pairs converged, products, rate.
+        storage_dtype: H's dtype, or torch.float16 or torch.bfloat16: half the memory, with vectors
+            rounded by 2^-12 or 2^-9 of their norm, which weighs more in residuals further down the
+            spectrum; sums stay in H's dtype. By default H's, or float16 if memory is short and tol
+            is at least 5e-3. The eigenvectors are returned in this dtype.
+        checkpoint: A folder for checkpoints; if it holds one, the same call resumes from it, and
+            its result is bit-identical on a CPU. See below.
+        progress: Whether to show a progress bar: converged pairs, matvecs, rate.
 
     Returns:
         The eigenpairs, in the order of `which`: largest magnitude first, both signs. Residuals are
-        estimates that include the noise of the products, as measured on up to 8 pairs.
-        ``info["complete"]`` leading pairs are known to have none missed before them.
+        estimates that include the noise of the products, measured on up to 8 pairs. No pair is
+        missed before any of the ``info["complete"]`` leading ones.
 
     Raises:
         ValueError: If an argument is out of range, the basis fits nowhere, or the checkpoint is
-            another problem's or damaged.
-        DiskFullError: If the disk of the storage or the checkpoint has no room, an OSError.
-        BlockingIOError: If another process works with the same checkpoint.
+            damaged or belongs to another problem.
+        DiskFullError: If the disk of the storage or the checkpoint is full, an OSError.
+        BlockingIOError: If another process uses the same checkpoint.
 
-    A checkpoint takes D numbers of the basis' dtype for each product, up to three times the basis,
-    and little time. It may be resumed with another tol, max_matvecs or storage, and with the same
-    everything else: weights, batches, k, generator, initial, block_size, max_basis, verify, number
-    of processes. A finished one gives the result again for a few products. What a fingerprint does
-    not know, the loss function and the model's code, is compared by one product, which does not
-    count, with the projected matrix: see `hesscurv.eigensolvers.krylov.resumed_operator`.
+    A checkpoint takes D numbers of the basis' dtype for each matvec, up to three times the basis,
+    and little time. It may be resumed with another tol, max_matvecs or storage; everything else
+    must be the same: weights, batches, k, generator, initial, block_size, max_basis, verify, number
+    of processes. A finished one returns the result again for a few matvecs. The loss function and
+    the model's code, which the fingerprint does not cover, are checked by one uncounted matvec
+    against the projected matrix: see `hesscurv.eigensolvers.krylov.resumed_operator`.
 
-    Cost: usually 2 k to 4 k products and 2 k D floats; 2 m^2 D multiply-adds to orthogonalise m
+    Cost: usually 2 k to 4 k matvecs and 2 k D floats; 2 m^2 D multiply-adds to orthogonalise m
     vectors twice.
 
     Warns:
         ConvergenceWarning: If pairs have not converged, or others may have been missed before
-            them, within `max_matvecs`. It names the cause: too few products, a small basis, noise
+            them, within `max_matvecs`. It names the cause: too few matvecs, a small basis, noise
             or asymmetry of the products.
 
     References:
@@ -170,7 +168,7 @@ def block_krylov(
             state=state,
         )
         if checkpoint is not None and state is None:
-            with ranks.together("looking at the disk"):
+            with ranks.together("checking the disk"):
                 check_disk(checkpoint, placement, k, block, ranks.size)
         space = KrylovSpace(H, k, tol, block, placement, generator, which)
         with H.solving(), Progress(k, progress) as bar:
@@ -192,7 +190,7 @@ def block_krylov(
             run.solve()
             return run.result()
     except BaseException:
-        generator.set_state(before)  # so that the same call can be made again
+        generator.set_state(before)  # a repeated call draws the same numbers
         raise
     finally:
         if journal is not None:

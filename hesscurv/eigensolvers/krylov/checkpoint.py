@@ -1,16 +1,16 @@
 """Checkpoints of a growing basis: a journal of its changes, and the state of the iteration.
 
-A folder holds, for each process (rank r of a job, 0 if there is one):
+A folder holds, for each process (rank r of a job, or 0):
 
-    journal-<r>-<g>.bin  the vectors that were added and the coefficients of rotations, one after
-                         another; only ever added to. Generation g begins anew where it got long
-    state-<r>-<n>.pt     the n-th state: fingerprint, settings, what lies where in the journal with
-                         checksums, and the iteration's own values. The last two are kept
-    lock-<r>             held by the process that works here
+    journal-<r>-<g>.bin  appended vectors and coefficients of rotations, in order; append-only.
+                         A new generation g starts once it is too long
+    state-<r>-<n>.pt     the n-th state: fingerprint, settings, index of the journal with checksums,
+                         and the values of the iteration. The last two are kept
+    lock-<r>             held by the process that uses the folder
 
-A state is written atomically and refers to a beginning of the journal, so that whenever the process
-ends, the newest whole state and that beginning are a consistent checkpoint. Resuming makes the
-journal's changes again, in their order, which gives the same basis bit by bit.
+A state is written atomically and refers to a prefix of the journal, so that whenever the process
+ends, the newest whole state and that prefix are a consistent checkpoint. Resuming replays the
+journal in order, which gives a bit-identical basis.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ logger = logging.getLogger(__name__)
 
 _FORMAT, _VERSION = "hesscurv.checkpoint", 1
 _PARTS = {"identity", "generation", "length", "journal", "took", "state"}
-_PIECE_NUMEL = 2**26  # entries of vectors that go through the host's memory at once
-_OVERHEAD = 0.2  # the share of the time that may go into writing states, where blocks are quick
+_PIECE_NUMEL = 2**26  # entries copied through host memory at once
+_OVERHEAD = 0.2  # maximal share of the time spent writing states
 
 
 class Checkpoint:
     """The journal of one basis, and the states of the iteration that grows it.
 
     Args:
-        folder: Made if it does not exist. One solve has one folder.
-        identity: Plain values that must be equal when the work is resumed.
-        rank: Of the process, where several work together.
+        folder: Created if it does not exist. One solve per folder.
+        identity: Plain values that must be equal on resuming.
+        rank: Rank of the process.
 
     Raises:
-        ValueError: If the folder holds the checkpoint of something else, or a damaged one.
-        BlockingIOError: If another process works in the folder.
+        ValueError: If the folder holds the checkpoint of another problem, or a damaged one.
+        BlockingIOError: If another process uses the folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any], rank: int = 0):
@@ -65,7 +65,7 @@ class Checkpoint:
         self._file: BinaryIO | None = None
         self._saved, self._took = time.perf_counter(), 0.0
         try:
-            for path in self.folder.glob(f".state-{rank}-*"):  # of a process that was killed
+            for path in self.folder.glob(f".state-{rank}-*"):  # temporary files of a killed process
                 path.unlink(missing_ok=True)
             self._states = self._read_states()
         except BaseException:
@@ -77,11 +77,11 @@ class Checkpoint:
 
     @property
     def available(self) -> list[int]:
-        """Numbers of the states that can be resumed from, oldest first."""
+        """Numbers of the resumable states, oldest first."""
         return sorted(self._states)
 
     def resume(self, number: int) -> dict[str, Any]:
-        """Take up a state, and return the iteration's values of it."""
+        """Select a state, and return the values of the iteration."""
         chosen = self._states[number]
         self._states.clear()
         self._count, self._ops = number, list(chosen["journal"])
@@ -90,14 +90,14 @@ class Checkpoint:
         return dict(chosen["state"])
 
     def forget(self) -> None:
-        """Remove all states: the work begins anew."""
+        """Remove all states, to start over."""
         for _, path in self._state_files():
             path.unlink(missing_ok=True)
         self._states.clear()
         self._generations.clear()
 
     def replay(self, basis: Basis) -> None:
-        """Make the journal's changes on an empty basis, and take note of all later ones.
+        """Replay the journal on an empty basis, and record all later changes.
 
         Raises:
             ValueError: If the journal is damaged.
@@ -110,7 +110,7 @@ class Checkpoint:
                         self._apply(op, file, basis)
             except (FileNotFoundError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(self._damaged(path)) from error
-        # What came after the state that was taken up goes, now that it has proved whole.
+        # Later states are removed only now that the selected one has proved whole.
         for later, old in self._state_files():
             if later > self._count:
                 old.unlink(missing_ok=True)
@@ -136,7 +136,7 @@ class Checkpoint:
         dtype, shape, offset = getattr(torch, op["dtype"]), op["shape"], op["offset"]
         end = offset + math.prod(shape) * dtype.itemsize
         fits = len(shape) == 2 and min(*shape, offset) >= 0
-        if not fits or end > os.fstat(file.fileno()).st_size:  # before memory is taken
+        if not fits or end > os.fstat(file.fileno()).st_size:  # before allocating
             raise ValueError(self._damaged(Path(file.name)))
         tensor = torch.empty(shape, dtype=dtype, device="cpu")
         raw = _bytes_of(tensor)
@@ -146,20 +146,20 @@ class Checkpoint:
             raise ValueError(self._damaged(Path(file.name)))
         return tensor
 
-    # -- the journal: what `Basis` calls --------------------------------------------------------
+    # -- the journal, called by `Basis` ---------------------------------------------------------
 
     def append(self, rows: list[Tensor]) -> None:
-        """Take note of vectors that were added, as they are stored."""
+        """Record appended vectors, in their storage dtype."""
         for part in rows:
             for piece in part.split(max(1, _PIECE_NUMEL // max(1, part.shape[1]))):
                 self._record(piece, kind="append")
 
     def rotate(self, start: int, stop: int, Y_nk: Tensor) -> None:
-        """Take note of `Basis.rotate_`."""
+        """Record `Basis.rotate_`."""
         self._record(Y_nk, kind="rotate", start=start, stop=stop)
 
     def truncate(self, size: int) -> None:
-        """Take note of `Basis.truncate`."""
+        """Record `Basis.truncate`."""
         self._ops.append({"kind": "truncate", "size": size})
 
     def _record(self, tensor: Tensor, **op: Any) -> None:
@@ -180,24 +180,25 @@ class Checkpoint:
 
     @property
     def due(self) -> bool:
-        """Whether so much work was done since the last state that writing one costs little."""
+        """Whether writing a state costs little compared to the work since the last one."""
         return (time.perf_counter() - self._saved) * _OVERHEAD >= self._took
 
     def save(self, state: dict[str, Any], basis: Basis) -> None:
-        """Write a state: from here on, the work before it cannot be lost.
+        """Write a state; all work up to here is safe afterwards.
 
         Args:
-            state: The iteration's values: tensors and plain values.
-            basis: The basis, which is written anew where its journal has got too long.
+            state: Values of the iteration: tensors and plain values.
+            basis: The basis, rewritten to a new journal if the current one is too long.
 
         Raises:
-            DiskFullError: If the disk is full; the state before is whole.
+            DiskFullError: If the disk is full; the previous state is intact.
         """
         begun = time.perf_counter()
         assert self._file is not None
         rows = sum(op["shape"][0] for op in self._ops if op["kind"] == "append")
         if rows > 2 * basis.capacity:
             self._begin_anew(basis)
+        # The journal must be on disk before the state that refers to it.
         try:
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -220,14 +221,14 @@ class Checkpoint:
         self._took = self._saved - begun
 
     def close(self) -> None:
-        """Let go of the files; other processes may take the folder up."""
+        """Close the files and release the lock."""
         if self._file is not None:
-            with contextlib.suppress(OSError):  # what was not written belongs to no state
+            with contextlib.suppress(OSError):  # unwritten data belongs to no state
                 self._file.close()
         _unlock(self._lock)
 
     def _begin_anew(self, basis: Basis) -> None:
-        """Write the basis as it stands to a new journal: rotations have made the old one long."""
+        """Write the current basis to a new journal, once rotations have made the old one long."""
         assert self._file is not None
         self._file.close()
         self._generation += 1
@@ -237,7 +238,7 @@ class Checkpoint:
         try:
             self.append(basis.slabs())
         except OSError:
-            path.unlink(missing_ok=True)  # on a disk that is full
+            path.unlink(missing_ok=True)  # frees space on the full disk
             raise
 
     def _forget_old(self) -> None:
@@ -304,24 +305,24 @@ class Checkpoint:
         return f"{path} is damaged, cut short or missing; {_REMEDY}"
 
 
-_REMEDY = "name another folder, or delete this one to begin anew"
+_REMEDY = "name another folder, or delete this one to start over"
 
 
 def check_room(folder: str | os.PathLike[str], nbytes: int) -> None:
-    """Refuse a checkpoint for which the disk has no room.
+    """Refuse a checkpoint that does not fit on the disk.
 
     Args:
-        folder: The checkpoint's.
-        nbytes: Bytes that it will take.
+        folder: Folder of the checkpoint.
+        nbytes: Its expected size in bytes.
 
     Raises:
-        DiskFullError: If there are fewer.
+        DiskFullError: If less space is free.
     """
     free = shutil.disk_usage(folder).free
     if nbytes > free:
         raise DiskFullError(
             f"the checkpoint will take {nbytes / 1e9:.3g} GB, and the disk of {folder} has "
-            f"{free / 1e9:.3g} GB left; free some room, name a folder on another disk, or take "
+            f"{free / 1e9:.3g} GB left; free some space, name a folder on another disk, or take "
             "fewer vectors (k, max_basis) or storage_dtype=torch.float16"
         )
 
@@ -330,7 +331,7 @@ _locks: set[int] = set()
 
 
 def _lock(path: Path) -> int:
-    """Open and lock a file, or refuse; the lock goes with the process, however it ends."""
+    """Open and lock a file, or raise; the system releases the lock when the process ends."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         import fcntl
@@ -353,7 +354,7 @@ def _unlock(handle: int) -> None:
 
 
 def _drop_locks() -> None:
-    # A child would hold them on after its parent was killed, a data loader's worker say.
+    # After a fork: a child, such as a data loader's worker, would hold them beyond its parent.
     for handle in list(_locks):
         _unlock(handle)
 
@@ -363,7 +364,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
-    """Return a contiguous CPU tensor's memory."""
+    """Return the memory of a contiguous CPU tensor."""
     return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 

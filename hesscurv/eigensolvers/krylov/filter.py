@@ -1,4 +1,4 @@
-"""A bound on H outside a Krylov space by a Chebyshev filter, which needs no room in the basis."""
+"""Chebyshev filter bound on H outside a Krylov space, without storage in the basis."""
 
 from __future__ import annotations
 
@@ -20,21 +20,22 @@ def is_bounded_by_filter(
 ) -> bool:
     r"""Whether all eigenvalues beyond `space.bound(last)` at one end are in the space.
 
-    That is so if B = H' + S of `hesscurv.linalg.eigenvalue_bounds` has none there. A random vector
-    y outside is multiplied by the Chebyshev polynomial T_n of B, mapped so that [-1, 1] covers its
-    spectrum: that leaves ||T_n(B) y|| <= ||y||, while an eigenvector beyond x would grow by T_n(x).
-    It takes three vectors, where `Search` takes one for each step, but more steps, and knows the
-    spectrum by estimate alone; too small an interval costs the result, not the truth.
+    True if B = H' + S of `hesscurv.linalg.eigenvalue_bounds` has none there. A random vector y
+    outside is multiplied by the Chebyshev polynomial T_n of B, mapped so that [-1, 1] covers its
+    spectrum: then ||T_n(B) y|| <= ||y||, while the component of an eigenvector beyond x grows by
+    T_n(x). It stores three vectors instead of one per step as `Search`, but takes more steps and
+    relies on estimates of the spectrum; too small an interval gives no result, never a wrong one.
 
     Args:
         space: The space.
-        last: Index of the last pair that is asked about.
+        last: Index of the last pair to be covered.
         side: The end, +1 or -1.
         spectrum: Estimates of B's smallest and largest eigenvalue.
-        most: Products, at most; none are taken where they cannot be enough.
+        most: Maximal number of matvecs; none are used if they cannot suffice.
     """
     x, m = space.bound(last), space.num_expanded
     low, high = spectrum
+    # Ritz values lie inside the spectrum: widen the interval, but keep x outside.
     high += (x - high) / 4
     low -= (high - low) / 10
     center, half = (high + low) / 2, (high - low) / 2
@@ -42,6 +43,7 @@ def is_bounded_by_filter(
     if not half > 0 or not (x - center) / half > 1:
         return False
     rate = math.acosh((x - center) / half)
+    # T_n(x) = cosh(n rate) ~ exp(n rate) / 2 has to exceed 1 / share.
     needed = max(LEAST_STEPS, math.ceil(math.log(2 / share) / rate))
     if needed > most:
         return False
@@ -68,7 +70,7 @@ def is_bounded_by_filter(
         growth = math.cosh(n * rate)  # T_n(x)
         if n >= LEAST_STEPS and left < growth * share * norm:
             return True
-        if left > growth * norm:  # B has an eigenvalue beyond x; products would overflow soon
+        if left > growth * norm:  # B has an eigenvalue beyond x; the recurrence would overflow
             return False
         before_1D, y_1D = y_1D, 2 * multiply(y_1D) - before_1D
     return False

@@ -1,4 +1,4 @@
-"""What is decided before the first product of a block Krylov solve: sizes, places, identity."""
+"""Planning of a block Krylov solve: block size, basis size, storage, checkpoint identity."""
 
 from __future__ import annotations
 
@@ -17,30 +17,30 @@ from hesscurv.storage.placement import Placement, choose_placement
 
 _SEARCH_ROOM = 30  # vectors of a search for missed eigenvectors
 
-# A basis in float16 lets all pairs of examples/benchmarks/storage.py reach 1e-2. (One in bfloat16,
-# which has 3 bits less, does not: it is not chosen.)
+# With a float16 basis all pairs of examples/benchmarks/storage.py reach 1e-2. With bfloat16, which
+# has 3 bits less, they do not: it is never chosen automatically.
 _ROUNDED_FROM_TOL = 5e-3
 
 
 def expected_matvecs(k: int, block: int) -> int:
-    """Return about how many products k pairs take, as measured on Hessians of small nets."""
+    """Return the expected number of matvecs for k pairs, fitted to Hessians of small networks."""
     return 2 * k + 9 * block
 
 
 def choose_block_size(H: LinearOperator, k: int) -> int:
     """Return the block size with the least predicted time for k pairs, by H's calibration.
 
-    A wider block makes a product and the reading of the basis cheaper, and the space grow slower in
-    degree: see `expected_matvecs`.
+    A wider block makes matvecs and reads of the basis cheaper per vector, but the polynomial degree
+    grows more slowly: see `expected_matvecs`.
     """
     dim = H.shape[0]
     if H.seconds_per_vector(4) is None:
         return max(1, min(16, k // 4 if k > 16 else 4, dim))
-    # Orders of magnitude are enough: entries per second read, multiplied and added.
+    # Orders of magnitude suffice: entries read, and multiply-adds, per second.
     read, multiplied = (2.5e9, 5e10) if H.device.type == "cpu" else (4e11, 1e13)
 
     def seconds(b: int) -> float:
-        # A measured projection reads the basis, of k vectors on average, twice a block.
+        # A projection reads the basis, of k vectors on average, twice per block.
         gram_schmidt = 2 * k * dim * (1 / (b * read) + 1 / multiplied)
         return ((H.seconds_per_vector(b) or 0.0) + gram_schmidt) * expected_matvecs(k, b)
 
@@ -59,18 +59,18 @@ def plan(
     storage_dtype: torch.dtype | None,
     state: dict[str, Any] | None,
 ) -> tuple[int, Placement]:
-    """Return the block size and where the basis lives, or refuse what cannot fit.
+    """Return block size and placement of the basis, or raise if it does not fit.
 
     Args:
         H: The operator.
-        k: The number of wanted pairs.
+        k: Number of wanted pairs.
         tol: Their tolerance.
-        block_size: What the caller wants; None chooses.
-        max_basis: What the caller wants; None chooses.
-        num_initial: How many vectors the solve starts from.
+        block_size: The caller's choice; None chooses automatically.
+        max_basis: The caller's choice; None chooses automatically.
+        num_initial: Number of vectors of the warm start.
         storage: See `choose_placement`.
         storage_dtype: See `choose_placement`.
-        state: The checkpoint to go on from, whose sizes are taken over.
+        state: The checkpoint to resume, whose sizes are kept.
 
     Raises:
         ValueError: If an argument is out of range, or it fits nowhere.
@@ -101,11 +101,11 @@ def plan(
                 )
             least = wanted = min(max_basis, dim)
 
-    # A block of vectors, its products, and what either is copied to on the way.
+    # A block of vectors, its products, and a copy of each.
     reserved = 4 * block * dim * H.dtype.itemsize + H.memory_needed(block)
 
     if state is not None and storage is None and state["storage"] != "disk":
-        storage = state["storage"]  # another place has other roundings
+        storage = state["storage"]  # another device rounds differently
 
     def choose(least: int, wanted: int, storage_dtype: torch.dtype | None) -> Placement:
         with communicator.together("planning the basis"):
@@ -123,7 +123,7 @@ def plan(
             )
 
     placement = choose(least, wanted, storage_dtype)
-    if communicator.size > 1:  # all ranks have as many vectors, in one dtype
+    if communicator.size > 1:  # the same number of vectors, in one dtype, on all ranks
         chosen = placement.chosen
         own = [-placement.capacity, int(placement.dtype == torch.float16)]
         fewest, rounded = communicator.max_(torch.tensor(own, device="cpu")).tolist()
@@ -144,8 +144,8 @@ def identity(
     generator: torch.Generator,
     which: str = "LM",
 ) -> dict[str, Any]:
-    """Return what must be equal for a solve to be gone on with; tolerance and limits may change."""
-    # Checkpoints of earlier versions, which knew "LM" alone, do not name it.
+    """Return the values that must be equal to resume a solve; tolerance and limits may change."""
+    # Checkpoints of earlier versions, which supported only "LM", do not have the key.
     asked = {} if which == "LM" else {"which": which}
     return {
         **fingerprint(H),
@@ -162,13 +162,13 @@ def identity(
 
 
 def newest_state(checkpoint: Checkpoint, H: LinearOperator) -> dict[str, Any] | None:
-    """Return the newest state that all processes have, or None where there is none yet."""
+    """Return the newest state that all processes have, or None."""
     available = checkpoint.available
     newest = available[-1] if available else 0
     if H.communicator.size > 1:
         newest = -int(H.communicator.max_(torch.tensor([-newest], device="cpu")))
     if newest == 0:
-        # Of a first save that not all came to.
+        # Leftovers of a first save that did not complete on all ranks.
         with H.communicator.together("beginning"):
             checkpoint.forget()
         return None
@@ -176,7 +176,7 @@ def newest_state(checkpoint: Checkpoint, H: LinearOperator) -> dict[str, Any] | 
         if newest not in available:
             raise ValueError(
                 f"expected state {newest} of rank {checkpoint.rank} in {checkpoint.folder}, got "
-                f"{available}; the ranks' parts do not fit each other: begin anew in another folder"
+                f"{available}; the ranks' parts do not match: start over in another folder"
             )
         return checkpoint.resume(newest)
 
@@ -184,14 +184,14 @@ def newest_state(checkpoint: Checkpoint, H: LinearOperator) -> dict[str, Any] | 
 def check_disk(
     folder: str | os.PathLike[str], placement: Placement, k: int, block: int, processes: int
 ) -> None:
-    """Refuse a checkpoint in a folder whose disk has no room: every vector is written once.
+    """Refuse a checkpoint that does not fit on the disk of a folder; every vector is written once.
 
     Raises:
-        DiskFullError: If there is less than the products usually needed would take, with the basis
-            itself where it goes to the same disk, for all processes of this machine.
+        DiskFullError: If the free space is less than the expected number of matvecs takes, plus the
+            basis if it is on the same disk, for all processes on this machine.
     """
     count, most = expected_matvecs(k, block), 2 * placement.capacity
-    if count > most:  # the journal will be written anew, beside the old one
+    if count > most:  # a rewritten journal coexists with the old one
         count = 3 * placement.capacity
     nbytes = count * placement.dim * placement.dtype.itemsize
     if placement.folder is not None and os.stat(placement.folder).st_dev == os.stat(folder).st_dev:
@@ -200,10 +200,10 @@ def check_disk(
 
 
 def check_sizes(block_size: Any, max_basis: Any) -> tuple[int | None, int | None]:
-    """Return sizes as plain ints, None as it is.
+    """Return sizes as plain ints or None.
 
     Raises:
-        TypeError: If one is no int.
+        TypeError: If one is not an int.
         ValueError: If one is below 1.
     """
     sizes: list[int | None] = []
@@ -219,5 +219,5 @@ def check_sizes(block_size: Any, max_basis: Any) -> tuple[int | None, int | None
 
 
 def _processes_here(size: int) -> int:
-    """Return how many of a job's processes share this machine, as torchrun says, or all."""
+    """Return how many of a job's processes share this machine, as set by torchrun, or all."""
     return max(1, min(size, int(os.environ.get("LOCAL_WORLD_SIZE", size))))

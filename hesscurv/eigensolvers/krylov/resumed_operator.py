@@ -1,11 +1,11 @@
-r"""Comparison of an operator with the one that a stored Krylov space was grown with.
+r"""Check that an operator is the one of a stored Krylov space.
 
-A fingerprint knows weights, batches and settings, and neither the loss function nor the model's
-code. The projected matrix :math:`T = E^T H E` knows the operator itself: for a random c,
+A fingerprint covers weights, batches and settings, but neither the loss function nor the model's
+code. The projected matrix :math:`T = E^T H E` determines the operator on the space: for a random c,
 
 .. math:: E^T H (E c) = T c
 
-up to the rounding of products and stored vectors, whatever restarts have dropped since.
+up to the rounding of products and stored vectors, whatever restarts have dropped.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from hesscurv.linalg.block_norms import block_size
 from hesscurv.linalg.orthogonalization import inner_products
 from hesscurv.linalg.precision import full_precision
 
-_ROWS = 32  # stored vectors that are cast to the operator's dtype at once
-# How many times as much as the asymmetry of T and the rounding of its vectors explain.
+_ROWS = 32  # stored vectors cast to the operator's dtype at once
+# Accepted difference, as a multiple of the asymmetry of T plus the rounding of stored vectors.
 _TIMES_ROUNDING = 5.0
 
 
 def require_same_operator(space: KrylovSpace, folder: str | os.PathLike[str]) -> None:
-    r"""Compare a product with a random combination of the expanded vectors with what T says.
+    r"""Compare H times a random combination of the expanded vectors with T's prediction.
 
-    T's columns differ from its rows by the error of products and by what restarts have dropped:
-    neither may make another operator of it. The product does not count, since it belongs to no
-    space: the solve goes on as if it had not been interrupted.
+    The asymmetry of T measures the error of products and what restarts have dropped; differences of
+    that size are accepted. The matvec is not counted, so the solve continues as if it had not been
+    interrupted.
 
     Args:
-        space: The space, just loaded; on all ranks together.
-        folder: Where it comes from, for the message.
+        space: The space, just loaded; collective over all ranks.
+        folder: Its folder, for the message.
 
     Raises:
         ValueError: If they differ by more than rounding, with the remedy.
 
-    Cost: one product, two readings of the m expanded vectors, 2 m D multiply-adds.
+    Cost: one matvec, two reads of the m expanded vectors, 2 m D multiply-adds.
     """
     m = space.num_expanded
     if m == 0:  # no product is stored
         return
-    # A generator of its own: the solve's has to go on as before.
+    # A separate generator, so that the solve draws the same numbers as without interruption.
     generator = torch.Generator().manual_seed(0)
     c_m = torch.randn(m, generator=generator, dtype=torch.float64, device="cpu")
     c_m /= c_m.norm()
@@ -58,7 +58,7 @@ def require_same_operator(space: KrylovSpace, folder: str | os.PathLike[str]) ->
     pieces = [inner_products(slab, W_1D, space.across) for slab in space.basis.slabs(0, m)]
     T = space.A[:m].triu()
     T = T + T.triu(1).mT
-    # Within a block too, and after the first one there is nothing else to see it by.
+    # Asymmetry within blocks; after the first block there is no other measure.
     within = float((space.A[:m].tril() - space.A[:m].triu().mT).norm(dim=0).max()) / space.scale
     gap = float((torch.cat(pieces)[:, 0] - T @ c_m).norm()) / space.scale
     rounding = max(space.asymmetry, within) + space.rounding
@@ -69,13 +69,13 @@ def require_same_operator(space: KrylovSpace, folder: str | os.PathLike[str]) ->
             f"operator differs from the stored ones by {gap:.2g} of the operator's norm, where "
             f"rounding explains {explained:.1g}; weights, batches and settings are the same, so "
             "what differs is the loss function (its arguments, its class weights) or the model's "
-            "code (activations, constants that are no buffers); give the same as before, or name "
+            "code (activations, constants that are not buffers); give the same as before, or name "
             "another folder"
         )
 
 
 def _combination(space: KrylovSpace, c_m: Tensor) -> Tensor:
-    """Return E c, (1, D), own entries, in the operator's dtype."""
+    """Return E c, (1, D), this process's entries, in the operator's dtype."""
     out_1D = torch.zeros(1, space.basis.dim, dtype=space.H.dtype, device=space.H.device)
     start = 0
     with full_precision(space.H.device):

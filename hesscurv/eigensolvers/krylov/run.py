@@ -1,4 +1,4 @@
-"""The course of a block Krylov solve: when to expand, restart, search, save and stop."""
+"""Control flow of a block Krylov solve: expansion, restart, search, checkpoint, stop."""
 
 from __future__ import annotations
 
@@ -27,32 +27,32 @@ from hesscurv.eigensolvers.progress import Progress
 from hesscurv.eigensolvers.residuals import ConvergenceWarning, evenly_spaced, measured_residuals
 from hesscurv.linalg.block_norms import column_norms
 
-# Vectors that a search starts from, at most.
+# Maximal number of starting vectors of a search.
 _MOST_WIDTH = 16
-# Pairs whose residuals are measured at the end, at most, to learn the noise of the products.
+# Maximal number of residuals measured at the end, to estimate the noise of the products.
 _MOST_MEASURED = 8
-# What of the thresholds may be lost in restarts before all residuals are measured at the end.
+# Coupling lost in restarts, relative to the thresholds, beyond which all residuals are measured.
 _MOST_LOST = 0.3
-# The asymmetry of products, relative to the norm of the operator, that is no rounding.
+# Asymmetry of products, relative to the norm of the operator, that rounding does not explain.
 _ASYMMETRIC = 1e-3
-# Searches without a result, one after the other, after which it is given up to find out.
+# Consecutive inconclusive searches after which no more are started.
 _MOST_STALLS = 20
-# Products of a Chebyshev filter, at most.
+# Maximal number of matvecs of a Chebyshev filter.
 _MOST_FILTERED = 200
-# A search begins when H outside the space may be as large as this share of the bound, or else
-# pending directions are expanded first: it would find that they matter.
+# A search starts once H outside the space may be as large as this share of the bound. Until then
+# pending directions are expanded, which a search would find to matter.
 _LEAST_LIMIT = 0.5
 
 
 class KrylovRun:
-    """When to expand, to restart, to search, to save and to stop.
+    """Decides when to expand, restart, search, save and stop.
 
     Args:
-        space: The space, with its first vectors waiting.
-        max_matvecs: The most products.
-        verify: Whether to look for missed eigenvectors at the end.
+        space: The space, with its first vectors pending.
+        max_matvecs: Maximal number of matvecs.
+        verify: Whether to search for missed eigenvectors at the end.
         progress: The progress bar.
-        checkpoint: Where the state is saved; None for nowhere.
+        checkpoint: The checkpoint, or None.
     """
 
     def __init__(
@@ -66,17 +66,17 @@ class KrylovRun:
         self.space, self.max_matvecs, self.verify = space, max_matvecs, verify
         self.progress, self.checkpoint = progress, checkpoint
         self.start = time.perf_counter()
-        self.next_check = 0  # the Ritz pairs are looked at from so many expanded vectors on
-        # For each end, the bound beyond which all eigenvalues are known to be at hand; and random
-        # vectors that a search starts from which has found something.
+        self.next_check = 0  # number of expanded vectors at which Ritz pairs are computed next
+        # For each end, the bound beyond which all eigenvalues are known; and the number of starting
+        # vectors of a search that follows a find.
         self.levels, self.width, self.stalls = dict.fromkeys(space.sides, math.inf), 1, 0
         self.search: Search | None = None
-        # Products that are left for the search where the pairs do not converge.
+        # Matvecs reserved for the search in case the pairs do not converge.
         spare = (max_matvecs - space.k) // 6
         self.reserve = min(16, spare) if verify and spare >= 6 else 0
 
     def solve(self) -> None:
-        """Bring the k wanted pairs to convergence, and look for pairs that were missed."""
+        """Iterate until the k wanted pairs have converged, and search for missed pairs."""
         going_on = True
         while going_on:
             last = self.space.k - 1
@@ -97,11 +97,11 @@ class KrylovRun:
         return outside and not self._is_known(last) and self._affordable(1) > 0
 
     def _is_known(self, last: int) -> bool:
-        """Whether all eigenvalues beyond the bound of this pair are known to be at hand."""
+        """Whether all eigenvalues beyond the bound of this pair are known."""
         return all(is_known(level, self.space.bound(last)) for level in self.levels.values())
 
     def _last_converged(self) -> int:
-        """Return the index of the last pair before which all have converged, as far as they can."""
+        """Return the index of the last leading converged pair, up to the noise of the products."""
         space = self.space
         if space.num_expanded < space.k:
             return -1
@@ -109,7 +109,7 @@ class KrylovRun:
         return space.k - 1 if leading == space.k or self._at_noise() else leading - 1
 
     def state(self) -> dict[str, Any]:
-        """Return all that decides how the run goes on, beside the basis."""
+        """Return the state of the run, without the basis."""
         return {
             "block": self.space.block,
             "capacity": self.space.capacity,
@@ -127,15 +127,15 @@ class KrylovRun:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from a state; the basis has been restored already."""
+        """Resume from a state; the basis has been restored already."""
         self.space.load(state["space"])
         self.next_check = state["next_check"]
-        if "levels" in state:  # else of an earlier version, whose search is made again
+        if "levels" in state:  # earlier versions did not store searches: they are repeated
             self.levels, self.width = dict(state["levels"]), state["width"]
             self.stalls = state["stalls"]
             self.search = None if state["search"] is None else Search(**state["search"])
         if state["limits"] != [self.space.tol, self.max_matvecs]:
-            # What ended then need not be the end now.
+            # With other limits, a solve that had ended may continue.
             self.next_check, self.stalls = 0, 0
         self.start = time.perf_counter() - state["seconds"]
 
@@ -148,19 +148,19 @@ class KrylovRun:
     def _save_if_due(self) -> None:
         if self.checkpoint is None:
             return
-        with self.space.H.communicator.together("looking at the clock") as step:
+        with self.space.H.communicator.together("checking whether a checkpoint is due") as step:
             step.note = int(self.checkpoint.due)
         if any(step.notes):
             self.save()
 
     def _converge(self) -> bool:
-        """Expand until all k pairs have converged (True), or cannot any more (False)."""
+        """Expand until all k pairs have converged (True) or no progress is possible (False)."""
         space, limiting = self.space, None
         while True:
             self._save_if_due()
             pending, expanded = space.num_pending, space.num_expanded
             if expanded >= space.k and (expanded >= self.next_check or pending == 0):
-                # In H's dtype first: half the time in float32, and good to the products' rounding.
+                # In H's dtype first: half the time in float32, and exact to the products' rounding.
                 done = int(space.converged(space.H.dtype).sum())
                 if done == space.k:
                     done = int(space.converged().sum())
@@ -169,8 +169,8 @@ class KrylovRun:
                     return True
                 if done < space.k and self._at_noise():
                     return False
-                # An eigenproblem of size m costs as much as several blocks: check more and more
-                # rarely, but more often near the end.
+                # An eigenproblem of size m costs as much as several blocks: check at intervals that
+                # grow with m, but more often near the end.
                 near = done / space.k
                 limiting = space.limiting(self._least_limit()) if done == space.k else None
                 share = 0.05 if near > 0.9 else 0.12 if near > 0.5 else 0.2
@@ -194,19 +194,19 @@ class KrylovRun:
             self.progress.show(None, space.num_matvecs)
 
     def _at_noise(self) -> bool:
-        """Whether what has not converged is as good as the products' noise lets it be."""
+        """Whether the unconverged residuals are at the noise of the products."""
         space = self.space
         dtype = space.H.dtype
-        if bool(space.converged(dtype).all()):  # the rough look was too rough
+        if bool(space.converged(dtype).all()):  # converged in float32 only: look in float64
             dtype = torch.float64
         residuals = space.ritz(dtype)[2]
         return float(residuals[~space.converged(dtype)].max()) < 2 * space.noise
 
     def _knows_enough(self) -> bool:
-        """Whether the converged pairs may be all there are, as far as the space tells for free.
+        """Whether the space, without further matvecs, is consistent with no missed pair.
 
-        Not so where the singular values of [T; R] prove that a pair was missed, or where pending
-        directions would hold one if H outside were half as large as the last pair.
+        Not so if the singular values of [T; R] prove that a pair was missed, or if pending
+        directions would hold one for an H outside half as large as the last pair.
         """
         if not self.verify or self._is_known(self.space.k - 1):
             return True
@@ -221,11 +221,11 @@ class KrylovRun:
         self.next_check = 0
 
     def _found_missed(self, last: int) -> bool:
-        """Look outside the space for eigenvalues that come before the pair of index `last`.
+        """Search outside the space for eigenvalues that come before the pair `last`.
 
         Returns:
-            Whether something was found, or the space has to grow anew. If not, `levels` tells what
-            is known; more may be when the space has grown.
+            Whether one was found, or the space has to grow again. If not, `levels` holds what is
+            known.
         """
         space, apart = self.space, False
         if self.search is None:
@@ -235,7 +235,7 @@ class KrylovRun:
                 return False
         while True:
             if self.search is None:
-                if space.is_full:  # by what a search before has left, it may be
+                if space.is_full:  # a previous search may have filled it
                     return self._expand_rest()
                 if not self._make_room(MOST_STEPS // 2):
                     return True
@@ -251,7 +251,7 @@ class KrylovRun:
                 self.width = min(2 * self.width, _MOST_WIDTH)
                 if not self._make_room(self.width * (search.step + 2)):
                     return True
-                # There may be more: look for several at once.
+                # There may be more: search for several at once.
                 self.search = Search.begin(space, last, self.width, search.side, search.step + 2)
                 continue
             if search.outcome == "stalled" and search.side and self._filter_tells(search):
@@ -264,25 +264,25 @@ class KrylovRun:
                 if search.side or last < space.k - 1 or not self._affordable(1):
                     self.stalls += 1
                     return False
-                apart = True  # one by one, the ends can be told of
+                apart = True  # searched one by one, the ends may be conclusive
             space.step_back(search.first)
 
     def _expand_rest(self) -> bool:
-        """Expand pending vectors where all that is outside is pending; return whether any were."""
+        """Expand pending vectors of a full space; return whether there were any."""
         size = self._affordable(min(self.space.block, self.space.num_pending))
         if size > 0:
             self.space.expand(size)
         return size > 0
 
     def _filter_tells(self, search: Search) -> bool:
-        """Whether a filter can tell that nothing was missed, where a search has too little room."""
+        """Whether a filter proves that nothing was missed, after a search ran out of room."""
         if search.count > 1 or search.step < LEAST_STEPS or search.step == MOST_STEPS:
             return False
         spectrum, most = search.spectrum(self.space), self._affordable(_MOST_FILTERED)
         return is_bounded_by_filter(self.space, search.last, search.side, spectrum, most)
 
     def _run_search(self) -> Search:
-        """Advance the search until it has an outcome, or neither room nor products are left."""
+        """Advance the search until it has an outcome, or room or matvecs run out."""
         space, search = self.space, self.search
         assert search is not None
         while search.outcome == "":
@@ -296,26 +296,25 @@ class KrylovRun:
         return search
 
     def _make_room(self, count: int) -> bool:
-        """Make what room there can be for a search; return whether k pairs are left."""
+        """Make room for a search, as far as possible; return whether k pairs are left."""
         space = self.space
-        # Where there is little room, some of it holds more Ritz vectors: the search is the longer
-        # the less there are.
+        # Leave a third of a small room to further Ritz vectors: without them the search is longer.
         count = min(count, (2 * (space.capacity - space.k - space.num_pending)) // 3)
-        if count < 1:  # pending vectors take all of it: drop those that do not matter
+        if count < 1:  # pending vectors take all of it: drop the negligible ones
             self._restart()
         elif not space.fits(count):
             self._restart(count)
         return space.num_expanded >= space.k
 
     def _learn(self, search: Search) -> None:
-        """Lower the levels by what a search has shown that found nothing."""
+        """Lower the levels to the bound proven by a search that found nothing."""
         space, level = self.space, search.bound
         if search.outcome == "stalled":
             level = search.level(space)
             if search.side:
                 level = max(level, search.bound)
             elif math.isfinite(level):
-                # H outside is no larger: which pairs have all larger ones beside them by that?
+                # H outside is bounded by `level`: find the last pair for which that suffices.
                 known = (i for i in range(search.last, -1, -1) if space.limit(i) >= level)
                 index = next(known, None)
                 level = math.inf if index is None else space.bound(index)
@@ -326,14 +325,14 @@ class KrylovRun:
         return max(0, min(size, self.max_matvecs - self.space.num_matvecs))
 
     def result(self) -> Eigenpairs:
-        """Form the eigenvectors, measure the noise of the products, and say what has converged."""
+        """Form the eigenvectors, measure the noise of the products, and decide convergence."""
         space, H = self.space, self.space.H
         complete = self._complete()
         values, residuals, V_Dk = space.take()
 
         residuals = torch.hypot(residuals, space.rounding * values.abs())
         noise = float("nan")
-        # Where restarts have dropped what residuals are made of, none of them is known.
+        # Residual estimates are void if restarts have dropped too much coupling.
         unknown = space.lost > _MOST_LOST
         size = space.k if unknown else min(space.block, space.k, _MOST_MEASURED)
         sample = evenly_spaced(size, space.k)
@@ -343,14 +342,14 @@ class KrylovRun:
             )
             space.num_matvecs += len(sample)
             if not unknown:
-                # Only what the estimate does not explain is noise, which is alike for all pairs.
+                # The excess over the estimate is noise, assumed equal for all pairs.
                 excess = measured**2 - residuals[sample] ** 2
                 excess[excess < 0.2 * residuals[sample] ** 2] = 0
                 noise = float(excess.max().sqrt())
                 residuals = (residuals.square() + noise**2).sqrt()
             residuals[sample] = measured
             unknown = False
-        # The values are rounded to H's dtype, which alone makes a residual of this size.
+        # Rounding the values to H's dtype adds a residual of this size.
         residuals = torch.hypot(residuals, space.eps / 2 * values.abs())
         within = (residuals <= space.thresholds(values)) & (not unknown)
         done = within & (torch.arange(space.k, device="cpu") < complete)
@@ -383,7 +382,7 @@ class KrylovRun:
         )
 
     def _complete(self) -> int:
-        """Return how many leading pairs are known to have all that come before them beside them."""
+        """Return the number of leading pairs before which none is missed."""
         space = self.space
         if not self.verify or space.num_expanded >= space.dim:
             return space.k
@@ -423,7 +422,7 @@ class KrylovRun:
         )
 
     def _reason(self, values: Tensor, residuals: Tensor, noise: float, repeated: float) -> str:
-        """Return why these residuals are not within tol, and what helps."""
+        """Return the cause and remedy for residuals above tol."""
         space = self.space
         # Errors of norm s in random directions differ by s sqrt(2 m / D) in m of D directions.
         random = repeated * math.sqrt(2 * space.num_expanded / space.dim) / space.scale
@@ -453,7 +452,7 @@ class KrylovRun:
         )
 
     def _repeated_noise(self, V_Dk: Tensor) -> float:
-        """Return the norm of a product's error that another product does not repeat."""
+        """Return the norm of the non-reproducible error of a product."""
         if self._affordable(2) < 2:
             return 0.0
         H, v_D1 = self.space.H, V_Dk[:, :1].to(self.space.H.device, self.space.H.dtype)

@@ -1,4 +1,4 @@
-"""The search for eigenvectors that a Krylov space has missed: outside it, and across its border."""
+"""Search for eigenvectors that a Krylov space has missed."""
 
 from __future__ import annotations
 
@@ -11,34 +11,34 @@ from torch import Tensor
 from hesscurv.eigensolvers.krylov.space import KrylovSpace
 from hesscurv.linalg.eigenvalue_bounds import is_bounded, least_bound, least_share
 
-# How probable it is, at most, that a missed eigenvector escapes one search.
+# Bound on the probability that a missed eigenvector escapes one search.
 ESCAPES = 1e-3
-# No search is conclusive after fewer steps, and none goes on for more.
+# Steps of a search before it can be conclusive, and at most.
 LEAST_STEPS, MOST_STEPS = 4, 30
-# Both ends are searched at once where H outside may be as large as this share of the bound.
+# Both ends are searched at once if H outside may be as large as this share of the bound.
 _WIDE = 0.8
 
 
 @dataclass
 class Search:
-    """A block Krylov process from random vectors outside the expanded ones, and what it has shown.
+    """A block Krylov process from random vectors outside the expanded ones, and its outcome.
 
     With H' and S as in `hesscurv.linalg.eigenvalue_bounds`, the space has all eigenvectors beyond
     the bound x at one end if H' + S(x) has no eigenvalue beyond x, and at both if H' has none
-    beyond x - ||S(x)||. The process is that of B = H' + S, or, for both ends at once, of B = H'.
+    beyond x - ||S(x)||. The process runs on B = H' + S or, for both ends at once, on B = H'.
 
     Args:
-        first: Vectors expanded before it.
-        last: Index of the last pair that it is about.
-        count: Random vectors that it starts from.
-        added: Vectors that wait for their product.
-        bound: x, what a missed eigenvalue would exceed.
-        limit: What B must not exceed: x, or for both ends at once x - ||S(x)||.
+        first: Number of vectors expanded before the search.
+        last: Index of the last pair that it covers.
+        count: Number of random starting vectors.
+        added: Number of vectors to multiply next.
+        bound: x, which a missed eigenvalue would exceed.
+        limit: Bound required of B: x, or for both ends at once x - ||S(x)||.
         side: The end: +1 or -1; 0 for both at once.
-        patience: Steps after which a process that has found something does not wait for more.
+        patience: Steps after which a search that has found one eigenvalue does not wait for more.
         step: Steps so far.
-        outcome: "" while it goes on; "passed"; "found", missed eigenvalues; "stalled": at its most
-            steps, or because B is too large for the space to be known as complete.
+        outcome: "" while running; "passed"; "found", missed eigenvalues; "stalled": out of steps,
+            or B too large to prove that the space is complete.
     """
 
     first: int
@@ -56,7 +56,7 @@ class Search:
     def begin(
         cls, space: KrylovSpace, last: int, count: int, side: int, patience: int = 0
     ) -> Search:
-        """Begin a search for what comes before the pair of index `last`: see `sides_to_search`."""
+        """Start a search for eigenvalues before the pair `last`: see `sides_to_search`."""
         bound = space.bound(last)
         limit = bound if side else space.limit(last)
         first = space.num_expanded
@@ -64,13 +64,13 @@ class Search:
         return cls(first, last, added, added, bound, limit, side, patience)
 
     def advance(self, space: KrylovSpace) -> None:
-        """Take a step, `added` products, and see what it shows."""
+        """Take a step of `added` matvecs and update the outcome."""
         space.expand(self.added)
         self.step += 1
         T, R = self._projection(space)
         self.added = space.follow_search(R[:, len(T) - self.added :])
         values = self._magnitudes(T)
-        # Projection and coupling together are no larger than B either.
+        # The norm of [T; R] is at most that of B: it can prove a missed pair before T does.
         if not self.side:
             values = torch.linalg.svdvals(torch.cat([T, R]))
         beyond = int((values > self.bound).sum())
@@ -82,7 +82,7 @@ class Search:
             self.outcome = "" if beyond and self.added else "stalled"
 
     def level(self, space: KrylovSpace) -> float:
-        """Return the least bound that B is known not to exceed, whatever the outcome."""
+        """Return the least proven bound on B, whatever the outcome."""
         if self.step == 0:
             return math.inf
         T, R = self._projection(space)
@@ -113,7 +113,7 @@ class Search:
         return values if self.side else values.abs()
 
     def _is_bounded(self, T: Tensor, R: Tensor, dim: int) -> bool:
-        if self.added == 0:  # the process has ended: it has all of B that the random vectors see
+        if self.added == 0:  # an invariant subspace: T has every eigenvalue the start vectors reach
             return float(self._magnitudes(T).max()) <= self.limit
         if self.step < LEAST_STEPS:
             return False
@@ -128,20 +128,20 @@ def sides_to_search(
 
     Args:
         space: The space.
-        last: Index of the last pair that the search is about.
-        levels: For each end, the bound beyond which all eigenvalues are known to be at hand.
-        apart: Whether H' alone has failed to tell.
+        last: Index of the last pair that the search covers.
+        levels: For each end, the bound beyond which all eigenvalues are known.
+        apart: Whether the search for both ends at once was inconclusive.
     """
     x = space.bound(last)
     ends = tuple(side for side in space.sides if not is_known(levels[side], x))
-    # A search for fewer pairs is to tell of how many it may: H' alone tells it of all.
+    # A search that covers fewer pairs should prove as many as possible: H' alone bounds all pairs.
     at_once = last < space.k - 1 or space.limit(last) >= _WIDE * x
     return (0,) if len(ends) == 2 and at_once and not apart else ends
 
 
 def is_known(level: float, bound: float) -> bool:
-    """Whether all eigenvalues beyond a bound are known to be at hand, if those beyond a level are.
+    """Whether all eigenvalues beyond a bound are known, given those beyond a level.
 
-    Ritz values, which a bound is made of, differ by rounding as the space grows.
+    With a margin: the Ritz values in a bound change by rounding as the space grows.
     """
     return level <= bound + 1e-9 * abs(bound)

@@ -1,11 +1,11 @@
-r"""A growing Krylov space with its exact projection: the state of a block Lanczos process.
+r"""Krylov space with its exact projection: the state of a block Lanczos process.
 
 [E, P] is orthonormal. E are the m *expanded* vectors, whose products with H are known; P are the p
 *pending* ones, stored after them. With A = [E, P]^T H E, of shape (m + p, m),
 
 .. math:: H E = E T + P R, \qquad T = A_{1..m}, \quad R = A_{m+1..m+p},
 
-so that a Ritz pair (theta, E y) of T has the residual norm ||R y|| without another product. Any
+so a Ritz pair (theta, E y) of T has the residual norm ||R y||, without another matvec. Any
 orthonormal vectors may join P at any time: their rows in R are zero.
 """
 
@@ -36,16 +36,16 @@ class KrylovSpace:
 
     Args:
         H: The operator, D x D.
-        k: The number of wanted pairs.
+        k: Number of wanted pairs.
         tol: Their relative tolerance.
-        block: The usual number of vectors in a step.
-        placement: Where the vectors live, and how many at most: at least min(D, k + 3 block).
+        block: Usual number of vectors per step.
+        placement: Location and maximal number of the vectors, at least min(D, k + 3 block).
         generator: Source of random vectors.
-        which: Which pairs are wanted, "LM", "LA" or "SA".
+        which: The wanted pairs, "LM", "LA" or "SA".
 
-    Where H's products are spread over processes, each holds some rows of all vectors; small
-    matrices, and with them all decisions, are the same on each: sums are, and eigenvectors are the
-    first one's. What else is computed from them is as alike as the processors are.
+    For a distributed H each process holds some rows of all vectors. Small matrices, and with them
+    all decisions, agree between processes: sums are reduced, and eigenvectors broadcast from the
+    first process.
     """
 
     def __init__(
@@ -63,43 +63,44 @@ class KrylovSpace:
         self.dim, self.capacity = H.shape[0], placement.capacity
         self.eps = torch.finfo(H.dtype).eps
         self.across = H.communicator if H.communicator.size > 1 else None
-        # What rounding a stored vector does to its residual, relative to its eigenvalue: the rms
-        # error of an entry is a quarter of eps.
+        # Residual due to rounding a stored vector, relative to its eigenvalue: the rms error of an
+        # entry is a quarter of eps.
         stored = placement.dtype
         self.rounding = 0.0 if stored == H.dtype else torch.finfo(stored).eps / 4
         self.num_matvecs = 0
         self.num_restarts = 0
-        # The norm of couplings that restarts have dropped, relative to the thresholds: residuals
-        # are estimated without them.
+        # Norm of the couplings dropped by restarts, relative to the thresholds: residual estimates
+        # do not include them.
         self.lost = 0.0
         self.num_expanded = 0
-        # Vectors to expand before all others: they belong together, coupled or not.
+        # Starting vectors, expanded before all others, whether or not they couple to Ritz pairs.
         self.num_initial = 0
-        with H.communicator.together("taking memory"):
+        with H.communicator.together("allocating the basis"):
             self.basis = Basis(placement, k, max(block, k // 2), H.dtype)
         self.A = torch.zeros(0, 0, dtype=torch.float64, device="cpu")
-        self._ritz: dict[torch.dtype, tuple[Tensor, ...]] = {}  # of the last T
+        self._ritz: dict[torch.dtype, tuple[Tensor, ...]] = {}  # cached Ritz pairs of the last T
         self._asymmetries: list[float] = []
         self._asymmetry = 0.0
-        self._scale = 0.0  # the largest ||H q|| seen: rounding is relative to it
+        self._scale = 0.0  # the largest ||H q|| so far: rounding is relative to it
         self._generator = generator
 
     def start(self, initial: Tensor | None) -> None:
-        """Let the first vectors wait: those given, (D, k0), and random ones where they are few."""
+        """Make the initial vectors (D, k0) pending, and random ones if these are few."""
         if initial is not None:
             start_KD = initial.mT
             if self.capacity < min(self.dim, 2 * len(start_KD) + 3 * self.block):
-                # No room for all of them and their products: start from a block of their span.
+                # No room for all of them and their products: start from a random block in their
+                # span.
                 mix = self._random(self.block, len(start_KD)).to(start_KD)
                 start_KD = mix @ start_KD
-            for part_BD in start_KD.split(max(self.block, 32)):  # all of them may not fit a device
+            for part_BD in start_KD.split(max(self.block, 32)):  # they may not all fit on a device
                 part_BD = part_BD.to(self.H.device, self.H.dtype, copy=True)
                 self.num_initial += self.add_pending(part_BD)
         if self.num_initial < self.k:
             self.add_random(self.block)
 
     def state(self) -> dict[str, Any]:
-        """Return all values that decide how the space grows on, beside the basis."""
+        """Return the state of the space, without the basis."""
         return {
             "A": self.A,
             "size": self.basis.size,
@@ -115,15 +116,15 @@ class KrylovSpace:
         }
 
     def load(self, state: dict[str, Any]) -> None:
-        """Take up a state; the basis has been restored already.
+        """Restore a state; the basis has been restored already.
 
         Raises:
-            ValueError: If the basis has another number of vectors.
+            ValueError: If the basis has a different number of vectors.
         """
         if state["size"] != self.basis.size:
             raise ValueError(
                 f"expected a basis of {state['size']} vectors, got {self.basis.size}: the "
-                "checkpoint's journal does not belong to its state; begin anew"
+                "checkpoint's journal does not belong to its state; start over"
             )
         for name in ("A", "num_matvecs", "num_restarts", "num_expanded", "num_initial"):
             setattr(self, name, state[name])
@@ -133,7 +134,7 @@ class KrylovSpace:
 
     @property
     def num_pending(self) -> int:
-        """The number p of vectors that wait for their product."""
+        """The number p of pending vectors."""
         return self.basis.size - self.num_expanded
 
     @property
@@ -142,7 +143,7 @@ class KrylovSpace:
         return self.basis.size == self.dim
 
     def fits(self, count: int) -> bool:
-        """Whether so many more vectors can be stored, or the whole space can."""
+        """Whether `count` more vectors, or the whole space, can be stored."""
         return self.basis.size + count <= self.capacity or self.capacity >= self.dim
 
     # -- Ritz pairs -----------------------------------------------------------------------------
@@ -153,16 +154,16 @@ class KrylovSpace:
         count: int | None = None,
         expanded: int | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return all Ritz values (m,), the first coefficients, and the residuals of the first k.
+        """Return all Ritz values (m,), the leading coefficients, and the residuals of the first k.
 
-        T is read from the upper triangle: when a column of it was computed, all earlier vectors
-        were in the basis, while parts of an earlier column may have been dropped since.
+        T is read from the upper triangle: when a column was computed, all earlier vectors were in
+        the basis, while parts of earlier columns may have been dropped since.
 
         Args:
-            dtype: Of the eigenproblem: float32 takes half the time, and errs by some eps |theta_1|
-                in values and residuals.
-            count: How many coefficient vectors, (m, count); default k.
-            expanded: m, the vectors that count; default all that are expanded.
+            dtype: Dtype of the eigenproblem: float32 takes half the time, with an error of some eps
+                |theta_1| in values and residuals.
+            count: Number of coefficient vectors, (m, count); default k.
+            expanded: m, the number of expanded vectors used; default all.
         """
         m = self.num_expanded if expanded is None else expanded
         if dtype not in self._ritz or len(self._ritz[dtype][0]) != m:
@@ -177,8 +178,8 @@ class KrylovSpace:
         return values, vectors[:, order[:count]].double(), residuals
 
     def thresholds(self, values: Tensor) -> Tensor:
-        """Return the largest residuals with which pairs of these values count as converged."""
-        # The largest magnitude known, which need not be a wanted pair's.
+        """Return the convergence thresholds of pairs with these values."""
+        # The largest known magnitude, which need not belong to a wanted pair.
         known = self._ritz.get(torch.float64) or self._ritz.get(torch.float32)
         largest = float(known[0].abs().max()) if known and len(known[0]) else 0.0
         return convergence_threshold(values, self.tol, self.eps, largest)
@@ -186,8 +187,8 @@ class KrylovSpace:
     def converged(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """Return which of the first k Ritz pairs have converged, bool.
 
-        A pair's true residual is its estimate and the products' noise together, at right angles.
-        Noise beyond the tolerance cannot be made up for, and demands no more than half of it.
+        The true residual combines the estimate and the products' noise, at right angles. Noise near
+        or beyond the tolerance tightens the requirement by a factor of about two at most.
         """
         values, _, residuals = self.ritz(dtype)
         thresholds = self.thresholds(values[: self.k])
@@ -199,10 +200,10 @@ class KrylovSpace:
         return residuals <= (thresholds**2 - noise**2).sqrt()
 
     def bound(self, index: int, first: int | None = None) -> float:
-        """Return what a missed eigenvalue exceeds that would come before wanted pair `index`.
+        """Return the bound that a missed eigenvalue before wanted pair `index` would exceed.
 
-        On the side of the wanted ones: a magnitude, or for "SA" the negative of a value. What
-        exceeds the Ritz value by less than a residual may have does not matter.
+        On the side of the wanted ones: a magnitude, or for "SA" the negative of a value. Excesses
+        over the Ritz value below the convergence threshold do not matter.
         """
         values = self.ritz(expanded=first)[0][: self.k]
         value = values[index].abs() if len(self.sides) == 2 else self.sides[0] * values[index]
@@ -215,8 +216,8 @@ class KrylovSpace:
 
         Args:
             side: +1 or -1.
-            index: Of the last wanted pair, from 0.
-            first: How many expanded vectors count; by default all.
+            index: Index of the last wanted pair.
+            first: Number of expanded vectors used; default all.
         """
         first = self.num_expanded if first is None else first
         values, Y, _ = self.ritz(count=first, expanded=first)
@@ -225,10 +226,10 @@ class KrylovSpace:
         return schur_complement(values, self.A[first:, :first] @ Y, index + 1, x, side, near)
 
     def limit(self, index: int) -> float:
-        """Return how large H outside may be, with all pairs up to `index` at hand.
+        """Return how large H outside may be without a missed eigenvalue beyond `bound(index)`.
 
-        That is: with no eigenvalue beyond `bound(index)` but theirs. Where the singular values of
-        [T; R] prove that a pair was missed, which they do for free, it is negative.
+        Negative if the singular values of [T; R] prove that a pair was missed, which needs no
+        matvec.
         """
         largest = (
             float(torch.linalg.eigvalsh(self.schur_complement(side, index))[-1])
@@ -246,29 +247,29 @@ class KrylovSpace:
     # -- steps ----------------------------------------------------------------------------------
 
     def multiply(self, block_bD: Tensor) -> tuple[Tensor, BlockSize]:
-        """Return H times vectors (b, D), of which this process has its entries; count them.
+        """Return H times vectors (b, D), this process's entries, and count the matvecs.
 
-        The caller passes their size to `require_usable`, when it has been read.
+        The caller passes the size of the products to `require_usable` once it has been read.
         """
         W_bD = self.product(block_bD)
         self.num_matvecs += len(block_bD)
         return W_bD, block_size(W_bD, self.across)
 
     def product(self, block_bD: Tensor) -> Tensor:
-        """Return H times vectors (b, D), of which this process has its entries, uncounted."""
+        """Return H times vectors (b, D), this process's entries, uncounted."""
         return self.H.product_rows(block_bD.mT).mT.contiguous()
 
     def require_usable(self, size: BlockSize, scale: float) -> None:
-        """Refuse the last products where nothing can be computed with them.
+        """Refuse products with NaN or inf entries, or with squares out of range.
 
         Args:
-            size: Theirs.
-            scale: The largest norm of a product before: where that is of a usual size, these may be
-                of any.
+            size: Size of the last products.
+            scale: Largest norm of an earlier product: if it is within range, the last ones may have
+                any.
 
         Raises:
             ValueError: If they have NaN or inf entries.
-            RangeError: If squares of them leave the range of the dtype.
+            RangeError: If their squares leave the range of the dtype.
         """
         if not math.isfinite(size.largest):
             last = self.num_matvecs
@@ -281,10 +282,10 @@ class KrylovSpace:
             require_range(size.largest)
 
     def expand(self, size: int) -> int:
-        """Multiply the first `size` pending vectors; return how many new directions came of it.
+        """Multiply the first `size` pending vectors; return the number of new directions.
 
         Raises:
-            ValueError: If there are fewer, or size is below 1.
+            ValueError: If fewer are pending, or size is below 1.
         """
         m, rows = self.num_expanded, self.basis.size
         if not 1 <= size <= rows - m:
@@ -299,7 +300,7 @@ class KrylovSpace:
             )
         else:
             floor = self.eps * (max(self._scale, *found.norms) if found.is_read else self._scale)
-            # E^T H S is (S^T H E)^T, and S^T H E is a part of A.
+            # By symmetry E^T H S = (S^T H E)^T, which is part of A: no projection is computed.
             known = self.A[m : m + size].mT
             try:
                 Q_rD, C, R = orthonormalize_against_(
@@ -314,7 +315,7 @@ class KrylovSpace:
                 self.require_usable(found, self._scale)
                 raise
             self.require_usable(found, self._scale)
-            # Where the whole space is nearly spanned, rounding may look like further directions.
+            # Once the space is nearly complete, rounding may pass for further directions.
             Q_rD, R = Q_rD[: self.dim - rows], R[: self.dim - rows]
             self._append(Q_rD)
         self._scale = max(self._scale, *found.norms)
@@ -327,9 +328,9 @@ class KrylovSpace:
         return self.basis.size - rows
 
     def add_pending(self, block_BD: Tensor) -> int:
-        """Orthonormalise vectors (b, D), whole on every process, and let them wait.
+        """Orthonormalise vectors (b, D), whole on every process, and make them pending.
 
-        Returns how many independent ones there were.
+        Returns the number of independent ones.
         """
         room = min(self.capacity, self.dim) - self.basis.size
         mine_BD = self._own_entries(block_BD[:room])
@@ -341,21 +342,21 @@ class KrylovSpace:
         return len(Q_rD)
 
     def add_random(self, count: int) -> int:
-        """Let random vectors, orthogonal to the basis, wait; return how many there was room for."""
+        """Add random pending vectors, as far as there is room; return their number."""
         return self.add_pending(self._random(count, self.dim).to(self.H.device))
 
     def outside(self, count: int) -> Tensor:
-        """Return random vectors (count, D) of the complement of the expanded ones, own entries."""
+        """Return random vectors (count, D) orthogonal to the expanded ones, own entries."""
         Y_bD = self._own_entries(self._random(count, self.dim).to(self.H.device))
         project_out_(Y_bD, self.basis.slabs(0, self.num_expanded), across=self.across)
         return Y_bD
 
     def select(self, size: int, directions: Tensor | None = None) -> None:
-        """Turn the pending vectors so that the first `size` couple most to unconverged pairs.
+        """Rotate the pending vectors so that the first `size` couple most to unconverged pairs.
 
         Args:
-            size: How many.
-            directions: Of the pending vectors, (p, r), to take in place of these.
+            size: Number of leading vectors.
+            directions: Directions in the pending vectors, (p, r), to put first instead.
         """
         if self.num_pending <= size:
             return
@@ -369,14 +370,16 @@ class KrylovSpace:
     def begin_search(self, count: int) -> int:
         """Put random vectors of the complement of E first among the pending ones.
 
-        Vectors outside the basis are added, and mixed with the pending ones as in a Gaussian vector
-        of the complement: an eigenvector may lie in any of them.
+        Vectors outside the basis are added and mixed with the pending ones, so that the result is
+        distributed as Gaussian vectors of the complement: an eigenvector may lie in either part.
 
         Returns:
-            How many there are.
+            Their number.
         """
         pending = self.num_pending
         added = self.add_random(count)
+        # The norm of a Gaussian vector of the part outside [E, P], of this dimension, is about its
+        # square root.
         outside = self.dim - self.num_expanded - pending
         gaussian = torch.cat(
             [
@@ -392,17 +395,16 @@ class KrylovSpace:
         """Put the directions of a coupling, (p, c), first among the pending vectors.
 
         Returns:
-            How many they are, beyond rounding.
+            Their number, beyond rounding.
         """
         U, sigma = self._from_first(torch.linalg.svd(coupling, full_matrices=True)[:2])
         self._turn_pending(U)
         return int((sigma > self.eps * self._scale).sum())
 
     def step_back(self, num_expanded: int) -> None:
-        """Forget the last expanded vectors and all that came of them: nothing was found there.
+        """Drop the vectors expanded last and their products, after a search that found nothing.
 
-        The Ritz pairs from before are at hand still, as are their residuals: what they couple to
-        is among the pending vectors, and remains.
+        The earlier Ritz pairs and their residuals remain: what they couple to is pending.
         """
         self.A, self.num_expanded = self.A[:, :num_expanded], num_expanded
         coupled = self.follow_search(self.A[num_expanded:])
@@ -413,8 +415,8 @@ class KrylovSpace:
         """Keep the best Ritz vectors and the pending ones; drop the rest (thick restart).
 
         Args:
-            spare: For a search: how many vectors must fit then. As many Ritz vectors as leave that
-                room are kept, and all pending ones, which the search is made without.
+            spare: Number of vectors that must fit afterwards, for a search. As many Ritz vectors as
+                leave that room are kept, and all pending ones, which the search does not use.
         """
         self.num_restarts += 1
         dropped = self._drop_pending() if spare == 0 else False
@@ -423,7 +425,7 @@ class KrylovSpace:
         self._ritz.clear()
         room = self.capacity - self.block - self.num_pending
         if room >= self.k:
-            # What was dropped is negligible for the wanted pairs alone: keep no others then.
+            # Dropped couplings are negligible for the wanted pairs only: keep no others then.
             extra = 0 if dropped else max(self.block, (self.capacity - self.k) // 3)
             if spare > 0:
                 extra = self.capacity - self.num_pending - spare - self.k
@@ -432,7 +434,8 @@ class KrylovSpace:
             self.num_expanded = keep
             self._rotate(0, m, Y[:, :keep])
         else:
-            # Too many pending vectors matter (a far warm start): start anew from the Ritz vectors.
+            # Too many pending vectors matter, as after a poor warm start: restart from the Ritz
+            # vectors alone.
             keep = self.num_initial = min(m, self.k)
             self.A = torch.zeros(keep, 0, dtype=torch.float64, device="cpu")
             self.num_expanded = 0
@@ -440,7 +443,7 @@ class KrylovSpace:
             self.basis.truncate(keep)
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Form the k Ritz vectors in place and give up the rest: the space ends with this.
+        """Form the k Ritz vectors in place and free the rest; the space is unusable afterwards.
 
         Returns:
             Ritz values (k,) and residuals (k,), float64 on the CPU, and the vectors (D, k).
@@ -452,17 +455,17 @@ class KrylovSpace:
 
     @property
     def scale(self) -> float:
-        """The largest norm of a product with a unit vector so far: at most that of H."""
+        """The largest norm of a product with a unit vector so far, a lower bound on ||H||."""
         return max(self._scale, 1e-300)
 
     @property
     def asymmetry(self) -> float:
-        """How far v^T (H E) is from (H v)^T E, at most, relative to the norm of H."""
+        """The largest difference of v^T (H E) and (H v)^T E so far, relative to ||H||."""
         return self._asymmetry / self.scale
 
     @property
     def noise(self) -> float:
-        """The norm of a product's error, as seen in the asymmetry of the projection.
+        """The norm of a product's error, estimated from the asymmetry of the projection.
 
         Both E^T (H S) and (S^T H E)^T are computed. With errors of norm s in random directions,
         their entries differ by sqrt(2 / D) s.
@@ -475,7 +478,7 @@ class KrylovSpace:
         return block_BD[:, slice(*self.across.rows(self.dim))].clone()
 
     def _append(self, Q_rD: Tensor) -> None:
-        # A disk may be full for one process alone.
+        # A full disk may affect one process only.
         with self.H.communicator.together("storing vectors"):
             self.basis.append(Q_rD)
 
@@ -484,11 +487,11 @@ class KrylovSpace:
         return torch.randn(shape, generator=generator, device=generator.device, dtype=self.H.dtype)
 
     def _rotate(self, start: int, stop: int, Y: Tensor) -> None:
-        with self.H.communicator.together("turning vectors"):
+        with self.H.communicator.together("rotating the basis"):
             self.basis.rotate_(start, stop, Y)
 
     def _from_first(self, factors: Iterable[Tensor]) -> list[Tensor]:
-        """Return the first process' factors: another processor may find other eigenvectors."""
+        """Broadcast factors from the first process: processors may return different ones."""
         if self.across is None:
             return list(factors)
         return [self.across.broadcast_(factor.contiguous()) for factor in factors]
@@ -510,7 +513,7 @@ class KrylovSpace:
         self.A = torch.cat([self.A[:m], U.mT @ self.A[m:]])
 
     def _drop_pending(self) -> bool:
-        """Drop pending vectors beyond a block, as far as no wanted pair's residual needs them."""
+        """Drop pending vectors beyond a block that are negligible for all wanted residuals."""
         m = self.num_expanded
         if self.num_pending <= self.block:
             return False
@@ -518,10 +521,10 @@ class KrylovSpace:
         thresholds = self.thresholds(values[: self.k])
         coupling = self.A[m:] @ (Y / thresholds.clamp(min=1e-300))
         U, sigma = self._from_first(torch.linalg.svd(coupling, full_matrices=True)[:2])
-        # The norm of all that follows, relative to the thresholds; restarts add up.
+        # Norm of the dropped tail, relative to the thresholds; restarts add up.
         rest = sigma.flip(0).square().cumsum(0).sqrt().flip(0)
         keep = max(self.block, int((rest > 0.02).sum()))
-        if self.capacity < 2 * self.k + 3 * self.block:  # no room for any other way out
+        if self.capacity < 2 * self.k + 3 * self.block:  # too little room to keep more
             keep = self.block
         self.lost += float(rest[keep]) if keep < len(rest) else 0.0
         self._turn_pending(U)

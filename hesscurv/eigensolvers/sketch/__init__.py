@@ -1,1 +1,1 @@
-"""Eigenpairs from random sketches in one or two passes."""
+"""Eigenpairs from random sketches, in one or two passes."""

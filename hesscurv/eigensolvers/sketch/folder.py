@@ -1,8 +1,8 @@
-"""A folder of measurements: one manifest that all jobs agree on, one file for each chunk.
+"""Folder of measurements: a manifest shared by all jobs, and one file per chunk.
 
-``manifest.json`` holds the settings and the operator's fingerprint; the first job writes it and
-nobody changes it. ``measurements_START_STOP.npz`` holds the measurements of one chunk. All files
-appear under their names whole or not at all, so jobs need neither locks nor each other.
+``manifest.json`` holds the settings and the operator's fingerprint; the first job writes it, and it
+never changes. ``measurements_START_STOP.npz`` holds the measurements of one chunk. All files appear
+atomically, so jobs need neither locks nor communication.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from hesscurv.storage.destinations import require_regular_file
 _MANIFEST = "manifest.json"
 _MOST_MANIFEST_BYTES = 2**28
 _READ_BYTES = 2**24
-_LEFTOVER_SECONDS = 3600  # a temporary file that nobody wrote to for so long has lost its job
+_LEFTOVER_SECONDS = 3600  # a temporary file unmodified for this long belongs to a dead job
 
 
 class DamagedFileError(ValueError):
-    """A file of measurements is cut off or was changed."""
+    """A file of measurements is truncated or was modified."""
 
 
 class MeasurementFolder:
-    """The files of one folder, by the manifest that holds there.
+    """The files of one folder and its manifest.
 
     Args:
         path: The folder.
@@ -49,7 +49,7 @@ class MeasurementFolder:
         self.manifest = manifest
 
     def __repr__(self) -> str:
-        """Name the folder and the size of what is measured."""
+        """Return the folder and the sizes of the sketch."""
         return describe_object(
             self,
             path=str(self.path),
@@ -60,7 +60,7 @@ class MeasurementFolder:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> MeasurementFolder:
-        """Return an existing folder.
+        """Open an existing folder.
 
         Raises:
             FileNotFoundError: If there is no manifest: no job has started.
@@ -84,25 +84,25 @@ class MeasurementFolder:
         wanted: Manifest,
         sample: Callable[[], list[float]],
     ) -> MeasurementFolder:
-        """Return the folder of these measurements; the first job to come makes it.
+        """Open the folder of these measurements; the first job creates it.
 
-        Of several that come at once one is the first, and the others find its manifest.
+        Of several concurrent jobs one is the first, and the others find its manifest.
 
         Args:
-            path: The folder; the one that it lies in must exist.
-            wanted: The manifest of this job. All but the chunk size must be what is there.
-            sample: Returns the operator's `product_sample`, which is compared too.
+            path: The folder; its parent must exist.
+            wanted: The manifest of this job. All but the chunk size must match.
+            sample: Returns the operator's `product_sample`, which is compared as well.
 
         Raises:
-            FileNotFoundError: If the folder above does not exist.
-            ValueError: If the folder is of another operator or other settings, or damaged.
-            OSError: If the disk has no room for all measurements.
+            FileNotFoundError: If the parent folder does not exist.
+            ValueError: If the folder belongs to another operator or other settings, or is damaged.
+            OSError: If the disk has too little space for all measurements.
         """
         path = Path(path)
         if not (path / _MANIFEST).exists():
-            # Before the manifest, which would bind the next try to these sizes.
+            # Before the manifest is written, which would bind a second attempt to these sizes.
             new = cls(path, wanted)
-            # By names alone: another job may be writing its own measurements by now.
+            # By names only: another job may already be writing its measurements.
             new.require_space(new.absent())
             path.mkdir(exist_ok=True)
             first = wanted.with_product(sample())
@@ -114,11 +114,11 @@ class MeasurementFolder:
         return folder
 
     def file(self, start: int, stop: int) -> Path:
-        """Return where a chunk is, or would be."""
+        """Return the path of a chunk's file, existing or not."""
         return self.path / f"measurements_{start:07d}_{stop:07d}.npz"
 
     def missing(self) -> list[tuple[int, int]]:
-        """Return the chunks without a whole file, judged by its directory, not its numbers.
+        """Return the chunks without a whole file, judged by the zip directory, not the content.
 
         Raises:
             ValueError: If a file belongs to other measurements.
@@ -128,11 +128,11 @@ class MeasurementFolder:
         ]
 
     def absent(self) -> list[tuple[int, int]]:
-        """Return the chunks without a file, whole or not."""
+        """Return the chunks without any file, damaged or not."""
         return [chunk for chunk in self.manifest.ranges() if not self.file(*chunk).exists()]
 
     def require_sizes(self) -> None:
-        """Raise DamagedFileError if a file is too short for what the manifest says, unread."""
+        """Raise DamagedFileError if a file is shorter than the manifest implies, unread."""
         for start, stop in self.manifest.ranges():
             path, least = self.file(start, stop), self.manifest.num_data_bytes(start, stop)
             if (size := path.stat().st_size) < least:
@@ -178,7 +178,7 @@ class MeasurementFolder:
             arrays["vectors"] = Y_cD.cpu().numpy()
 
         def save(file: Any) -> None:
-            # An .npz file: each member has a checksum, which reading compares.
+            # An .npz file: each member has a checksum, verified on reading.
             with zipfile.ZipFile(file, "w") as archive:
                 for name, array in arrays.items():
                     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -191,12 +191,12 @@ class MeasurementFolder:
             raise OSError(
                 error.errno,
                 f"could not write measurements {start} to {stop} ({needed}): {error.strerror}. "
-                "What was written before is whole; make room and run the same call again",
+                "What was written before is whole; free some space and run the same call again",
                 str(self.path),
             ) from error
 
     def read(self, start: int, stop: int, out_cD: Tensor | None) -> Tensor:
-        """Read the file of one chunk and compare the checksums.
+        """Read the file of one chunk and verify the checksums.
 
         Args:
             start: Its first measurement.
@@ -209,7 +209,7 @@ class MeasurementFolder:
 
         Raises:
             FileNotFoundError: If there is no file.
-            DamagedFileError: If it is cut off or was changed; out_cD may be overwritten in part.
+            DamagedFileError: If it is truncated or was modified; out_cD may be partly overwritten.
             ValueError: If it belongs to other measurements.
         """
         tested_nc = torch.empty(
@@ -227,7 +227,7 @@ class MeasurementFolder:
         return tested_nc
 
     def remove_leftovers(self) -> None:
-        """Remove temporary files of jobs that were killed an hour ago or earlier."""
+        """Remove temporary files of jobs killed an hour ago or earlier."""
         for pattern in (".measurements_*", f".{_MANIFEST}.*"):
             for path in self.path.glob(pattern):
                 with contextlib.suppress(FileNotFoundError):  # another job removed it
@@ -235,7 +235,7 @@ class MeasurementFolder:
                         path.unlink()
 
     def is_whole(self, start: int, stop: int, *, every_byte: bool = True) -> bool:
-        """Return whether a chunk has a file that is whole, by its checksums or its directory."""
+        """Return whether a chunk has a whole file, by its checksums or its zip directory."""
         try:
             with self._opened(start, stop) as archive:
                 return not every_byte or archive.testzip() is None
@@ -247,7 +247,7 @@ class MeasurementFolder:
 
     @contextlib.contextmanager
     def _opened(self, start: int, stop: int) -> Iterator[zipfile.ZipFile]:
-        """Open a chunk's file, see that it is this chunk of these measurements, and hand it out."""
+        """Open a chunk's file, check that it belongs here, and yield it."""
         path = self.file(start, stop)
         remedy = self._remedy(start, stop)
         identity, found = np.array(self.manifest.id), np.zeros(2, dtype="<i8")
@@ -271,7 +271,7 @@ class MeasurementFolder:
 
 
 def _read_member(archive: zipfile.ZipFile, name: str, out: Tensor | np.ndarray[Any, Any]) -> None:
-    """Fill an array with a member's numbers; any error means that the file is not whole."""
+    """Fill an array from a member; any error means that the file is not whole."""
     array = out.numpy() if isinstance(out, Tensor) else out
     with archive.open(f"{name}.npy") as member:
         np.lib.format.read_magic(member)
@@ -286,12 +286,12 @@ def _read_member(archive: zipfile.ZipFile, name: str, out: Tensor | np.ndarray[A
                 raise EOFError(f"{name} ends after {filled} of {len(flat)} bytes")
             flat[filled : filled + len(part)] = np.frombuffer(part, dtype=np.uint8)
             filled += len(part)
-        if member.read(1):  # the checksum is compared where the member ends
-            raise ValueError(f"{name} goes on after {filled} bytes")
+        if member.read(1):  # zipfile verifies the checksum at the end of the member
+            raise ValueError(f"{name} continues after {filled} bytes")
 
 
 def _size(num_bytes: float) -> str:
-    """Return a number of bytes in words."""
+    """Format a number of bytes."""
     for unit in ("bytes", "KB", "MB", "GB"):
         if num_bytes < 1000:
             return f"{num_bytes:.3g} {unit}"

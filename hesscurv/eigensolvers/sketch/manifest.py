@@ -1,4 +1,4 @@
-"""What a folder of measurements is of: the settings of the sketch, and the operator."""
+"""Manifest of a folder of measurements: settings of the sketch, and identity of the operator."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ FORMAT, VERSION = "hesscurv.measurements", 1
 
 _OVERHEAD_BYTES = 4096  # of a chunk's file: names, headers, the last block of the disk
 _DTYPES = {"torch.float32": torch.float32, "torch.float64": torch.float64}
-# The squared number of measurements is stored, in doubles: more than these are not on any disk.
+# The squared number of measurements is stored in doubles: no disk holds more than this.
 _MOST_MEASUREMENTS, _MOST_ENTRIES = 2 * 10**6, 2**53
 _SETTINGS = ("k", "outer", "inner", "measurements", "seed", "omega_seed", "psi_seed")
-_PRODUCT = "product"  # among the entries of the operator's fingerprint
+_PRODUCT = "product"  # key among the entries of the operator's fingerprint
 _SAMPLE_SIZE = 9
 _MEANING = {
     "operator": "its kind",
@@ -38,17 +38,17 @@ _MEANING = {
 
 @dataclass(frozen=True, repr=False)
 class Manifest(Described):
-    """What is measured: the settings of the sketch and what the operator is.
+    """Settings of the sketch and identity of the operator.
 
     Args:
         k: Number of eigenpairs.
         outer: Measurements whose vectors Y are kept: the basis.
         inner: All measurements.
-        measurements: The kind of test matrix.
+        measurements: The kind of random matrix.
         seed: The seed that the two others are drawn from.
-        omega_seed: Of the matrix that H is applied to.
-        psi_seed: Of the matrix that tests the products.
-        chunk: Measurements in one file.
+        omega_seed: Seed of the matrix that H is applied to.
+        psi_seed: Seed of the matrix that tests the products.
+        chunk: Measurements per file.
         dim: D.
         dtype: The vectors' dtype, "torch.float32" or "torch.float64".
         layout: `ParameterLayout.to_dict`, None for an operator without a model.
@@ -70,7 +70,7 @@ class Manifest(Described):
 
     @property
     def id(self) -> str:
-        """A hash of all of it, which every file of measurements carries."""
+        """Hash of the manifest, stored in every file of measurements."""
         return hash_text(_as_text(self._data()))
 
     @property
@@ -79,25 +79,25 @@ class Manifest(Described):
         return _DTYPES[self.dtype]
 
     def ranges(self) -> list[tuple[int, int]]:
-        """Return the chunks [start, stop) in their order; none has vectors in part."""
+        """Return the chunks [start, stop) in order; none straddles `outer`."""
         return cut(0, self.outer, self.chunk) + cut(self.outer, self.inner, self.chunk)
 
     def num_bytes(self, ranges: Iterable[tuple[int, int]]) -> int:
-        """Return how large the files of these chunks are."""
+        """Return the size of the files of these chunks in bytes."""
         return sum(self.num_data_bytes(*chunk) + _OVERHEAD_BYTES for chunk in ranges)
 
     def num_data_bytes(self, start: int, stop: int) -> int:
-        """Return the bytes of a chunk's measurements by themselves."""
+        """Return the bytes of a chunk's measurements, without overhead."""
         of_one = self.dim * self.torch_dtype.itemsize * (stop <= self.outer)
         return (stop - start) * (self.inner * 8 + of_one)
 
     def to_json(self) -> str:
-        """Return the manifest as text, the same for the same manifest, with its checksum."""
+        """Return the manifest as canonical JSON with a checksum."""
         return _as_text({**self._data(), "checksum": self.id})
 
     @classmethod
     def from_json(cls, text: bytes, file: Path) -> Manifest:
-        """Read what `to_json` returned, and look whether its sizes fit each other.
+        """Parse the output of `to_json` and validate its sizes.
 
         Args:
             text: The file's content.
@@ -108,7 +108,7 @@ class Manifest(Described):
         """
         damaged = (
             f"{file} is damaged; delete it and run a job again with the first one's arguments, "
-            "which writes it anew"
+            "which writes it again"
         )
         try:
             data = json.loads(text)
@@ -121,7 +121,7 @@ class Manifest(Described):
                 f"expected format version {VERSION}, got {version} in {file}; use the hesscurv "
                 "that wrote it"
             )
-        checksum = data.pop("checksum", None)  # folders from before there was one have none
+        checksum = data.pop("checksum", None)  # absent in folders of earlier versions
         if set(data) != {field.name for field in fields(cls)}:
             raise ValueError(damaged)
         manifest = cls(**data)
@@ -139,7 +139,7 @@ class Manifest(Described):
         return {"format": FORMAT, "version": VERSION, **asdict(self)}
 
     def _check(self) -> None:
-        """Raise unless all is of its kind and the sizes fit each other: none can be huge."""
+        """Raise unless types and sizes are consistent, which also bounds the sizes."""
         for name in ("k", "outer", "inner", "chunk", "dim", "seed", "omega_seed", "psi_seed"):
             if type(getattr(self, name)) is not int:
                 raise TypeError(f"{name}={getattr(self, name)!r:.40}")
@@ -160,7 +160,7 @@ class Manifest(Described):
             raise ValueError(f"expected a layout of {self.dim} entries")
 
     def require_operator(self, fingerprint: dict[str, Any], folder: Path) -> None:
-        """Raise ValueError, naming what differs, unless the fingerprint is that of the operator."""
+        """Raise ValueError, naming the differences, unless the fingerprint matches."""
         stored = {name: value for name, value in self.operator.items() if name != _PRODUCT}
         found = differences(stored, fingerprint)
         if found:
@@ -171,21 +171,21 @@ class Manifest(Described):
             )
 
     def with_product(self, sample: list[float]) -> Manifest:
-        """Return the manifest with a `product_sample`, which later jobs compare theirs with."""
+        """Return the manifest with a `product_sample`, against which later jobs compare theirs."""
         return replace(self, operator={**self.operator, _PRODUCT: sample})
 
     def require_product(self, sample: Callable[[], list[float]], folder: Path) -> None:
-        """Raise ValueError unless a product of the operator's is that of the first job's.
+        """Raise ValueError unless a product of the operator matches that of the first job.
 
         Args:
-            sample: Returns the operator's `product_sample`; not called where the manifest is from
-                before there was one.
+            sample: Returns the operator's `product_sample`; not called if the manifest of an
+                earlier version has none.
             folder: For the message.
         """
         stored = self.operator.get(_PRODUCT)
         if stored is None:
             return
-        # A product in float32 may be off by a thousandth, on another kind of processor.
+        # Products in float32 may differ by 1e-3 between processors of different kinds.
         allowed = torch.finfo(self.torch_dtype).eps ** (1 / 3)
         gap = sample_gap(stored, sample())
         if not gap <= allowed:
@@ -194,11 +194,11 @@ class Manifest(Described):
                 f"first job's by {gap:.2g} of its norm, where rounding explains {allowed:.1g}; "
                 "weights, batches and settings are the same, so what differs is the loss function "
                 "(its arguments, its class weights) or the model's code (activations, constants "
-                "that are no buffers); give the same in all jobs, or take another folder"
+                "that are not buffers); give the same in all jobs, or take another folder"
             )
 
     def require_settings(self, other: Manifest, folder: Path) -> None:
-        """Raise ValueError, naming what differs, unless another job's settings are the same."""
+        """Raise ValueError, naming the differences, unless another job's settings match."""
         found = [
             f"{name}={getattr(self, name)!r} there and {getattr(other, name)!r} here"
             for name in _SETTINGS
@@ -211,7 +211,7 @@ class Manifest(Described):
             )
 
     def call(self, folder: Path, start: int, stop: int) -> str:
-        """Return the call that takes the measurements of a range."""
+        """Return the call that takes the measurements of a range, as text."""
         return (
             f"measure(H, {self.k}, {str(folder)!r}, start={start}, stop={stop}, "
             f"outer={self.outer}, inner={self.inner}, measurements={self.measurements!r}, "

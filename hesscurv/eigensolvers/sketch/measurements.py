@@ -1,7 +1,7 @@
-"""SEIGH by independent jobs: each takes some measurements, writes them to a folder, and ends.
+"""SEIGH by independent jobs: each takes some measurements, writes them to a folder, and exits.
 
-No job waits for another or talks to one, as in the paper's runs: a job array on a cluster, or a few
-shells. What the folder holds is in `measurement_folder`; what is computed is in `single_pass`.
+Jobs neither wait for nor communicate with each other, as in the paper's runs: a job array on a
+cluster, or a few shells. See `folder` for the files and `single_pass` for the algorithm.
 """
 
 from __future__ import annotations
@@ -56,50 +56,48 @@ def measure(
 ) -> list[tuple[int, int]]:
     """Take a share of `single_pass`'s measurements and write them to a folder.
 
-    ``Y_j = H Omega_j`` and ``Psi^T Y_j`` for measurements j of a share, Omega and Psi (D, inner)
-    known by their seeds. Any number of jobs, on any machines that see the folder, take a share
-    each, in any order; `assemble` makes the eigenpairs of them. They are written chunk by chunk,
-    and chunks that are there are not measured again: a job that was killed loses at most one, and
-    is run again by the same call. Shares that overlap do no harm. The first job to come notes the
-    settings and the operator; a job with another operator or other settings is refused before its
-    first product.
+    ``Y_j = H Omega_j`` and ``Psi^T Y_j`` for the measurements j of a share, with Omega and Psi
+    (D, inner) defined by their seeds. Any number of jobs, on any machines that see the folder, take
+    a share each, in any order; `assemble` computes the eigenpairs. Measurements are written chunk
+    by chunk, and existing chunks are not measured again: a killed job loses at most one, and the
+    same call resumes it. Shares may overlap. The first job records the settings and the operator; a
+    job with another operator or other settings is refused before its first matvec.
 
     A chunk is a block of measurements; for the Gaussian and Rademacher kinds, which draw Psi for
     each chunk, the larger of a block and an eighth of outer.
 
     Args:
-        H: The symmetric operator, D x D, float32 or float64; what `eigsh` takes. Every job builds
-            the same one, of the same weights and batches, which are compared, as is
-            one product with the first job's: it sees the loss function and the model's code too.
+        H: The symmetric operator, D x D, float32 or float64, as for `eigsh`. Every job builds the
+            same one; weights and batches are compared, and one matvec with that of the first job,
+            which covers the loss function and the model's code.
         k: Number of eigenpairs, 1 <= k <= D.
-        folder: Where the measurements are kept; made if it is not there, in an existing folder.
-        start: The share [start, stop) as measurements, 0 <= start < stop <= inner: the chunks
-            that begin in it. So ranges that join each other share the chunks out, wherever they
-            are cut. Default 0.
+        folder: Folder of the measurements; created if missing, in an existing folder.
+        start: The share [start, stop) as measurements, 0 <= start < stop <= inner: the chunks that
+            begin in it, so adjacent ranges partition the chunks wherever they are cut. Default 0.
         stop: One past the last; default inner. Without start, stop and part the job does all.
         part: The share as (i, n): part i = 0, ..., n - 1 of n equal ones, instead of a range.
-        outer: Vectors in the basis, k <= outer <= inner; default 2 k. This is what is stored.
-        inner: Measurements in all; default 2 outer, at most D.
+        outer: Vectors in the basis, k <= outer <= inner; default 2 k. Only these are stored.
+        inner: Total number of measurements; default 2 outer, at most D.
         measurements: "ssrft" (default), "gaussian" or "rademacher".
-        seed: Of the two test matrices; the pairs are those of
+        seed: Seed of the two random matrices; the pairs are those of
             ``single_pass(H, k, generator=torch.Generator().manual_seed(seed))``.
-        block_size: Products at a time, default 32. The first job's sets the chunks; the others'
+        block_size: Matvecs per block, default 32. The first job's sets the chunks; the others'
             may be smaller, to save memory.
         progress: Whether to show a progress bar over this job's products.
 
     Returns:
-        The ranges that are missing in the folder afterwards: none if it can be assembled.
+        The ranges still missing in the folder afterwards: none if it can be assembled.
 
     Raises:
-        ValueError: If an argument is out of range, the folder is of another operator or other
+        ValueError: If an argument is out of range, the folder belongs to another operator or other
             settings, or a product has NaN or inf entries.
         TypeError: If H's dtype is not float32 or float64.
-        FileNotFoundError: If the folder that `folder` lies in does not exist.
-        OSError: If the disk has no room for what is still missing, or is full; what was written
-            stays whole.
+        FileNotFoundError: If the parent of `folder` does not exist.
+        OSError: If the disk has too little space for the missing measurements, or is full; written
+            chunks stay intact.
 
-    Cost: a product for each measurement of the share, and one that is compared. Memory: a chunk and
-    a block of vectors. Disk, by all jobs together: outer D floats and inner^2 doubles. SSRFT takes
+    Cost: one matvec for each measurement of the share, and one for the comparison. Memory: a chunk
+    and a block of vectors. Disk, all jobs together: outer D floats and inner^2 doubles. SSRFT takes
     4 FFTs of length D for each measurement; the other kinds draw Psi, inner D random numbers, for
     each chunk.
 
@@ -140,13 +138,13 @@ def measure(
 def missing(folder: str | os.PathLike[str]) -> list[tuple[int, int]]:
     """Return the ranges of measurements that a folder of `measure` still lacks.
 
-    Files that were cut off count as missing; `assemble` compares all numbers with their checksums.
+    Truncated files count as missing; only `assemble` verifies the checksums of all numbers.
 
     Args:
         folder: The folder.
 
     Returns:
-        Ranges (start, stop) as `measure` takes them, in order; none if it can be assembled.
+        Ranges (start, stop) as arguments of `measure`, in order; none if it can be assembled.
 
     Raises:
         FileNotFoundError: If no job has started there.
@@ -164,39 +162,39 @@ def assemble(
     block_size: int = 32,
     progress: bool = False,
 ) -> Eigenpairs:
-    """Compute the eigenpairs from the measurements that jobs wrote to a folder.
+    """Compute the eigenpairs from the measurements in a folder.
 
     ``Q = orth(Y[:, :outer])``, ``C = (Psi^T Q)^+ M ((Omega^T Q)^+)^T``, ``V = Q U``, as in
-    `single_pass`, whose result this is: to the last bit for SSRFT, if the products and the number
-    of threads are the same, else up to rounding. The folder stays as it is.
+    `single_pass`: bit-identical for SSRFT, given the same products and number of threads, otherwise
+    up to rounding. The folder is not changed.
 
     Args:
-        folder: The folder that `measure` filled.
-        H: The operator, on whose device the pairs are computed; compared with the one that was
-            measured. Default None: the CPU, no residuals, and the layout from the folder.
-        residuals: Whether to measure ``||H v - lambda v||`` where H is given, by k products;
-            default True. Without, they are NaN and no pair counts as converged.
+        folder: The folder of `measure`.
+        H: The operator, on whose device the pairs are computed; compared with the measured one.
+            Default None: the CPU, no residuals, and the layout from the folder.
+        residuals: Whether to measure ``||H v - lambda v||`` if H is given, by k matvecs; default
+            True. Otherwise they are NaN and no pair counts as converged.
         tol: Pair i has converged when its residual is at most
             ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
-        block_size: Products at a time for the residuals; default 32.
-        progress: Whether to show a progress bar over the products for the residuals.
+        block_size: Matvecs per block for the residuals; default 32.
+        progress: Whether to show a progress bar over the matvecs for the residuals.
 
     Returns:
-        The k eigenpairs, both signs, largest magnitude first. `num_matvecs` counts all jobs'
-        measurements. The eigenvectors are a view of storage (outer, D); ``.clone()`` them and drop
+        The k eigenpairs, both signs, largest magnitude first. `num_matvecs` counts the measurements
+        of all jobs. The eigenvectors are a view of storage (outer, D); ``.clone()`` them and drop
         the result to free the rest.
 
     Raises:
         FileNotFoundError: If no job has started in the folder.
-        ValueError: If measurements are missing (the message has the calls that take them), a file
+        ValueError: If measurements are missing (the message lists the calls that take them), a file
             is damaged or belongs to other measurements, or H is another operator.
 
     Warns:
         ConvergenceWarning: If residuals are measured and exceed the tolerance.
 
-    Cost: one reading of the files, and k products if residuals are measured. Memory: outer D
-    floats, some blocks and, on a GPU, a chunk in the machine's memory. SSRFT takes 4 outer FFTs of
-    length D; the other kinds draw 2 inner D random numbers.
+    Cost: one read of the files, and k matvecs if residuals are measured. Memory: outer D floats,
+    some blocks and, on a GPU, a chunk in host memory. SSRFT takes 4 outer FFTs of length D; the
+    other kinds draw 2 inner D random numbers.
 
     References:
         As for `measure`.
@@ -256,7 +254,7 @@ def assemble(
 
 
 class _Measured(LinearOperator):
-    """What is known of an operator from its measurements: no products, but sizes and layout."""
+    """Placeholder for an operator known only by its measurements: sizes and layout, no matvecs."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest.dim, manifest.torch_dtype, torch.device("cpu"))
@@ -276,8 +274,8 @@ def _plan(
     seed: int,
     block_size: int,
 ) -> tuple[Manifest, TestMatrix, TestMatrix]:
-    """Check the settings; return the manifest as this job would write it, and the test matrices."""
-    k, seed = as_int("k", k), as_int("seed", seed)  # NumPy's integers are not JSON
+    """Check the settings; return this job's manifest and the random matrices."""
+    k, seed = as_int("k", k), as_int("seed", seed)  # JSON cannot hold NumPy integers
     if block_size < 1:
         raise ValueError(f"expected block_size >= 1, got {block_size}")
     dim = H.shape[0]
@@ -308,7 +306,7 @@ def _plan(
 
 
 def _seeds(seed: int) -> tuple[torch.Generator, int, int]:
-    """Return the generator as `single_pass` leaves it, and the two seeds that it draws from it."""
+    """Return the generator and the two seeds that `single_pass` draws from it, in its order."""
     generator = torch.Generator().manual_seed(seed)
     return generator, draw_seed(generator), draw_seed(generator)
 
@@ -332,9 +330,9 @@ def _measure_chunks(
     todo: list[tuple[int, int]],
     block_size: int,
 ) -> None:
-    """Measure chunks and write each when it is done."""
+    """Measure chunks and write each one when done."""
     manifest = files.manifest
-    # Past outer Y is not kept; but where Psi is drawn anew for each use, it is tested at once.
+    # Past outer Y is not needed; but kinds that redraw Psi for each use test a whole chunk at once.
     stored = manifest.outer if manifest.measurements == "ssrft" else manifest.inner
     scratch_cD = torch.empty(
         max((last - first for first, last in todo if last <= stored), default=0),
@@ -343,7 +341,7 @@ def _measure_chunks(
         device=H.device,
     )
     for first, last in todo:
-        if files.file(first, last).exists():  # another job with this range was faster
+        if files.file(first, last).exists():  # another job has written it meanwhile
             continue
         out_cD = scratch_cD[: last - first] if last <= stored else None
         tested_nc = take_measurements(H, omega, psi, first, last, out_cD, block_size)
@@ -390,7 +388,7 @@ def _share(
 
 
 def _joined(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return neighbouring ranges as one."""
+    """Merge adjacent ranges."""
     out: list[tuple[int, int]] = []
     for start, stop in ranges:
         if out and out[-1][1] == start:

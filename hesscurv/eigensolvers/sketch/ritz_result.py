@@ -1,4 +1,4 @@
-"""From an orthonormal basis and the operator projected on it to eigenpairs: the last step."""
+"""Rayleigh-Ritz step of the sketching methods: eigenpairs from a basis and a projected operator."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def ritz_result(
 ) -> Eigenpairs:
     """Return the k leading eigenpairs of ``Q T Q^T``, their vectors formed in Q's storage.
 
-    Where Q has fewer than k vectors, H was found to have that rank: random orthonormal vectors with
-    eigenvalue zero complete them.
+    If Q has fewer than k vectors, H was found to have that rank: random orthonormal vectors with
+    eigenvalue zero complete the pairs.
 
     Args:
         H: The operator, for the residuals.
         basis_mD: Shape (m, D), m >= k, row-contiguous; its first r rows are Q, the others are
             free. Overwritten.
         T_rr: Shape (r, r), the projected operator.
-        k: The number of pairs.
-        which: Which ones, and their order: see `wanted_first`.
+        k: Number of pairs.
+        which: The wanted pairs and their order: see `wanted_first`.
         method: The solver's name.
         generator: Source of the completing vectors.
-        residuals: Whether to measure residuals, by k products; if not, they are NaN and no pair
+        residuals: Whether to measure residuals, by k matvecs; if not, they are NaN and no pair
             counts as converged.
         tol: Relative tolerance of convergence.
-        block_size: Products at a time.
-        start: When the solve began, by `time.perf_counter`.
+        block_size: Matvecs per block.
+        start: Start time of the solve, by `time.perf_counter`.
         info: The solver's own entries for `Eigenpairs.info`.
 
     Returns:
@@ -65,7 +65,7 @@ def ritz_result(
     """
     theta, Y_rr = ritz_pairs(T_rr, which)
     rank, dim = len(T_rr), H.shape[0]
-    # Where Q has fewer vectors than were measured, it has the whole range: outside are zeros.
+    # A rank-deficient sketch spans the whole range: all eigenvalues outside are zero.
     zeros = min(k, dim - rank) if rank < len(basis_mD) else 0
     wanted = torch.cat([theta, theta.new_zeros(zeros)])
     order = wanted_first(wanted, which)[:k]
@@ -73,7 +73,7 @@ def ritz_result(
     count = int(inside.sum())
     rotate_(basis_mD[:rank], Y_rr[:, order[inside]])
     complete_(basis_mD[:k], count, generator)
-    if not bool(inside[:count].all()):  # zeros come before some Ritz values
+    if not bool(inside[:count].all()):  # zeros come before some Ritz values: reorder the columns
         place = torch.where(inside, inside.cumsum(0) - 1, count + (~inside).cumsum(0) - 1)
         rotate_(basis_mD[:k], torch.eye(k, dtype=torch.float64, device="cpu")[:, place])
     values = wanted[order].to(H.dtype)
@@ -85,10 +85,11 @@ def ritz_result(
     largest = float(theta.abs().max()) if rank else 0.0
     done = converged(gaps, values, tol, torch.finfo(H.dtype).eps, largest)
     within = int(done.sum())
-    # Where the range is smaller than the basis, or this the whole space, nothing else is outside.
+    # Other eigenvalues can be outside only if the basis has neither the whole range nor all of R^D.
     partial = zeros == 0 and rank < dim
     if len(sides_of(which)) == 1 and partial:
-        # A sketch holds the largest magnitudes. What is wanted and is not outside exceeds them.
+        # A sketch captures the largest magnitudes: only pairs beyond the least one it holds are
+        # certain to precede all those outside.
         rounding = 10 * torch.finfo(H.dtype).eps * largest
         done &= sides_of(which)[0] * values >= float(theta.abs().min()) - rounding
     if residuals and not bool(done.all()):

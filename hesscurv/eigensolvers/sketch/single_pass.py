@@ -1,4 +1,4 @@
-"""SEIGH: the sketched eigendecomposition from one pass of independent measurements."""
+"""SEIGH: sketched eigendecomposition from one pass of independent measurements."""
 
 from __future__ import annotations
 
@@ -35,36 +35,36 @@ def single_pass(
     storage: str | os.PathLike[str] | None = None,
     progress: bool = False,
 ) -> Eigenpairs:
-    """Compute the k eigenpairs of largest magnitude from products that do not depend on each other.
+    """Compute the k eigenpairs of largest magnitude from independent matvecs.
 
     ``Y = H Omega``, ``M = Psi^T Y``, ``Q = orth(Y[:, :outer])``,
     ``C = (Psi^T Q)^+ M ((Omega^T Q)^+)^T``, ``(C + C^T)/2 = U Lambda U^T``, ``V = Q U``, with
-    random Omega, Psi (D, inner). Since no product waits for another, jobs that know nothing of each
-    other can share them out: see `measure` and `assemble`. The price is accuracy, which falls along
-    the spectrum: in the paper's runs with 7,030 parameters and outer = 355 the eigenvalues were
-    within 6 % up to number 200, and half of the true ones at number 300.
+    random Omega, Psi (D, inner). Since no matvec depends on another, independent jobs can share
+    them: see `measure` and `assemble`. The price is accuracy, which decreases along the spectrum:
+    in the paper's runs with 7,030 parameters and outer = 355 the eigenvalues were within 6 % up to
+    number 200, and half of the true ones at number 300.
 
     Args:
-        H: The symmetric operator, D x D, float32 or float64; what `eigsh` takes.
+        H: The symmetric operator, D x D, float32 or float64, as for `eigsh`.
         k: Number of pairs, 1 <= k <= D.
         which: "LM", largest magnitudes (default); "LA", largest values; "SA", smallest values. The
-            sketch holds large magnitudes: of "LA" and "SA", pairs below these do not count as
+            sketch captures large magnitudes: with "LA" and "SA", pairs below these do not count as
             converged.
-        outer: Vectors in the basis, k <= outer <= inner; default 2 k. This is what is stored.
+        outer: Vectors in the basis, k <= outer <= inner; default 2 k. Only these are stored.
         inner: Measurements; default 2 outer. At most D: D orthogonal (SSRFT) measurements
-            determine H on the basis exactly, so they take the place of any more, of any kind.
+            determine H on the basis exactly, so they replace any larger number of any kind.
         measurements: "ssrft" (default), "gaussian" or "rademacher".
-        generator: Source of the two matrices' seeds; default a new one with seed 0.
-        block_size: Products at a time; default 32.
-        residuals: Whether to measure ``||H v - lambda v||``, by k more products; default True.
+        generator: Source of the seeds of the two matrices; default a new one with seed 0.
+        block_size: Matvecs per block; default 32.
+        residuals: Whether to measure ``||H v - lambda v||``, by k more matvecs; default True.
         tol: Pair i has converged when its residual is at most
             ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
-        max_matvecs: The most products, those for residuals included: bounds the defaults of
-            outer and inner.
-        storage: Where the basis lives: "device", or for an operator on the CPU, where "host" and
-            "cpu" say the same, a folder on a disk, for a file that is mapped into memory; by
-            default a temporary one where memory is short.
-        progress: Whether to show a progress bar over the products.
+        max_matvecs: Maximal number of matvecs, including residuals: bounds the defaults of outer
+            and inner.
+        storage: Location of the basis: "device" or, for an operator on the CPU (where "host" and
+            "cpu" mean the same), a folder on a disk for a memory-mapped file; by default a
+            temporary one if memory is short.
+        progress: Whether to show a progress bar over the matvecs.
 
     Returns:
         The eigenpairs, both signs, largest magnitude first. The eigenvectors are a view of storage
@@ -77,9 +77,9 @@ def single_pass(
     Warns:
         ConvergenceWarning: If residuals are measured and exceed the tolerance.
 
-    Cost: inner products, and k for the residuals. Storage: outer D floats, 1.125 times as many for
+    Cost: `inner` matvecs, and k for the residuals. Storage: outer D floats, 1.125 times as many for
     the Gaussian and Rademacher kinds, and some blocks. SSRFT takes 4 (inner + outer) FFTs of length
-    D; the other kinds take inner (inner + 2 outer) D multiply-adds and, as Psi is drawn anew for
+    D; the other kinds take inner (inner + 2 outer) D multiply-adds and, since Psi is redrawn for
     each eighth of the basis, 12 inner D random numbers.
 
     References:
@@ -107,9 +107,9 @@ def single_pass(
     with CountedOperator(H, total, "single_pass", progress) as counted:
         basis_mD = allocate_basis(storage, outer, dim, H.dtype, H.device, reserved)
         M_nn = torch.empty(inner, inner, dtype=torch.float64, device="cpu")
-        # SSRFT tests block by block. Where Psi is drawn anew for each use, all of the basis is
-        # tested at once, and the other columns of Y, which count through Psi^T Y alone, are stored
-        # in groups wider than a block.
+        # SSRFT tests block by block. Kinds that redraw Psi for each use test the whole basis at
+        # once, and the other columns of Y, of which only Psi^T Y is needed, in groups wider than a
+        # block.
         group, drawn_anew = group_size(measurements, outer, block_size), measurements != "ssrft"
         scratch_gD = basis_mD.new_empty(min(group, inner - outer), dim) if drawn_anew else None
         ranges = cut(0, outer, outer if drawn_anew else group) + cut(outer, inner, group)
@@ -156,13 +156,13 @@ def take_measurements(
         start: The first measurement.
         stop: One past the last.
         out_bD: Shape (at least stop - start, D), row-contiguous: its first rows are filled with Y;
-            None keeps no more of Y than a block.
-        block_size: Products at a time.
+            None keeps only one block of Y at a time.
+        block_size: Matvecs per block.
 
     Returns:
         ``Psi^T Y``, shape (inner, stop - start), float64 on the CPU.
 
-    Cost: stop - start products.
+    Cost: stop - start matvecs.
     """
     tested = []
     for first in range(start, stop, block_size):
@@ -172,19 +172,19 @@ def take_measurements(
             tested.append(psi.transpose_matmul(Y_Db))
         else:
             out_bD[first - start : last - start] = Y_Db.mT
-        del Y_Db  # before there is a second block of it
+        del Y_Db  # free it before the next block is allocated
     if out_bD is None:
         return torch.cat(tested, dim=1)
     return psi.transpose_matmul(out_bD[: stop - start].mT)
 
 
 def core_matrix(Q_rD: Tensor, M_nn: Tensor, omega: TestMatrix, psi: TestMatrix) -> Tensor:
-    """Return the core C of ``H ~ Q C Q^T`` that fits the measurements best, by least squares.
+    """Return the least-squares core C of ``H ~ Q C Q^T``.
 
     ``C = (Psi^T Q)^+ M ((Omega^T Q)^+)^T``, from ``M = Psi^T H Omega ~ (Psi^T Q) C (Q^T Omega)``.
 
     Args:
-        Q_rD: Shape (r, D), r <= inner: the orthonormal basis, one vector in each row.
+        Q_rD: Shape (r, D), r <= inner: the orthonormal basis, one vector per row.
         M_nn: Shape (inner, inner), ``Psi^T H Omega``, float64 on the CPU.
         omega: The test matrix that H was applied to.
         psi: The test matrix that tested the products.
@@ -192,8 +192,8 @@ def core_matrix(Q_rD: Tensor, M_nn: Tensor, omega: TestMatrix, psi: TestMatrix) 
     Returns:
         Shape (r, r), float64 on the CPU; not yet symmetrised.
     """
-    # By singular values: LAPACK's default driver for least squares (gelsy) does not give the same
-    # bits twice, and a small sign matrix can be singular.
+    # pinv instead of lstsq: LAPACK's default driver (gelsy) is not bit-reproducible, and a small
+    # sign matrix can be singular.
     rtol = len(M_nn) * torch.finfo(Q_rD.dtype).eps
     left_rn = torch.linalg.pinv(psi.transpose_matmul(Q_rD.mT), rtol=rtol)
     right_rn = torch.linalg.pinv(omega.transpose_matmul(Q_rD.mT), rtol=rtol)
@@ -201,19 +201,19 @@ def core_matrix(Q_rD: Tensor, M_nn: Tensor, omega: TestMatrix, psi: TestMatrix) 
 
 
 def group_size(measurements: str, outer: int, block_size: int) -> int:
-    """Return how many measurements to test at once: a block, or more where Psi is drawn for it."""
+    """Return how many measurements to test at once: a block, or more for kinds that redraw Psi."""
     return block_size if measurements == "ssrft" else max(block_size, outer // 8)
 
 
 def cut(start: int, stop: int, size: int) -> list[tuple[int, int]]:
-    """Return the range [start, stop) in pieces of this size; the last may be shorter."""
+    """Split [start, stop) into ranges of this size; the last may be shorter."""
     return [(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 def sketch_sizes(
     k: int, dim: int, outer: int | None, inner: int | None, limit: int | None, extra: int
 ) -> tuple[int, int]:
-    """Return outer and inner within D and within the limit on products."""
+    """Return outer and inner, bounded by D and by the limit on matvecs."""
     if not 1 <= k <= dim:
         raise ValueError(f"expected 1 <= k <= D={dim}, got k={k}")
     most = dim if limit is None else min(dim, limit - extra)
@@ -221,13 +221,13 @@ def sketch_sizes(
         inner = max(outer or k, min(2 * (outer or 2 * k), most))
     inner = min(inner, dim)
     if outer is None:
-        # Half of inner, but where the measurements are exact, the wider basis costs nothing.
+        # Half of inner; but D measurements are exact for any basis, so a wider one costs nothing.
         outer = 2 * k if inner == dim else min(2 * k, max(k, inner // 2))
     outer = min(outer, dim)
     if not k <= outer <= inner:
         raise ValueError(
             f"expected k <= outer <= inner, got k={k}, outer={outer}, inner={inner}; "
-            "usual are outer = 2 k and inner = 2 outer"
+            "usual values are outer = 2 k and inner = 2 outer"
         )
     if inner > most:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Randomised Rayleigh-Ritz in two passes, with optional subspace iteration."""
+"""Two-pass randomised Rayleigh-Ritz, with optional subspace iteration."""
 
 from __future__ import annotations
 
@@ -43,28 +43,28 @@ def rayleigh_ritz(
     ``(|lambda_{m+1}| / |mu|)^(2 q + 2)``: the flatter the spectrum, the more iterations.
 
     Args:
-        H: The symmetric operator, D x D, float32 or float64; what `eigsh` takes.
+        H: The symmetric operator, D x D, float32 or float64, as for `eigsh`.
         k: Number of pairs, 1 <= k <= D.
         which: "LM", largest magnitudes (default); "LA", largest values; "SA", smallest values. The
-            sketch holds large magnitudes: of "LA" and "SA", pairs below these do not count as
+            sketch captures large magnitudes: with "LA" and "SA", pairs below these do not count as
             converged.
-        num_measurements: m, the vectors in the basis, k <= m <= D; default 2 k, or as many as
-            `initial` has. This is what is stored.
-        subspace_iterations: q, with a reorthonormalisation each; default 0.
+        num_measurements: m, the number of basis vectors, k <= m <= D; default 2 k, or at least as
+            many as `initial` has. All are stored.
+        subspace_iterations: q, each with a reorthonormalisation; default 0.
         measurements: "gaussian" (default), "rademacher" or "ssrft".
-        generator: Source of the test matrix' seed; default a new one with seed 0.
-        initial: Vectors (D, k0), k0 <= m, such as earlier eigenvectors; they take the place of the
-            first columns of Omega. They need not be orthonormal.
-        block_size: Products at a time; default 32.
-        residuals: Whether to measure ``||H v - lambda v||``, by k more products; default True.
+        generator: Source of the random matrix's seed; default a new one with seed 0.
+        initial: Vectors (D, k0), k0 <= m, for a warm start, such as earlier eigenvectors; they
+            replace the first columns of Omega. They need not be orthonormal.
+        block_size: Matvecs per block; default 32.
+        residuals: Whether to measure ``||H v - lambda v||``, by k more matvecs; default True.
         tol: Pair i has converged when its residual is at most
             ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
-        max_matvecs: The most products, those for residuals included: bounds the default of
+        max_matvecs: Maximal number of matvecs, including residuals: bounds the default of
             `num_measurements`.
-        storage: Where the basis lives: "device", or for an operator on the CPU, where "host" and
-            "cpu" say the same, a folder on a disk, for a file that is mapped into memory; by
-            default a temporary one where memory is short.
-        progress: Whether to show a progress bar over the products.
+        storage: Location of the basis: "device" or, for an operator on the CPU (where "host" and
+            "cpu" mean the same), a folder on a disk for a memory-mapped file; by default a
+            temporary one if memory is short.
+        progress: Whether to show a progress bar over the matvecs.
 
     Returns:
         The eigenpairs, both signs, largest magnitude first. The eigenvectors are a view of storage
@@ -77,7 +77,7 @@ def rayleigh_ritz(
     Warns:
         ConvergenceWarning: If residuals are measured and exceed the tolerance.
 
-    Cost: (2 + q) m products, and k for the residuals. Storage: m D floats and some blocks; about
+    Cost: (2 + q) m matvecs, and k for the residuals. Storage: m D floats and some blocks; about
     (5 + 4 q) m^2 D multiply-adds.
 
     References:
@@ -97,7 +97,7 @@ def rayleigh_ritz(
     extra = k if residuals else 0
     m = _num_measurements(k, dim, num_measurements, num_initial, passes, max_matvecs, extra)
     if m == dim:
-        measurements = "ssrft"  # any basis of the whole space will do, if only it is one
+        measurements = "ssrft"  # any basis of R^D will do; orthogonal columns surely form one
     generator = torch.Generator().manual_seed(0) if generator is None else generator
     omega = make_test_matrix(
         measurements, dim, m - num_initial, draw_seed(generator), H.dtype, H.device
@@ -162,7 +162,7 @@ def _num_measurements(
     limit: int | None,
     extra: int,
 ) -> int:
-    """Return the size of the basis within D and within the limit on products."""
+    """Return the size of the basis, bounded by D and by the limit on matvecs."""
     if not 1 <= k <= dim:
         raise ValueError(f"expected 1 <= k <= D={dim}, got k={k}")
     least = max(k, num_initial)

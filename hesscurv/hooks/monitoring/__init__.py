@@ -1,1 +1,1 @@
-"""Measurement of curvature in training."""
+"""Measurement of curvature during training."""

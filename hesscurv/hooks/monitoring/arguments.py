@@ -1,4 +1,4 @@
-"""What a monitor refuses before it starts."""
+"""Argument checks of `CurvatureMonitor`."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hesscurv.optim.arguments import check_count
 
 
 def check_model(model: Any, task: Any, curvature: Any, batches: Any) -> None:
-    """Refuse what no curvature can be measured of.
+    """Check that curvature can be measured.
 
     Raises:
-        TypeError: If the model is no module, the task not callable or without the parts that the
-            curvature needs, or the batches cannot be read.
+        TypeError: If the model is not a module, the task is not callable or lacks the parts that
+            the curvature needs, or the batches cannot be read.
         ValueError: If the curvature is unknown, the batches are a single one, or the model is on a
             device without float64.
     """
@@ -46,9 +46,9 @@ def check_model(model: Any, task: Any, curvature: Any, batches: Any) -> None:
 
 
 def check_numbers(**counts: Any) -> None:
-    """Refuse what are no integers of at least 1, of `history` 0, of `trace_matvecs` 2.
+    """Require integers of at least 1, for `history` 0, for `trace_matvecs` 2.
 
-    None passes but for `k` and `trace_matvecs`, which have no other default.
+    None is allowed, except for `k` and `trace_matvecs`.
 
     Raises:
         TypeError: If one is not an int.
@@ -60,10 +60,10 @@ def check_numbers(**counts: Any) -> None:
 
 
 def check_share(name: str, value: Any, *, open_above: bool = False) -> None:
-    """Refuse what is no number in (0, 1], or, `open_above`, in (0, 1).
+    """Require a number in (0, 1], or in (0, 1) if `open_above`.
 
     Raises:
-        TypeError: If it is no number.
+        TypeError: If it is not a number.
         ValueError: If it is out of range.
     """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -73,10 +73,10 @@ def check_share(name: str, value: Any, *, open_above: bool = False) -> None:
 
 
 def check_mask_size(value: Any) -> None:
-    """Refuse what is neither a number of weights nor a share of them.
+    """Require a number of weights or a fraction of them.
 
     Raises:
-        TypeError: If it is no number.
+        TypeError: If it is not a number.
         ValueError: If it is out of range.
     """
     if isinstance(value, float):
@@ -86,10 +86,10 @@ def check_mask_size(value: Any) -> None:
 
 
 def check_tol(tol: Any) -> None:
-    """Refuse what is no tolerance.
+    """Require a positive finite tolerance.
 
     Raises:
-        TypeError: If it is no number.
+        TypeError: If it is not a number.
         ValueError: If it is not finite and positive.
     """
     if isinstance(tol, bool) or not isinstance(tol, (int, float)):
@@ -99,10 +99,10 @@ def check_tol(tol: Any) -> None:
 
 
 def check_callables(**functions: Callable[..., Any]) -> None:
-    """Refuse what cannot be called.
+    """Require callables.
 
     Raises:
-        TypeError: If one cannot.
+        TypeError: If one is not callable.
     """
     for name, function in functions.items():
         if not callable(function):
@@ -113,7 +113,7 @@ def check_callables(**functions: Callable[..., Any]) -> None:
 
 
 def check_optimizer(optimizer: Any) -> None:
-    """Refuse what has no parameter groups.
+    """Require an optimizer with parameter groups.
 
     Raises:
         TypeError: If it has none.
@@ -126,7 +126,7 @@ def check_optimizer(optimizer: Any) -> None:
 
 
 def check_options(options: dict[str, Any]) -> None:
-    """Refuse arguments that no operator takes.
+    """Require options that an operator accepts.
 
     Raises:
         TypeError: If there is one.

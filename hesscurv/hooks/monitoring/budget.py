@@ -1,4 +1,4 @@
-"""The share of the time that measurements may take."""
+"""Time budget of measurements."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 
 class Budget:
-    """Adds up the seconds of training and of measuring, and says when the next one is affordable.
+    """Accounts for the time of training and measuring, and decides whether to measure.
 
-    A measurement is affordable when, at the cost that is expected of it, all measurements take at
-    most `max_fraction` of the training time: the time between calls of the monitor. The first one
-    always is.
+    A measurement is affordable if, at its expected cost, all measurements together take at most
+    `max_fraction` of the training time: the time between calls of the monitor. The first one always
+    is.
 
     Args:
-        max_fraction: The share, of the training time; None for no limit.
-        clock: Seconds.
+        max_fraction: Maximal fraction of the training time; None for no limit.
+        clock: Returns seconds.
 
     Attributes:
         training: Seconds of training so far.
-        measuring: Seconds of measurements so far, with what loggers take.
+        measuring: Seconds of measurements so far, including loggers.
     """
 
     def __init__(self, max_fraction: float | None, clock: Callable[[], float]) -> None:
@@ -32,36 +32,36 @@ class Budget:
         self._left: float | None = None  # when the monitor was left
 
     def enter(self) -> None:
-        """Take note that training has come to the monitor: what has passed was its."""
+        """Record entry into the monitor; the time since the last exit was training."""
         if self._left is not None:
             self.training += max(0.0, self.clock() - self._left)
             self._calls += 1
 
     def leave(self) -> None:
-        """Take note that training goes on."""
+        """Record exit from the monitor."""
         self._left = self.clock()
 
     def measured(self, seconds: float, share: float = 1.0) -> None:
-        """Take note of a measurement.
+        """Record a measurement.
 
         Args:
-            seconds: Of it and its loggers.
-            share: What the next one is expected to take of that.
+            seconds: Its duration, including loggers.
+            share: Expected duration of the next one, relative to this.
         """
         self.measuring += seconds
         self._next_cost = share * seconds
 
     def fraction(self, seconds: float = 0.0) -> float:
-        """Return the share of the time so far that was spent in measurements.
+        """Return the fraction of the time so far that was spent in measurements.
 
         Args:
-            seconds: Of a measurement that is not yet added.
+            seconds: Duration of a measurement that is not yet recorded.
         """
         total = self.training + self.measuring + seconds
         return (self.measuring + seconds) / total if total > 0 else 0.0
 
     def wait(self) -> int:
-        """Return in how many steps to ask again: 0 if a measurement is affordable now."""
+        """Return the number of steps to wait: 0 if a measurement is affordable now."""
         if self.max_fraction is None or self._next_cost == 0:
             return 0
         missing = (self.measuring + self._next_cost) / self.max_fraction - self.training
@@ -71,7 +71,7 @@ class Budget:
         return max(1, min(_LONGEST, math.ceil(missing / max(per_step, 1e-9))))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the seconds so far; the time until it is loaded is nobody's."""
+        """Return the seconds so far; the time until it is loaded is not counted."""
         return {
             "training": self.training,
             "measuring": self.measuring,
@@ -80,10 +80,10 @@ class Budget:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict`'s seconds."""
+        """Resume from a `state_dict`."""
         seconds = [float(state[name]) for name in ("training", "measuring", "next_cost")]
         self._calls, self._left = int(state["calls"]), None
         self.training, self.measuring, self._next_cost = seconds
 
 
-_LONGEST = 1000  # steps after which to ask again: their time may change
+_LONGEST = 1000  # maximal wait in steps, since the duration of steps may change

@@ -1,4 +1,4 @@
-"""What is measured on a model in training: curvature, weights and masks, on fixed samples."""
+"""Probe of a model in training: curvature, weights and masks, on a fixed set of samples."""
 
 from __future__ import annotations
 
@@ -37,33 +37,33 @@ OPERATORS: dict[str, type[CurvatureOperator]] = {
     "fisher": EmpiricalFisherOperator,
 }
 
-# The first solve, which starts from random vectors, may take so many times a refresh's products.
+# Limit on the matvecs of the first solve, from random vectors, as a multiple of a refresh's.
 FIRST = 4
-# Products of a search for the largest eigenvalue by value, at most.
+# Maximal number of matvecs of a search for the largest eigenvalue by value.
 SEARCHED = 150
 
 
 class Probe:
     """Measures a model on samples that are read once and kept.
 
-    The operator is built when it is first needed, and anew once parameters have other names or
-    shapes, as after pruning. Between measurements it holds the samples and no more.
+    The operator is built on first use, and rebuilt once parameters have other names or shapes, as
+    after pruning. Between measurements only the samples are held.
 
     Args:
         model: The module.
         task: See `CurvatureOperator`.
         batches: Re-iterable batches, or None for a closure.
-        params: Which parameters; those that are pruned later stay selected.
+        params: The selected parameters; those that are pruned later stay selected.
         curvature: "hessian", "ggn" or "fisher".
-        samples: At most so many samples, from the front of the batches; None takes all.
-        tol: Of the eigenpairs, relative to the eigenvalue.
-        max_matvecs: The most products of a solve that starts from an earlier one; None: three for
-            each pair. The first solve may take four times as many.
-        seed: Of random vectors, and of the order of a loader that shuffles.
+        samples: Maximal number of samples, from the front of the batches; None takes all.
+        tol: Relative tolerance of the eigenpairs.
+        max_matvecs: Maximal number of matvecs of a solve with a warm start; None: three for each
+            pair. The first solve may take four times as many.
+        seed: Seed of random vectors, and of the order of a shuffling loader.
         options: Further arguments of the operator.
 
     Attributes:
-        num_matvecs: Products of the measurement since `begin`.
+        num_matvecs: Matvecs since `begin`.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Probe:
         return Communicator.of(self.options.get("process_group"), device_of(self.model))
 
     def selected(self) -> dict[str, nn.Parameter]:
-        """Return the parameters that are measured, by their present names."""
+        """Return the measured parameters, by their present names."""
         found = {n: p for n, p in unwrap(self.model).named_parameters() if p.requires_grad}
         if self._wanted is not None:
             dense = dense_names(tuple(found))
@@ -110,7 +110,7 @@ class Probe:
     def weights(self) -> tuple[Tensor, ParameterLayout]:
         """Return the present weights (D,), zero where they are pruned, and the dense layout.
 
-        On many ranks the same on all, which all call it: sharded parameters are gathered.
+        Collective, with the same result on all ranks: sharded parameters are gathered.
         """
         selected, values = self.selected(), []
         for name, p in selected.items():
@@ -130,7 +130,7 @@ class Probe:
 
     @property
     def operator(self) -> CurvatureOperator:
-        """The curvature, in the present parameters."""
+        """The curvature operator at the present parameters."""
         selected = self.selected()
         if self._operator is None or self._operator.layout != layout_of(selected):
             self._operator = None
@@ -152,10 +152,10 @@ class Probe:
         """Return the top `count` pairs at the present weights.
 
         Args:
-            count: Their number; fewer where D is smaller.
-            seed: Told apart from other solves' by it.
-            initial: The last solution's vectors (D', k), or None.
-            source: Their layout, of dense names.
+            count: Number of pairs; fewer if D is smaller.
+            seed: Seed, distinct for each solve.
+            initial: Vectors (D', k) for a warm start, or None.
+            source: Their layout, with dense names.
         """
         H = self.operator
         count = min(count, H.shape[0])
@@ -164,7 +164,7 @@ class Probe:
         block = min(count, max(4, min(16, count // 4)))
         most = max(count, self.max_matvecs or 3 * count)
         if initial is None:
-            most *= FIRST  # at initialisation eigenvalues lie so close that all digits take minutes
+            most *= FIRST  # bounded: at initialisation, clustered eigenvalues converge slowly
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # the record says so
             pairs = eigsh(
@@ -182,19 +182,19 @@ class Probe:
     def largest(
         self, pairs: Eigenpairs, seed: int, initial: Tensor | None, source: ParameterLayout | None
     ) -> Eigenpairs | None:
-        """Return the largest eigenvalue by value, where it need not be among the top pairs.
+        """Return the largest eigenvalue by value, if it is not among the top pairs.
 
-        One that is positive and among the top pairs by magnitude is the largest of all. Where all
-        of these are negative, a solve of its own looks for it at the other end of the spectrum.
+        A positive eigenvalue among the top pairs by magnitude is the largest of all. If all of
+        these are negative, a separate solve searches the other end of the spectrum.
 
         Args:
             pairs: The top pairs at the present weights.
             seed: As in `solve`.
-            initial: Its vector (D', 1) when it was last looked for, or None.
+            initial: Its vector (D', 1) from the last search, or None.
             source: As in `solve`.
 
         Returns:
-            None where it is among the top pairs; else a single pair.
+            None if it is among the top pairs; otherwise a single pair.
 
         Cost: where it is looked for, at most `SEARCHED` products, with a vector to start from a
         third of it.
@@ -221,7 +221,7 @@ class Probe:
     def trace(self, pairs: Eigenpairs, num_matvecs: int, seed: int) -> tuple[float, float]:
         """Return an estimate of the trace and its standard error.
 
-        The top space's part is known, the rest is estimated by random signs outside of it.
+        The part of the top space is known; the rest is estimated with random signs.
         """
         H, V_kD = self.operator, pairs.eigenvectors.mT.contiguous()
         top = float(pairs.eigenvalues.double().sum())
@@ -236,22 +236,22 @@ class Probe:
         return top + rest.value, rest.standard_error
 
     def begin(self) -> None:
-        """Begin to count the products of a measurement."""
+        """Start counting the matvecs of a measurement."""
         self._counted = 0 if self._operator is None else self._operator.num_matvecs
 
     def end(self) -> int:
-        """Give up what training needs the memory of; return the products since `begin`."""
+        """Free memory for training; return the matvecs since `begin`."""
         if self._operator is None:
             return 0
         self._operator.release()
         return self._operator.num_matvecs - self._counted
 
     def forget(self) -> None:
-        """Build the operator anew when it is next needed."""
+        """Rebuild the operator on its next use."""
         self._operator = None
 
     def _start(self, initial: Tensor, source: ParameterLayout) -> Tensor | None:
-        """Return vectors to start from, over the present parameters: zero where pruned or new."""
+        """Return warm-start vectors over the present parameters, zero where pruned or new."""
         selected, H = self.selected(), self.operator
         masks = [self._mask_of(name) for name in selected]
         with self.ranks.together("carrying the eigenspace over"):

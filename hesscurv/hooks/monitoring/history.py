@@ -1,4 +1,4 @@
-"""Earlier eigenspaces and masks, to compare the present ones with."""
+"""History of eigenspaces and masks, for comparison with the present ones."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from hesscurv.objective.parameters import ParameterLayout
 
 @dataclass(frozen=True, repr=False)
 class Earlier(Described):
-    """What was measured at one step, on the CPU.
+    """Basis or mask of one step, on the CPU.
 
     Args:
         step: The step.
-        layout: Its parameters, by dense names.
+        layout: Its parameters, with dense names.
         rows: A basis (D, k), or a mask (D,).
     """
 
@@ -29,7 +29,7 @@ class Earlier(Described):
     rows: Tensor
 
     def on(self, layout: ParameterLayout, device: torch.device) -> Tensor | None:
-        """Return the rows over a layout, on a device; None where the parameters differ."""
+        """Return the rows for a layout, on a device; None if the parameters differ."""
         rows = carry_over(self.rows, self.layout, layout)
         return None if rows is None else rows.to(device)
 
@@ -39,19 +39,19 @@ class Earlier(Described):
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Earlier:
-        """Rebuild from `state_dict`'s result."""
+        """Rebuild from a `state_dict`."""
         rows = state["rows"].cpu()
         return cls(int(state["step"]), ParameterLayout.from_dict(state["layout"]), rows)
 
 
 class History:
-    """The first measured value of a kind, the last one, and some between.
+    """The first, the last and several recent values of one kind.
 
-    Bases other than the last are kept in float16: its rounding changes an overlap by
-    some 1e-5 at most.
+    Bases other than the last are kept in float16, whose rounding changes an overlap by about 1e-5
+    at most.
 
     Args:
-        most: How many earlier ones to keep, the latest, beside the first and the last.
+        most: Number of recent values to keep, in addition to the first and the last.
 
     Memory: on the CPU, D k float32 for the last basis and D k float16 for each other; D bytes for
     each mask.
@@ -63,7 +63,7 @@ class History:
         self.kept: deque[Earlier] = deque(maxlen=most)
 
     def add(self, step: int, layout: ParameterLayout, rows: Tensor) -> None:
-        """Add the value of a step, which lies on the CPU and is not written to any more."""
+        """Add the value of a step, on the CPU; it must not be modified afterwards."""
         self.last = Earlier(step, layout, rows)
         rounded = self.last
         if rows.is_floating_point():
@@ -82,7 +82,7 @@ class History:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up `state_dict`'s result, as much of it as is to be kept."""
+        """Restore a `state_dict`, as far as `most` allows."""
         first, last = state["first"], state["last"]
         self.first = None if first is None else Earlier.from_state_dict(first)
         self.last = None if last is None else Earlier.from_state_dict(last)

@@ -1,4 +1,4 @@
-"""Vectors over a model's parameters, carried over to the same model with weights pruned."""
+"""Transfer of parameter vectors between a dense model and its pruned form."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hesscurv.objective.parameters import ParameterLayout
 def dense_names(names: tuple[str, ...]) -> tuple[str, ...]:
     """Return the names that parameters have in the dense model.
 
-    ``torch.nn.utils.prune`` stores a pruned ``weight`` as ``weight_orig``, behind all others of its
-    module. Names stay as they are where two would become one.
+    ``torch.nn.utils.prune`` stores a pruned ``weight`` as ``weight_orig``, after all others of its
+    module. Names that would coincide are kept.
     """
     dense = tuple(name.removesuffix("_orig") for name in names)
     return dense if len(set(dense)) == len(dense) else names
@@ -30,13 +30,12 @@ def carry_over(
 
     Args:
         rows: Shape (D,) or (D, k).
-        source: Their layout, of dense names.
-        target: The layout wanted, of dense names.
-        partly: Whether parameters that are new, or of another shape, may have rows of zeros.
+        source: Their layout, with dense names.
+        target: The target layout, with dense names.
+        partly: Whether new or reshaped parameters may get rows of zeros.
 
     Returns:
-        Shape (D',) or (D', k); None where the two have other parameters, or, `partly`, none in
-        common.
+        Shape (D',) or (D', k); None if the parameters differ, or, with `partly`, if none match.
     """
     if source == target:
         return rows

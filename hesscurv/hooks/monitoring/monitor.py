@@ -1,4 +1,4 @@
-"""Watch a model's curvature while it trains, without changing the training."""
+"""Curvature monitor: measurements during training that leave it bit-identical."""
 
 from __future__ import annotations
 
@@ -32,27 +32,27 @@ _VERSION = 1
 
 
 class CurvatureMonitor:
-    r"""Measures a model's top Hessian eigenspace, and what follows from it, in a training loop.
+    r"""Measures a model's top Hessian eigenspace, and derived quantities, in a training loop.
 
-    Call `step` after the optimizer's step. A run with a monitor has the same weights, buffers,
-    gradients, random numbers and losses, bit for bit, as one without: the model's code runs on
+    Call `step` after the optimizer's step. Training stays bit-identical: weights, buffers,
+    gradients, random numbers and losses are those of a run without monitor. The model runs on
     copies of weights and buffers, in eval mode by default, with autocast and inference mode off,
-    and random generators are put back. This holds also when a measurement fails, which is recorded,
-    warned of once, and survived. Forward hooks run in a measurement too, since they may compute.
+    and random generators are restored. This also holds if a measurement fails, which is recorded
+    and warned of once. Forward hooks run in measurements too, since the model may depend on them.
 
-    Curvature is that of the mean loss on a fixed probe set, read once and kept, never of the batch
-    in training, whose noise would hide it. Each solve starts from the last eigenspace, so that a
-    refresh costs at most three products for each eigenpair.
+    Curvature is that of the mean loss on a fixed probe set, read once and kept, not of the training
+    batch, whose noise would hide changes. Each solve has the last eigenspace as warm start, so a
+    refresh costs at most three matvecs per eigenpair.
 
-    A record is a flat dict of plain values. Always there: ``step``, ``status`` ("ok" or "failed",
-    then with ``error``), ``seconds``, ``num_matvecs``, ``fraction`` (of the time so far that was
-    spent in measurements), and after `notify` ``event``. The quantities, each on or off:
+    A record is a flat dict of plain values. It always has ``step``, ``status`` ("ok", or "failed"
+    with ``error``), ``seconds``, ``num_matvecs``, ``fraction`` (of the time so far spent in
+    measurements), and after `notify` ``event``. The quantities, each on or off:
 
     - "loss": ``loss``, on the probe set.
     - "eigenvalues": ``eigenvalues`` (k, largest magnitude first), ``residuals``, and how many have
       ``converged`` to `tol`.
-    - "sharpness": ``sharpness``, the largest signed one, which is looked for by itself, and has
-      ``sharpness_converged``, where all k are negative; with an optimizer ``learning_rate`` (the
+    - "sharpness": ``sharpness``, the largest signed one; if all k are negative, from a separate
+      solve, with ``sharpness_converged``; with an optimizer ``learning_rate`` (the
       largest of its groups), ``stable_rate``, up to which gradient descent is stable (2 /
       sharpness, more with momentum), ``sharpness_ratio`` = sharpness x rate / 2.
     - "gradient_share": ``gradient_share``, :math:`\|U^T g\|^2 / \|g\|^2` of the probe's gradient.
@@ -75,35 +75,35 @@ class CurvatureMonitor:
     Presets: "cheap" is loss, eigenvalues, sharpness and gradient share; "overlap" adds overlap (by
     parameter too), space overlap, mask IoU and sparsity; "full" is all.
 
-    On many ranks, where `torch.distributed` is initialised, each passes its own share of the probe
-    set, all call `step` with the same number after each step, and rank 0 logs.
+    If `torch.distributed` is initialised, each rank passes its own share of the probe set, all call
+    `step` with the same number after each step, and rank 0 logs.
 
     Args:
-        model: The module that is trained; torch.compile and DDP wrappers are looked through.
+        model: The trained module; torch.compile and DDP wrappers are unwrapped.
         task: A callable ``(model, batch) -> scalar mean loss`` such as `supervised(loss)`; without
             batches a closure.
         batches: The probe set: re-iterable batches, read here; None for a closure.
         k: Number of eigenpairs; default 10.
-        quantities: A preset or a quantity, or several of either, default "cheap"; "overlap" by
-            itself is the preset, ("overlap",) the quantity.
+        quantities: A preset or a quantity, or several of either, default "cheap"; the string
+            "overlap" is the preset, ("overlap",) the quantity.
         schedule: Called with the step, returns whether to measure: `every`, `logarithmic`,
-            `dense_then_sparse` (default), or a function of yours, of the step alone.
+            `dense_then_sparse` (default), or your own function of the step only.
         optimizer: For the learning rate; default none is recorded.
-        loggers: Objects with ``log(record, step)``, such as `JSONLinesWriter`; a list.
-        max_fraction: The most time for measurements, as a share of the training time, which is the
-            time between calls; one that is due and would take more waits. None: no limit.
-        params: Which parameters, as for the operators; pruned ones stay selected.
+        loggers: A list of objects with ``log(record, step)``, such as `JSONLinesWriter`.
+        max_fraction: Maximal time for measurements, as a fraction of the training time, which is
+            the time between calls; a measurement that would exceed it is postponed. None: no limit.
+        params: The selected parameters, as for the operators; pruned ones stay selected.
         curvature: "hessian" (default), "ggn" or "fisher".
-        samples: Take at most so many from the front of the batches; default all.
+        samples: Maximal number of samples, from the front of the batches; default all.
         tol: Relative residual with which an eigenpair counts as converged; default 1e-2.
-        max_matvecs: The most products of a refresh; default 3 k. The first solve may take four
-            times as many. Pairs that have not converged by then are recorded as they are.
+        max_matvecs: Maximal number of matvecs of a refresh; default 3 k. The first solve may take
+            four times as many. Pairs that have not converged by then are recorded as they are.
         mask_size: Entries of the mask of largest weights, or as a float their fraction; default k.
-        trace_matvecs: Products for the trace; default 16.
-        history: Earlier spaces and masks to compare with, the latest, beside the last and the
-            first; default 16 with "full", else 0.
-        training: Mode during measurements: False (default) as in inference, True, None as found.
-        seed: Of random vectors, and of the order of a loader that shuffles.
+        trace_matvecs: Matvecs for the trace; default 16.
+        history: Number of recent spaces and masks to compare with, in addition to the first and the
+            last; default 16 with "full", otherwise 0.
+        training: Mode during measurements: False (default) as in inference, True, None unchanged.
+        seed: Seed of random vectors, and of the order of a shuffling loader.
         clock: Returns seconds; default `time.perf_counter`.
         **options: More arguments of the operator: compute_dtype, way, memory_budget, check,
             process_group.
@@ -114,13 +114,12 @@ class CurvatureMonitor:
         mask: The last mask (D,), bool, on the CPU; or None.
 
     Raises:
-        TypeError: If an argument is of a wrong type.
+        TypeError: If an argument has the wrong type.
         ValueError: If one is out of range, or the probe set is empty.
 
-    Cost: with "cheap" a gradient over the probe set and k to 3 k products, the first time up to
-    12 k; 16 more with "trace". During a measurement some 4 k D floats on the device; between them
-    the probe set, and on the CPU k D floats for each space that is kept, half as much for earlier
-    ones.
+    Cost: with "cheap" a gradient over the probe set and k to 3 k matvecs, the first time up to
+    12 k; 16 more with "trace". During a measurement about 4 k D floats on the device; between them
+    the probe set, and on the CPU k D floats for the last space, half as much for each earlier one.
 
     References:
         Fernandez et al., TMLR 2025, arXiv 2504.14701, for overlap and crystallisation.
@@ -204,13 +203,13 @@ class CurvatureMonitor:
             history=history,
             optimizer=optimizer,
         )
-        self._last: int | None = None  # the step that was measured last
-        self._ask_again: int | None = None  # the step at which one that is due is looked at again
+        self._last: int | None = None  # the step measured last
+        self._ask_again: int | None = None  # the step at which a postponed one is reconsidered
         self._event: str | None = None
         self._has_warned = False
 
     def __repr__(self) -> str:
-        """Say what is measured, when, and how often it was."""
+        """Return the quantities, the schedule, and the number of measurements."""
         failed = sum(record.get("status", "ok") != "ok" for record in self.records)
         return describe_object(
             self,
@@ -231,7 +230,7 @@ class CurvatureMonitor:
 
     @property
     def parameter_names(self) -> tuple[str, ...]:
-        """The parameters that are measured, by their names in the dense model."""
+        """The measured parameters, by their names in the dense model."""
         return dense_names(tuple(self._probe.selected()))
 
     @property
@@ -243,17 +242,17 @@ class CurvatureMonitor:
 
     @uncompiled
     def step(self, step: int) -> dict[str, Any] | None:
-        """Measure if it is time to; call it after the optimizer's step.
+        """Measure if due; call it after the optimizer's step.
 
         Args:
-            step: The number of the step. Another call with the number of a step that has been
-                measured does nothing, as with accumulated gradients.
+            step: The number of the step. A repeated call for a measured step does nothing, as with
+                accumulated gradients.
 
         Returns:
             The record of a measurement, or None.
 
         Raises:
-            TypeError: If the step is no integer.
+            TypeError: If the step is not an integer.
         """
         step = operator.index(step)
         self._budget.enter()
@@ -263,9 +262,9 @@ class CurvatureMonitor:
             self._budget.leave()
 
     def due(self, step: int) -> bool:
-        """Return whether to measure after this step: the schedule says so, and there is time.
+        """Return whether to measure after this step, by schedule and time budget.
 
-        On many ranks what rank 0 says, to be called on all.
+        Collective: all ranks get the decision of rank 0.
         """
         if step == self._last:
             return False
@@ -281,7 +280,7 @@ class CurvatureMonitor:
 
     @uncompiled
     def measure(self, step: int) -> dict[str, Any]:
-        """Measure now, whatever schedule and budget say; on many ranks all call it.
+        """Measure now, regardless of schedule and budget; collective.
 
         Args:
             step: The number of the step.
@@ -290,7 +289,7 @@ class CurvatureMonitor:
             The record.
 
         Raises:
-            TypeError: If the step is no integer.
+            TypeError: If the step is not an integer.
         """
         step = operator.index(step)
         self._budget.enter()
@@ -300,18 +299,18 @@ class CurvatureMonitor:
             self._budget.leave()
 
     def notify(self, event: str) -> None:
-        """Say that the model was changed from outside: the next record has ``event``.
+        """Announce a change of the model: the next record has ``event``.
 
-        Where parameters were pruned, renamed or replaced, this is seen without it.
+        Pruned, renamed or replaced parameters are detected without it.
 
         Args:
-            event: A word for it, such as "pruned".
+            event: Name of the event, such as "pruned".
         """
         self._event = str(event)
         self._probe.forget()
 
     def notify_pruned(self) -> None:
-        """Say that weights of the model were pruned: the next record has ``event`` "pruned"."""
+        """Announce that weights were pruned: the next record has ``event`` "pruned"."""
         self.notify("pruned")
 
     def report(self, path: str | os.PathLike[str], **options: Any) -> Any:
@@ -328,10 +327,10 @@ class CurvatureMonitor:
     # -- state ----------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next measurement starts from, and all records.
+        """Return the state for the next measurement, and all records.
 
-        Of tensors and plain values, so that ``torch.load(weights_only=True)`` reads it. The probe
-        set is not in it: the resumed monitor is given the same batches.
+        Tensors and plain values only, so ``torch.load(weights_only=True)`` reads it. The probe set
+        is not included: pass the same batches to the resumed monitor.
         """
         return {
             "version": _VERSION,
@@ -344,12 +343,12 @@ class CurvatureMonitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken.
+        """Resume from a `state_dict`.
 
         The time since then counts neither as training nor as measuring.
 
         Raises:
-            ValueError: If it is no state of a monitor, or of another version; nothing is changed.
+            ValueError: If it is not the state of a monitor of this version; nothing is changed.
         """
         version = state.get("version") if isinstance(state, dict) else None
         if version != _VERSION or not {"records", "measurements", "budget"} <= set(state):
@@ -376,7 +375,7 @@ class CurvatureMonitor:
 
     def _measure(self, step: int) -> dict[str, Any]:
         device = device_of(self.model) or torch.device("cpu")
-        _synchronize(device)  # the steps before are not the measurement's
+        _synchronize(device)  # queued work of earlier steps does not count as measuring
         start = self._budget.clock()
         record: dict[str, Any] = {"step": step, "status": "ok"}
         messages: list[str] = []
@@ -406,14 +405,14 @@ class CurvatureMonitor:
         self._last, self._ask_again = step, None
         if self._probe.ranks.rank == 0:
             messages += self._loggers.log(record, step)
-        # The first solve takes more products than those that start from it may.
+        # The first solve takes more matvecs than a warm-started one may.
         share = min(1.0, self._measurements.most_matvecs / max(record["num_matvecs"], 1))
         self._budget.measured(self._budget.clock() - start, share)
         warn(messages)
         return record
 
     def _failed(self, step: int, error: Exception, text: str) -> list[str]:
-        """Tell the other ranks; return what to warn of, the first time."""
+        """Announce a failure to the other ranks; return the warning, the first time."""
         ranks = self._probe.ranks
         if ranks.size > 1 and not is_known(error):
             ranks.announce(error)

@@ -1,4 +1,4 @@
-"""What a measurement is made of: the quantities of a record, each on or off."""
+"""Quantities of a record, each on or off."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def choose_quantities(quantities: str | Iterable[str]) -> tuple[str, ...]:
         quantities: A preset or a quantity; or several of either, where "overlap" is the quantity.
 
     Raises:
-        TypeError: If it is no text, nor texts.
+        TypeError: If it is neither a string nor several.
         ValueError: If one is unknown, or there is none.
     """
     names = [quantities] if isinstance(quantities, str) else list(quantities)
@@ -63,7 +63,7 @@ def choose_quantities(quantities: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def spectrum(pairs: Eigenpairs) -> dict[str, Any]:
-    """Return the eigenvalues, their residuals and how many have converged."""
+    """Return the eigenvalues, their residuals and the number of converged ones."""
     return {
         "eigenvalues": pairs.eigenvalues.tolist(),
         "residuals": pairs.residuals.tolist(),
@@ -74,17 +74,17 @@ def spectrum(pairs: Eigenpairs) -> dict[str, Any]:
 def sharpness(
     pairs: Eigenpairs, optimizer: Any, largest: Eigenpairs | None = None
 ) -> dict[str, Any]:
-    r"""Return the largest signed eigenvalue, beside what the optimizer's learning rate can bear.
+    r"""Return the largest signed eigenvalue, and the stability limit of the learning rate.
 
     Gradient descent is stable up to the rate 2 / sharpness; momentum shifts that, see
     `hesscurv.optim.stable_rate`. The ratio is :math:`\lambda \eta / 2`, which full-batch training
-    takes to 1, the edge of stability (Cohen et al., ICLR 2021).
+    drives to 1, the edge of stability (Cohen et al., ICLR 2021).
 
     Args:
         pairs: The eigenpairs of largest magnitude.
-        optimizer: Whose parameter group of largest rate counts; None for no rates.
-        largest: The pair of the largest eigenvalue by value, where that is not among `pairs`; until
-            it has converged, its value is a lower bound.
+        optimizer: Its parameter group of largest rate is used; None for no rates.
+        largest: The pair of the largest eigenvalue by value, if it is not among `pairs`; until it
+            has converged, its value is a lower bound.
     """
     value = float((pairs if largest is None else largest).eigenvalues.max())
     out: dict[str, Any] = {"sharpness": value}
@@ -123,7 +123,7 @@ def trace_and_rank(pairs: Eigenpairs, value: float, error: float) -> dict[str, A
 
 
 def mask_overlap(mask_D: Tensor, pairs: Eigenpairs) -> dict[str, Any]:
-    """Return the overlap of the magnitude mask with the eigenspace, and what chance gives."""
+    """Return the overlap of the magnitude mask with the eigenspace, and its chance level."""
     value = overlap(mask_D, pairs)
     chance = chance_overlap(int(mask_D.sum()), len(mask_D), k2=len(pairs))
     out = {"overlap": value, "overlap_chance": chance.mean, "overlap_chance_std": chance.std}
@@ -135,7 +135,7 @@ def mask_overlap(mask_D: Tensor, pairs: Eigenpairs) -> dict[str, Any]:
 def overlaps_by_parameter(
     mask_D: Tensor, pairs: Eigenpairs, layout: ParameterLayout
 ) -> dict[str, Any]:
-    """Return what each parameter contributes to the overlap, and its shares of space and mask."""
+    """Return each parameter's contribution to the overlap, and its shares of space and mask."""
     parts = overlap_by_parameter(mask_D, pairs, layout)
     return {
         "overlap_by_parameter": {name: part.overlap for name, part in parts.items()},
@@ -151,14 +151,14 @@ def overlaps_by_k(magnitudes_D: Tensor, pairs: Eigenpairs) -> dict[str, Any]:
 
 
 def space_overlaps(spaces: History, pairs: Eigenpairs, layout: ParameterLayout) -> dict[str, Any]:
-    """Return the overlaps of the eigenspace with its earlier selves."""
+    """Return the overlaps of the eigenspace with earlier ones."""
     return _compare(
         spaces, layout, pairs.eigenvectors.device, "space_overlap", lambda s: overlap(s, pairs)
     )
 
 
 def mask_overlaps(masks: History, mask_D: Tensor, layout: ParameterLayout) -> dict[str, Any]:
-    """Return the intersection over union of the magnitude mask with its earlier selves."""
+    """Return the intersection over union of the magnitude mask with earlier ones."""
     return _compare(
         masks, layout, mask_D.device, "mask_iou", lambda m: intersection_over_union(m, mask_D)
     )

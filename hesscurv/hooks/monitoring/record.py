@@ -1,4 +1,4 @@
-"""One measurement: all quantities that are on, of the model as it is, beside what was before."""
+"""Measurements: the enabled quantities, compared with earlier measurements."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from hesscurv.objective.parameters import ParameterLayout
 
 
 class Measurements:
-    """Takes measurements one after the other, each starting from the last one's eigenspace.
+    """Takes successive measurements, each with the last eigenspace as warm start.
 
     Args:
         probe: The model and its samples.
-        quantities: What to measure, names of `QUANTITIES`.
-        k: Number of eigenpairs; fewer where D is smaller.
+        quantities: Names of `QUANTITIES` to measure.
+        k: Number of eigenpairs; fewer if D is smaller.
         mask_size: Entries of the magnitude mask, or as a float their fraction of D; None takes k.
-        trace_matvecs: Products for the trace.
-        history: Earlier spaces and masks to keep, beside the first and the last.
-        optimizer: Whose learning rate is recorded, or None.
+        trace_matvecs: Matvecs for the trace.
+        history: Recent spaces and masks to keep, in addition to the first and the last.
+        optimizer: Its learning rate is recorded; or None.
 
     Attributes:
         pairs: The last eigenpairs, on the CPU, or None.
@@ -51,15 +51,15 @@ class Measurements:
         self.count = 0
         self._history = history
         self._spaces, self._masks = History(history), History(history)
-        self._largest = History(0)  # vectors of largest eigenvalues that are not in the spaces
+        self._largest = History(0)  # vectors of largest eigenvalues outside the spaces
 
     def take(self, step: int) -> dict[str, Any]:
         """Measure; return the quantities of a record.
 
-        On many ranks all call it, and all succeed or all fail. Nothing is kept of a failure.
+        Collective: all ranks succeed or all fail. A failure leaves the state unchanged.
 
         Raises:
-            Exception: Whatever the model's code, an operator or a solver raises.
+            Exception: Any error of the model's code, an operator or a solver.
         """
         probe, wanted = self.probe, self.quantities
         self.count += 1
@@ -110,12 +110,12 @@ class Measurements:
 
     @property
     def most_matvecs(self) -> int:
-        """The most products of a measurement that starts from an eigenspace."""
+        """Maximal number of matvecs of a measurement with a warm start."""
         traced = self.trace_matvecs if "trace" in self.quantities else 0
         return (self.probe.max_matvecs or 3 * self.k) + traced
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain values and tensors: what the next measurement starts from."""
+        """Return the state for the next measurement, as plain values and tensors."""
         pairs = None
         if self.pairs is not None:
             pairs = {
@@ -128,14 +128,14 @@ class Measurements:
             }
         return {
             "count": self.count,
-            "pairs": pairs,  # whose eigenvectors are the last ones of spaces
+            "pairs": pairs,  # without eigenvectors, which are the last of `spaces`
             "spaces": self._spaces.state_dict(),
             "masks": self._masks.state_dict(),
             "largest": self._largest.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up `state_dict`'s result; after an error nothing is changed."""
+        """Restore a `state_dict`; on an error nothing is changed."""
         spaces, masks = History(self._history), History(self._history)
         largest = History(0)
         spaces.load_state_dict(state["spaces"])

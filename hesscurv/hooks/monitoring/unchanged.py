@@ -1,4 +1,4 @@
-"""Random states that a measurement leaves as found, whatever code of the user's it runs."""
+"""Restoration of random states after a measurement runs user code."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from hesscurv.objective.running.environment import unchanged_random_state
 
 @contextmanager
 def unchanged_random_states(device: torch.device) -> Iterator[None]:
-    """Put back the generators of Python, NumPy, torch's CPU and a device, also after an error.
+    """Restore the generators of Python, NumPy, torch's CPU and a device, also after an error.
 
     Args:
-        device: The model's.
+        device: The model's device.
     """
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()

@@ -1,1 +1,1 @@
-"""Batches of any container, their samples, and lists of samples."""
+"""Batches in any container, their samples, and lists of samples."""

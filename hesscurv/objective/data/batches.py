@@ -1,4 +1,4 @@
-"""Re-iterable batches: checked, kept or read again, cut into micro-batches, told apart."""
+"""Re-iterable batches: validation, caching, splitting, and change detection."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ _END = object()
 class Batches:
     """The data of an operator: a re-iterable of batches, the same in every pass.
 
-    Batches are kept in memory, on the operator's device, while they fit `keep_bytes`, so that a
-    product does no input work. Larger data are read again in every pass, each time from the same
-    state of torch's random number generator, so that a loader that shuffles by it still gives one
-    operator; a pass that differs from the first is an error. The generator's own state is left as
-    found. Tensors of a list are used as they are where device and dtype allow, and later writes to
-    them are noticed; what other iterables yield is copied.
+    Batches are cached on the operator's device while they fit in `keep_bytes`, so a product does no
+    input work. Larger data are read in every pass, each time from the same state of torch's random
+    number generator, so that a shuffling loader still defines one operator; a pass that differs
+    from the first raises an error. The state of the generator is restored. Tensors of a list are
+    used without copies if device and dtype allow, and later writes to them are detected; batches
+    from other iterables are copied.
 
     Args:
         source: An iterable that can be iterated again, such as a list or a DataLoader; or None for
             a closure without data, which counts as one batch.
-        device: Where the tensors go.
+        device: Device of the tensors.
         cast: The dtype that floating tensors are converted to; None leaves them.
-        keep_bytes: The most bytes to keep in memory beside a list's own.
-        may_be_empty: Whether there may be no batch, where other ranks have some.
+        keep_bytes: Maximal bytes to cache, in addition to a list's own.
+        may_be_empty: Whether there may be no batch, if other ranks have some.
 
     Attributes:
-        count: The number of batches.
-        reads: How often they were read anew, by `first_pass`.
-        kept: The batches, where they are kept.
-        ordered: Whether it matters which samples share a batch, so that a pass which only shuffles
-            them is an error too.
+        count: Number of batches.
+        reads: Number of calls of `first_pass`.
+        kept: The cached batches, if any.
+        ordered: Whether the assignment of samples to batches matters, so that a pass that shuffles
+            them raises an error too.
 
     Raises:
         TypeError: If `source` is a one-shot iterator or not iterable.
@@ -77,7 +77,7 @@ class Batches:
         self.kept: list[Any] | None = None
 
     def first_pass(self) -> Iterator[Any]:
-        """Yield the batches, keeping them while they fit, and note what a later pass must match.
+        """Yield the batches, cache them while they fit, and record the checksum of the pass.
 
         Raises:
             ValueError: If there is no batch.
@@ -105,7 +105,7 @@ class Batches:
         self.kept = kept
 
     def __iter__(self) -> Iterator[Any]:
-        """Yield the batches on the device; read from the source, they are compared at the end."""
+        """Yield the batches on the device; a pass over the source is verified at its end."""
         if self.kept is not None:
             yield from self.kept
             return
@@ -125,10 +125,10 @@ class Batches:
             )
 
     def reread_if_written(self, otherwise: bool = False) -> bool:
-        """Read a list again whose tensors or numbers were written to; return whether that was so.
+        """Reread a list if its tensors or numbers were written to; return whether it was.
 
         Args:
-            otherwise: Whether to read in any case.
+            otherwise: Whether to reread in any case.
         """
         if self.reads == 0 or not (otherwise or self._marks != self._read_marks()):
             return False
@@ -142,8 +142,7 @@ class Batches:
     def read(self) -> Iterator[Any]:
         """Yield the batches of another pass, which may differ from the last.
 
-        Each goes on with random numbers where the one before ended; see `first_pass` for passes
-        that are to be the same.
+        Each pass continues the random numbers of the previous one; iterate for equal passes.
         """
         for _, batch in self._read(self._random_state):
             yield batch
@@ -161,20 +160,20 @@ class Batches:
 
     def _convert(self, tensor: Tensor) -> Tensor:
         dtype = self._cast if tensor.is_floating_point() else None
-        # A loader may refill one buffer; an inference tensor cannot take part in a graph.
+        # A loader may reuse one buffer; an inference tensor cannot take part in a graph.
         copy = not self._listed or tensor.is_inference()
         out = tensor.detach().to(device=self._device, dtype=dtype or tensor.dtype, copy=copy)
         return out.requires_grad_(tensor.requires_grad)
 
 
 def split(batch: Any, size: int) -> list[Any]:
-    """Cut a batch into parts of at most `size` samples.
+    """Split a batch into parts of at most `size` samples.
 
-    Tensors of another length stay whole, and sparse ones, which hold no samples. A batch whose
-    number of samples is not known is one part.
+    Tensors of another length, and sparse ones, stay whole. A batch with an unknown number of
+    samples is one part.
 
     Raises:
-        ValueError: If its samples cannot be told apart: graphs, packed sequences.
+        ValueError: If its samples cannot be separated: graphs, packed sequences.
     """
     n = num_rows(batch)
     if n <= size:
@@ -184,17 +183,17 @@ def split(batch: Any, size: int) -> list[Any]:
 
 
 def part_of(batch: Any, start: int, stop: int) -> Any:
-    """Return some neighbouring samples of a batch; see `split`."""
+    """Return a range of samples of a batch; see `split`."""
     return select(batch, slice(start, stop))
 
 
 def select(batch: Any, which: slice | Tensor) -> Any:
-    """Return the samples of a batch that a slice, a mask or indices choose; see `split`."""
+    """Return the samples selected by a slice, a mask or indices; see `split`."""
     return select_rows(batch, which, num_rows(batch))
 
 
 def select_rows(batch: Any, which: slice | Tensor, n: int) -> Any:
-    """Return a batch with some rows of each of its tensors that have n; see `split`."""
+    """Return a batch with the selected rows of each tensor that has n rows; see `split`."""
     if not is_cuttable(batch):
         raise ValueError(
             f"expected a batch that can be cut into samples, got {describe(batch)}, which is "
@@ -212,7 +211,7 @@ def select_rows(batch: Any, which: slice | Tensor, n: int) -> Any:
 
 
 def _random_state(device: torch.device) -> list[Tensor]:
-    with LOCK:  # not while another thread draws from a state of its own
+    with LOCK:  # not while another thread has replaced the state temporarily
         state = [torch.get_rng_state()]
         return [*state, torch.cuda.get_rng_state(device)] if device.type == "cuda" else state
 
@@ -225,8 +224,8 @@ def _set_random_state(state: list[Tensor], device: torch.device) -> None:
 
 @contextmanager
 def _drawing_from(state: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Draw random numbers from a state, and leave there how far that got."""
-    with LOCK:  # the generator is the process's, and other threads' loaders draw from it too
+    """Draw random numbers from a saved state, and update it in place."""
+    with LOCK:  # the generator is global, and loaders of other threads draw from it too
         outside = _random_state(device)
         _set_random_state(state, device)
         try:
@@ -237,7 +236,7 @@ def _drawing_from(state: list[Tensor], device: torch.device) -> Iterator[None]:
 
 
 def _added_bytes(raw: Any, batch: Any) -> int:
-    """Count the bytes of a batch that are not the source's own."""
+    """Count the bytes of a batch that are not shared with the source."""
     total = 0
     for given, used in zip(tensors_of(raw), tensors_of(batch), strict=True):
         if used.layout is torch.strided and given.data_ptr() != used.data_ptr():
@@ -246,20 +245,20 @@ def _added_bytes(raw: Any, batch: Any) -> int:
 
 
 def _add_to(sums: tuple[float, float], index: int, batch: Any) -> tuple[float, float]:
-    """Add to two numbers that tell data apart: whatever the samples' order, and by batch."""
+    """Add to two checksums: one independent of the order of samples, one by batch."""
     total = 0.0
     for t in tensors_of(batch):
         if t.layout is torch.strided and t.numel() and not t.is_complex():
             rows = t.detach().reshape(t.shape[0] if t.ndim else 1, -1).double().nan_to_num()
             pattern = torch.arange(rows.shape[1], dtype=torch.float64, device=t.device).cos()
             samples = rows @ pattern
-            # Not linear, or a mixture of two samples would leave the sum as it was.
+            # Nonlinear, since mixing two samples would preserve a linear sum.
             total += float((samples + 0.5 * samples.abs()).sum())
     return sums[0] + total, sums[1] + index * total
 
 
 def check_source(source: Any) -> None:
-    """Refuse what are no batches that can be read again; None passes.
+    """Require batches that can be iterated repeatedly; None passes.
 
     Raises:
         TypeError: If it is a one-shot iterator or not iterable.

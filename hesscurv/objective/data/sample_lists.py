@@ -1,4 +1,4 @@
-"""Batches that list their samples one by one, as collate functions for detection return them."""
+"""Batches that are lists of samples, as returned by collate functions for detection."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hesscurv.objective.data.samples import is_cuttable, mapping_like, tensors_o
 
 
 def select_listed(batch: Any, n: int, which: Sequence[int]) -> Any | None:
-    """Return a batch with some of the n samples that it lists; None if it lists none.
+    """Return a batch with some of the n samples that it lists; None if it has no such lists.
 
-    A list of n samples, ``[(x_1, y_1), ...]``, a list of inputs beside one of targets,
-    ``([x_1, ...], [y_1, ...])``, and these in a mapping. Tensors beside lists are cut by rows.
+    Supported are a list of n samples, ``[(x_1, y_1), ...]``, two lists of inputs and targets,
+    ``([x_1, ...], [y_1, ...])``, and these in a mapping. Tensors next to lists are indexed by row.
 
     Args:
         batch: The batch.
         n: Its number of samples.
-        which: The samples to take.
+        which: The samples to select.
     """
     if is_cuttable(batch):
         has_rows = any(t.ndim > 0 and len(t) == n for t in tensors_of(batch))
@@ -29,7 +29,7 @@ def select_listed(batch: Any, n: int, which: Sequence[int]) -> Any | None:
 
 
 def _lists(value: Any, n: int) -> bool:
-    """Whether anything in a batch is a list of n."""
+    """Whether a batch contains a list of length n."""
     if _is_sequence(value):
         return len(value) == n or any(_lists(v, n) for v in value)
     return isinstance(value, Mapping) and any(_lists(v, n) for v in value.values())
@@ -50,7 +50,7 @@ def _select(value: Any, n: int, which: Sequence[int]) -> Any:
 
 
 def _is_pair_of_lists(value: Sequence[Any], n: int) -> bool:
-    """Whether it is inputs and targets in two lists: two samples would be alike."""
+    """Whether two lists are inputs and targets, not two samples, which would be of one type."""
     if len(value) != 2 or not all(_is_sequence(v) and len(v) == n for v in value):
         return False
     first, second = ([(type(v), getattr(v, "ndim", 0)) for v in part] for part in value)

@@ -1,6 +1,6 @@
-"""Samples of a batch, whatever holds its tensors: how many there are, and the tensors themselves.
+"""Number of samples and tensors of a batch in any container.
 
-A batch is a tensor, or tensors in nested dicts, lists, tuples, dataclasses, and in objects of other
+A batch is a tensor, or tensors in nested dicts, lists, tuples, dataclasses, or objects of other
 libraries: `BatchEncoding`, `TensorDict`, torch-geometric's `Data`, or any object with attributes.
 """
 
@@ -21,23 +21,23 @@ from torch.nn.utils.rnn import PackedSequence
 
 TARGET_KEYS = ("labels", "label", "targets", "target", "y")
 
-# What holds no tensors, and is met often.
+# Frequent types without tensors.
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 
-# The values in a container, and how a container like it is made of other ones.
+# The values in a container, and a function that rebuilds the container from new ones.
 _Opened = tuple[list[Any], Callable[[list[Any]], Any]]
 
 
 def num_samples(batch: Any) -> int:
-    """Return the number of samples of a batch; 1 for None, which stands for a closure's data.
+    """Return the number of samples of a batch; 1 for None, the data of a closure.
 
-    Where there are targets by name ("labels", "label", "targets", "target", "y"), it is their
-    first dimension; of a batch of graphs its `num_graphs`; otherwise the first dimension of the
-    first tensor that has one, or, if that is 1, the most frequent one: position ids and masks
-    broadcast. A list of single samples counts by its length.
+    With targets by name ("labels", "label", "targets", "target", "y"), it is their first dimension;
+    for a batch of graphs `num_graphs`; otherwise the first dimension of the first tensor that has
+    one or, if that is 1, the most frequent one, since position ids and masks broadcast. For a list
+    of single samples it is the length.
 
     Raises:
-        ValueError: If it cannot be known.
+        ValueError: If it cannot be determined.
     """
     number = 1 if batch is None else _number(batch)
     if number is None:
@@ -50,13 +50,13 @@ def num_samples(batch: Any) -> int:
 
 
 def num_rows(batch: Any) -> int:
-    """Return how many samples a batch can be cut into at most; 1 where that is not known."""
+    """Return the maximal number of parts that a batch can be split into; 1 if unknown."""
     number = None if batch is None else _number(batch)
     return 1 if number is None else number
 
 
 def is_cuttable(batch: Any) -> bool:
-    """Whether samples may be taken out of a batch by rows of its tensors: graphs are joined up."""
+    """Whether samples are rows of a batch's tensors; false for joined graphs."""
     if isinstance(batch, (list, tuple)) and _listed_samples(batch) is not None:
         return False
     if _is_graphs(batch) or isinstance(batch, PackedSequence):
@@ -68,14 +68,14 @@ def is_cuttable(batch: Any) -> bool:
 
 
 def is_list_of_samples(batch: Any) -> bool:
-    """Whether a batch is a list of single samples, which counts by its length."""
+    """Whether a batch is a list of single samples."""
     return isinstance(batch, (list, tuple)) and bool(_listed_samples(batch))
 
 
 def counts_graphs_by_chance(batch: Any) -> bool:
-    """Whether joined graphs may be counted otherwise: by a mask, or by rows of no tensor in them.
+    """Whether the number of averaged items of joined graphs is ambiguous: by masks, or no rows.
 
-    What is averaged over then cannot be seen in the batch.
+    The divisor of the mean cannot be read off the batch then.
     """
     if not _is_graphs(batch):
         return False
@@ -85,7 +85,7 @@ def counts_graphs_by_chance(batch: Any) -> bool:
 
 
 def map_tensors(value: Any, fn: Callable[[Tensor], Any]) -> Any:
-    """Apply a function to every tensor in a batch; containers are copied, and keep their types."""
+    """Apply a function to every tensor in a batch; containers are copied and keep their type."""
     return _map(value, fn, frozenset())
 
 
@@ -95,7 +95,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def leaves_of(value: Any) -> list[Any]:
-    """Return the tensors of a batch, as `tensors_of` does, and its numbers and texts, in order."""
+    """Return the tensors of a batch, as `tensors_of`, with its numbers and strings, in order."""
     found: list[Any] = []
     _collect(value, found, frozenset())
     return found
@@ -107,7 +107,7 @@ def first_dimensions(batch: Any) -> tuple[int, ...]:
 
 
 def describe(value: Any) -> str:
-    """Say what a batch is, for an error message."""
+    """Describe a batch for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
@@ -117,7 +117,7 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__}"
 
 
-# -- how many ---------------------------------------------------------------------------------
+# -- number of samples ------------------------------------------------------------------------
 
 
 def _number(value: Any) -> int | None:
@@ -145,7 +145,7 @@ def _number(value: Any) -> int | None:
     if numbers:
         return numbers[0] if numbers[0] != 1 else _most_frequent(numbers)
     if opened is None and hasattr(value, "to") and hasattr(value, "__len__"):
-        return len(value)  # an object that keeps its tensors to itself
+        return len(value)  # an object that hides its tensors
     return None
 
 
@@ -171,10 +171,10 @@ def _most_frequent(numbers: list[int]) -> int:
 
 
 def _listed_samples(value: Sequence[Any]) -> int | None:
-    """Return the length of a list of single samples; None of another, 0 where it may be either.
+    """Return the length of a list of single samples; None for other lists, 0 if ambiguous.
 
-    Single samples are containers alike, each with a number or a 0-dimensional tensor beside its
-    other tensors; or, as in detection, images in a list with as many dicts in another.
+    Single samples are containers of equal structure, each with a number or a 0-dimensional tensor
+    among its tensors; or, as in detection, a list of images with a list of as many dicts.
     """
     if not value or not all(isinstance(v, (list, tuple, Mapping)) for v in value):
         return None
@@ -194,7 +194,7 @@ def _listed_samples(value: Sequence[Any]) -> int | None:
 
 
 def _shapes(sample: Any) -> tuple[Any, ...] | None:
-    """Return the shapes in a single sample; None of what is none, for want of a number in it."""
+    """Return the shapes in a single sample; None for anything without a number in it."""
     values = list(sample.values()) if isinstance(sample, Mapping) else list(sample)
     shapes = tuple(
         tuple(v.shape) if isinstance(v, Tensor) else ()
@@ -204,7 +204,7 @@ def _shapes(sample: Any) -> tuple[Any, ...] | None:
     return shapes if len(shapes) > 1 and () in shapes and set(shapes) != {()} else None
 
 
-# -- the tensors ------------------------------------------------------------------------------
+# -- tensors ----------------------------------------------------------------------------------
 
 
 def _map(value: Any, fn: Callable[[Tensor], Any], outer: frozenset[int]) -> Any:
@@ -227,7 +227,7 @@ def _collect(value: Any, found: list[Any], outer: frozenset[int]) -> None:
 
 
 def _open(value: Any) -> _Opened | None:
-    """Return what a container holds, and how to make one alike; None of what is no container."""
+    """Return the contents of a container, and how to rebuild it; None for anything else."""
     if value is None or isinstance(value, _PLAIN):
         return None
     if _is_tensordict(value) or _is_graphs(value):
@@ -257,7 +257,7 @@ def _is_code(value: Any) -> bool:
 
 
 def mapping_like(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
-    """Return a mapping of the kind of another one, with other items."""
+    """Return a mapping of the same type with other items."""
     if type(like) is dict or not isinstance(like, MutableMapping):
         return items
     out = copy.copy(like)  # a Hugging Face BatchEncoding stays one
@@ -267,7 +267,7 @@ def mapping_like(like: Mapping[Any, Any], items: dict[Any, Any]) -> Any:
 
 
 def _attribute_names(value: Any) -> list[str]:
-    """Return the names of an object's attributes, of those that hold any tensor."""
+    """Return the names of an object's attributes that hold tensors."""
     if dataclasses.is_dataclass(value):
         names = [f.name for f in dataclasses.fields(value) if hasattr(value, f.name)]
     else:
@@ -291,7 +291,7 @@ def _holds_tensors(value: Any, depth: int) -> bool:
 
 
 def _with_attributes(like: Any, names: list[str], values: list[Any]) -> Any:
-    # Not made by its class: what __init__ does to tensors has been done to these.
+    # Without calling __init__, whose processing of the tensors must not be repeated.
     out = _copy(like)
     for name, value in zip(names, values, strict=True):
         object.__setattr__(out, name, value)
@@ -299,7 +299,7 @@ def _with_attributes(like: Any, names: list[str], values: list[Any]) -> Any:
 
 
 def _is_graphs(value: Any) -> bool:
-    """Whether an object is like torch-geometric's: a graph, or several joined to one."""
+    """Whether an object is like torch-geometric's `Data`: one graph, or several joined."""
     if isinstance(value, (Tensor, Mapping, list, tuple, str, nn.Module, type)):
         return False
     if _is_tensordict(value) or not callable(getattr(value, "to", None)):
@@ -344,7 +344,7 @@ def _open_by_apply(value: Any) -> _Opened | None:
 
 
 def _copy_apart(value: Any) -> Any:
-    """Return a copy whose `apply`, in place, leaves the original as it is."""
+    """Return a copy whose in-place `apply` does not change the original."""
     out = _copy(value)
     if not hasattr(type(value), "__copy__") and hasattr(out, "__dict__"):
         for name, held in list(vars(out).items()):
@@ -354,7 +354,7 @@ def _copy_apart(value: Any) -> Any:
 
 
 def _copy(value: Any) -> Any:
-    """Return a shallow copy, also of an object whose `__getattr__` needs attributes to be there."""
+    """Return a shallow copy, even of an object whose `__getattr__` needs existing attributes."""
     kind: Any = type(value)
     is_plain = kind.__new__ is object.__new__ and hasattr(value, "__dict__")
     if not is_plain or hasattr(kind, "__copy__") or any(_slots(k) for k in kind.__mro__):

@@ -1,1 +1,1 @@
-"""Whether a loss is the mean over samples that it claims to be."""
+"""Tests whether a loss is a mean over samples."""

@@ -1,10 +1,10 @@
-"""Tests that a loss is the mean over samples that its batches are weighed for.
+"""Test that a loss is the mean over samples implied by the weights of its batches.
 
-The loss over all data is ``sum_b (w_b / W) L_b``, with w_b from `weight(batch)`. It does not depend
-on how data are batched where a batch's loss is that of any two parts of it, weighed alike:
-``L = (w_1 L_1 + w_2 L_2) / (w_1 + w_2)``. That is tested, for a task that does not say itself
-what a batch counts: on the rows of fixed outputs where the task has its two parts, so that batch
-statistics inside the model do not matter, and otherwise through the model.
+The loss over all data is ``sum_b (w_b / W) L_b``, with w_b from `weight(batch)`. It is independent
+of the batching if a batch's loss is the weighted mean over any two parts:
+``L = (w_1 L_1 + w_2 L_2) / (w_1 + w_2)``. This is tested for tasks that do not define `weight`: on
+rows of fixed outputs if the task has two parts, so that batch statistics inside the model do not
+matter, otherwise through the model.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from hesscurv.objective.memory import coarser, losses_of_parts, moved_parameters
 from hesscurv.objective.objective import Objective
 from hesscurv.objective.tasks import SupervisedTask, Task, split_batch
 
-_MOST_JOINED = 2  # of batches that go through the model together
-_MOST_MOVED = 4  # of batches that go through it at other weights
+_MOST_JOINED = 2  # batches that are joined and run through the model
+_MOST_MOVED = 4  # batches that are also run at other weights
 
 
 class MeanCheck:
-    """Tests the batches of an operator, each as it is first read.
+    """Tests the batches of an operator as they are first read.
 
     Args:
-        objective: What is measured, refreshed.
+        objective: The objective, refreshed.
 
-    Cost: for a task that is tested, about one forward pass over the data, and the loss on fixed
-    outputs a few times more; for torch's own losses one forward pass of the first batch.
+    Cost: about one forward pass over the data, and a few more evaluations of the loss on fixed
+    outputs; for torch's own losses one forward pass of the first batch.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -61,29 +61,29 @@ class MeanCheck:
             and type(self._task).__call__ is Task.__call__
         )
         self._failure: tuple[int, Any, Finding] | None = None
-        self._before: tuple[Any, Tensor | None] | None = None  # a batch, and its outputs
+        self._before: tuple[Any, Tensor | None] | None = None  # the previous batch and its outputs
         self._uncut: tuple[int, Any] | None = None
         self._layouts: set[tuple[int, ...]] = set()
         self._others = OtherDimensions(objective)
-        self._along: tuple[int, Any, int] | None = None  # another dimension that it averages over
+        self._along: tuple[int, Any, int] | None = None  # a second dimension of the mean
         self._seen = self._joined = 0
 
     def look_at(self, index: int, batch: Any) -> None:
-        """Test one batch, of positive weight, and its union with the one before."""
+        """Test one batch, of positive weight, and its union with the previous one."""
         self._seen += 1
         if not self._tested or (self._is_torch_loss and self._seen > 1):
             return
         self._layouts.add(first_dimensions(batch))
         objective, out, found = self._objective, None, None
         with objective.environment(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what cannot be cut may warn of shapes
+            warnings.simplefilter("ignore")  # an unsplittable batch may warn about shapes
             if self._has_parts:
-                with contextlib.suppress(TypeError):  # several tensors, good for the Hessian
+                with contextlib.suppress(TypeError):  # several output tensors: fine for the Hessian
                     out = objective.outputs(objective.parameters(), batch).detach()
             if out is not None:
                 found = self._on_fixed_outputs(out, batch)
         if self._is_torch_loss:
-            # What it divides by is known, but for outputs that broadcast against their targets.
+            # The divisor is known, unless outputs broadcast against their targets.
             self._note(index, batch, found)
             return
         if found is None or not found.holds:
@@ -101,13 +101,13 @@ class MeanCheck:
         self._before = batch, out
 
     def refuse(self, ranks: int = 1) -> None:
-        """Refuse a loss that was found to be no mean over samples.
+        """Refuse a loss that is not a mean over samples.
 
-        A single batch's loss has the curvature that it has, however it depends on its samples: it
-        is refused only where it is a sum, whose size depends on how many there are.
+        The curvature of a single batch is well defined, however its loss depends on the samples: it
+        is refused only if the loss is a sum, whose size depends on their number.
 
         Args:
-            ranks: Over how many ranks batches are averaged.
+            ranks: Number of ranks over which batches are averaged.
 
         Raises:
             ValueError: With the remedy.
@@ -137,14 +137,14 @@ class MeanCheck:
     # -- the tests ------------------------------------------------------------------------------
 
     def _on_fixed_outputs(self, out: Tensor, batch: Any) -> Finding | None:
-        """Compare the loss of some outputs with that of their rows; None where it cannot be cut."""
+        """Compare the loss of some outputs with that of their rows; None if not splittable."""
         n = len(out) if out.ndim else 1
         if n < 2 or not is_cuttable(batch) or not self._has_rows(batch, n):
             return None
         found = self._on_rows(out, batch)
         if found is not None and not found.holds:
             return found
-        # Where all outputs are alike, as those of a last layer of zeros, any mean is the same one.
+        # If all outputs are equal, as for a zero last layer, every weighted mean is the same.
         for other in _other_outputs(out):
             also = self._on_rows(other, batch)
             if also is not None:
@@ -155,7 +155,7 @@ class MeanCheck:
         n = len(out)
         generator = torch.Generator("cpu").manual_seed(0)
         order = torch.randperm(n, generator=generator, device="cpu").to(out.device)
-        # Neighbours, and samples at random: in data in order, halves may be alike.
+        # Consecutive and random halves: in ordered data either may coincide by chance.
         cuts: list[list[Any]] = [[slice(0, n // 2), slice(n // 2, n)]]
         if n > 2:
             cuts.append([order[: n // 3], order[n // 3 :]])
@@ -168,7 +168,7 @@ class MeanCheck:
         return found
 
     def _through_the_model(self, batch: Any) -> Finding | None:
-        """Compare the loss of a batch with that of its halves; None where it cannot be cut."""
+        """Compare the loss of a batch with that of its halves; None if it cannot be split."""
         n = num_rows(batch)
         if n < 2 or not is_cuttable(batch):
             return None
@@ -190,7 +190,7 @@ class MeanCheck:
         return self._unless_of_batch(found)
 
     def _on_union(self, batch: Any, out: Tensor | None) -> Finding | None:
-        """Compare two batches with both in one; None where they cannot be joined."""
+        """Compare two batches with their union; None if they cannot be joined."""
         assert self._before is not None
         objective, (before, out_before) = self._objective, self._before
         try:
@@ -209,17 +209,17 @@ class MeanCheck:
                     list(map(objective.weight, (before, batch))),
                 )
                 losses = [objective.loss(params, b).detach() for b in (union, before, batch)]
-        except Exception:  # samples of other sizes, or too many at once
+        except Exception:  # samples of different sizes, or too many at once
             return None
         dtype = coarser(losses[0].dtype, objective.dtype)
         whole, *parts = map(float, losses)
         return self._unless_of_batch(judge(whole, weights, parts, dtype))
 
     def _compare(self, pairs: list[tuple[Tensor, Any]]) -> Finding | None:
-        """Compare the first of some outputs and batches with the others, which make it up.
+        """Compare the first of some outputs and batches with the others, its parts.
 
-        In float64, where rounding of a loss that is a small difference does not pass for another
-        mean; in their own dtype where the loss takes no other.
+        In float64, so that the rounding of a loss that is a small difference does not pass for a
+        different mean; in the original dtype if the loss does not support float64.
         """
         for cast in (_double, lambda value: value):
             try:
@@ -233,20 +233,20 @@ class MeanCheck:
                 return judge(float(whole), weights, losses, whole.dtype)
             except torch.OutOfMemoryError:
                 return None
-            except Exception:  # rows that are no samples, in whatever way the loss says so
+            except Exception:  # rows are not samples; the loss may raise any error
                 continue
         return None
 
     def _has_rows(self, batch: Any, n: int) -> bool:
-        """Whether targets, or anything in a batch of an own task, have n rows."""
+        """Whether targets, or anything in a batch of a custom task, have n rows."""
         is_pair = isinstance(self._task, SupervisedTask)
         tensors = tensors_of(split_batch(batch)[1] if is_pair else batch)
         return any(t.ndim > 0 and len(t) == n for t in tensors)
 
     def _unless_of_batch(self, found: Finding | None) -> Finding | None:
-        """Drop a finding that batch statistics explain: batches are averaged as training has them.
+        """Drop a finding explained by batch statistics, since training averages over batches too.
 
-        A sum remains one with them.
+        A sum is kept.
         """
         if found is None or found.holds or found.is_sum:
             return found
@@ -287,7 +287,7 @@ class MeanCheck:
         )
 
     def _require_certain_number(self, index: int, batch: Any) -> None:
-        """Refuse batches that could not be cut to test them, and may count otherwise as well."""
+        """Refuse batches that could not be split for the test and have an ambiguous count."""
         if is_list_of_samples(batch):
             return
         if counts_graphs_by_chance(batch):
@@ -313,7 +313,7 @@ class MeanCheck:
 
 
 def says_its_weight(task: Any) -> bool:
-    """Whether a task says itself what a batch counts, and is to be believed."""
+    """Whether a task defines the weight of a batch, which is trusted."""
     own = getattr(task, "weight", None)
     if not callable(own) or getattr(task, "tests_mean", False):
         return False
@@ -321,7 +321,7 @@ def says_its_weight(task: Any) -> bool:
 
 
 def _other_outputs(out: Tensor) -> Iterator[Tensor]:
-    """Yield outputs that differ from row to row; the second are in the range of those given."""
+    """Yield outputs that differ between rows; the second are within the range of the given ones."""
     generator = torch.Generator("cpu").manual_seed(1)
     draw = torch.randn(out.shape, generator=generator, dtype=torch.float32, device="cpu").to(out)
     yield out + draw * out.square().mean().sqrt().clamp(min=1)
@@ -339,7 +339,7 @@ def _names_targets(batch: Any) -> bool:
 
 
 def _join(first: Any, second: Any) -> Any | None:
-    """Return two batches in one; None where something in them is neither joined nor the same."""
+    """Join two batches; None if some part can neither be joined nor is equal."""
     if not (is_cuttable(first) and is_cuttable(second)):
         return None
     if map_tensors(first, _nothing) != map_tensors(second, _nothing):

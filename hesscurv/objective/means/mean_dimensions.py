@@ -1,4 +1,4 @@
-"""A test whether a loss is a mean over another dimension than the first as well."""
+"""Test whether a loss is a mean over a dimension other than the first."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hesscurv.objective.tasks import SupervisedTask, split_batch
 
 
 class OtherDimensions:
-    """Looks for a second dimension that could be counted, among those in which batches differ.
+    """Searches for a second dimension of the mean, among those in which batches differ.
 
     Args:
-        objective: What is measured.
+        objective: The objective.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -27,10 +27,10 @@ class OtherDimensions:
         self._first: tuple[Tensor | None, Any] | None = None  # outputs and batch
 
     def look_at(self, out: Tensor | None, batch: Any) -> int | None:
-        """Return the size of a dimension beside the first that the loss is a mean over, or None.
+        """Return the size of a second dimension that the loss is a mean over, or None.
 
-        Looked for among those in which this batch differs from the first one: sequences first,
-        images of other sizes. Only there does it matter which one is counted.
+        Only dimensions in which this batch differs from the first one are tried, such as sequence
+        length or image size: for others the choice does not matter.
         """
         if not is_cuttable(batch):
             return None
@@ -52,7 +52,7 @@ class OtherDimensions:
         return None
 
     def _shapes(self, batch: Any) -> list[tuple[int, ...]]:
-        """Return what follows the first dimension, of targets or of everything in a batch."""
+        """Return the trailing shapes of the targets, or of everything in a batch."""
         targets = split_batch(batch)[1] if isinstance(self._task, SupervisedTask) else batch
         n = num_rows(batch)
         return [tuple(t.shape[1:]) for t in tensors_of(targets) if t.ndim and len(t) == n]
@@ -68,7 +68,7 @@ class OtherDimensions:
             with objective.environment(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 losses = [self._loss_of(*part).detach() for part in (whole, *parts)]
-        except Exception:  # what the model or the loss does not take
+        except Exception:  # not supported by the model or the loss
             return False
         dtype = coarser(losses[0].dtype, objective.dtype)
         loss, *others = map(float, losses)
@@ -82,7 +82,7 @@ class OtherDimensions:
 
 
 def _cut_along(value: Any, size: int, start: int, stop: int) -> Any:
-    """Cut each tensor along its first dimension of a size, beside the first of all."""
+    """Slice each tensor along its first dimension of this size, except dimension 0."""
 
     def cut(t: Tensor) -> Tensor:
         if size not in t.shape[1:]:

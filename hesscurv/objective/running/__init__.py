@@ -1,1 +1,1 @@
-"""The surroundings in which a model's code runs, and leaves no trace."""
+"""Execution of a model's code without side effects."""

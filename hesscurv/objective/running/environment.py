@@ -1,4 +1,4 @@
-"""Run a model's code and leave no trace: modes, attributes, RNG, grad mode, autocast."""
+"""Side-effect-free execution of a model: modes, attributes, RNG, grad mode, autocast."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from hesscurv.objective.running.unfused_cells import UnfusedCells, has_cells
 def differentiable(device: torch.device, precision: str = "highest") -> Iterator[None]:
     """Allow derivatives of any order, in full precision: inference mode, autocast and TF32 off.
 
-    In "tf32" or "bf16" where that is asked for.
+    In "tf32" or "bf16" if requested.
 
-    Fused attention has no second derivative, so attention takes its plain form, and cuDNN's
-    recurrent kernels, which have none either, are left aside. torch does not warn of operations
-    that it vectorises by a loop: see `without_fallback_warnings`.
+    Fused attention and cuDNN's recurrent kernels have no second derivative, so plain attention is
+    used and cuDNN disabled. torch's warnings of operations vectorised by a loop are silenced: see
+    `without_fallback_warnings`.
     """
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -47,23 +47,23 @@ def differentiable(device: torch.device, precision: str = "highest") -> Iterator
 def preserved(
     model: nn.Module, device: torch.device, training: bool | None, compiling: bool = False
 ) -> Iterator[None]:
-    """Run the model in one mode and put back all that running its code may change.
+    """Run the model in one mode and restore everything that running its code may change.
 
-    Put back, also after an exception: each module's attributes, among them its `training` flag and
-    the plain tensors that pruning, weight normalisation and recurrent layers set in every forward;
-    and the state of the CPU's and the device's random number generators. Parameters and buffers are
-    not touched: the caller runs the model on substitutes. The modules' backward hooks are off, so
-    are FSDP's, which would gather the very parameters that are substituted; torch.compile is
-    suspended, since compiled code cannot be differentiated twice, and accelerate's autocast.
+    Restored, also after an exception: the attributes of each module, including its `training` flag
+    and the plain tensors that pruning, weight normalisation and recurrent layers set in every
+    forward; and the random number generators of the CPU and the device. Parameters and buffers are
+    not touched: the caller runs the model on substitutes. Disabled are backward hooks; FSDP's
+    hooks, which would gather the substituted parameters; torch.compile, since compiled code cannot
+    be differentiated twice; and accelerate's autocast.
 
-    One thread at a time runs a model: modes and substituted weights are the module's own. Settings
-    of the process are changed by the first thread that needs them and put back by the last one.
+    One thread at a time runs a model, since modes and substituted weights belong to the module.
+    Process-wide settings are changed by the first thread and restored by the last one.
 
     Args:
         model: The module.
-        device: The device whose generator is saved beside the CPU's.
-        training: The mode to run in; None leaves the modules' own.
-        compiling: Whether the caller itself compiles, so that torch.compile is let through.
+        device: The device whose generator is saved, in addition to the CPU's.
+        training: The mode to run in; None leaves each module's own.
+        compiling: Whether the caller compiles, so that torch.compile stays enabled.
     """
     modules = list(model.modules())
     with ExitStack() as stack:
@@ -83,7 +83,7 @@ def preserved(
             for m in modules:
                 if training is not None:
                     m.training = training
-                # Hooks on gradients see and change what is not theirs to see here.
+                # The user's gradient hooks must neither observe nor change these gradients.
                 m._backward_hooks, m._backward_pre_hooks = OrderedDict(), OrderedDict()
                 if has_own_autocast(m):
                     vars(m)["forward"] = vars(m)["_original_forward"]
@@ -102,13 +102,13 @@ def preserved(
 
 
 def has_weight_norm(module: nn.Module) -> bool:
-    """Whether a module is torch's weight normalisation, of the older or the newer kind."""
+    """Whether a module uses torch's weight normalisation, legacy or parametrization."""
     parts = (module, *module._forward_pre_hooks.values())
     return any(type(part).__name__ in ("WeightNorm", "_WeightNorm") for part in parts)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether a module runs compiled: wrapped by torch.compile, or by its own `compile()`."""
+    """Whether a module is compiled, by torch.compile or its own `compile()`."""
     return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in vars(module)
 
 
@@ -118,7 +118,7 @@ def has_own_autocast(module: nn.Module) -> bool:
 
 
 class _PlainWeightNorm(TorchFunctionMode):
-    """Compute weight normalisation by its formula: torch 2.13's own has a wrong double backward."""
+    """Compute weight normalisation by its formula: torch 2.13 has a wrong double backward."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch._weight_norm:
@@ -142,7 +142,7 @@ def _without_cudnn() -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    # There is no reading this switch of torch's, which is on by default.
+    # This switch of torch has no getter; it is on by default.
     functorch: Any = torch._C._functorch
     functorch._set_vmap_fallback_warning_enabled(False)
     try:
@@ -161,11 +161,11 @@ _QUIET = SharedSetting(_quiet)
 _PLAIN_AND_QUIET = SharedSetting(_plain_and_quiet)
 _EAGER = SharedSetting(lambda: torch.compiler.set_stance("force_eager"))
 _WITHOUT_CUDNN = SharedSetting(_without_cudnn)
-_MODEL_LOCKS: dict[int, Any] = {}  # by id: a module may define equality, and then has no hash
+_MODEL_LOCKS: dict[int, Any] = {}  # by id: a module that defines __eq__ has no hash
 
 
 def exclusive(model: nn.Module) -> Any:
-    """Return the lock that a thread holds while it runs a model on substitutes; reentrant."""
+    """Return the reentrant lock held while a thread runs a model on substitutes."""
     with LOCK:
         key = id(model)
         if key not in _MODEL_LOCKS:
@@ -176,17 +176,17 @@ def exclusive(model: nn.Module) -> Any:
 
 @contextmanager
 def compilation_suspended() -> Iterator[None]:
-    """Run what torch.compile has wrapped as it was: compiled code is not differentiated twice."""
+    """Run compiled modules uncompiled, since compiled code cannot be differentiated twice."""
     with _EAGER.held() if "torch._dynamo" in sys.modules else nullcontext():
         yield
 
 
 @contextmanager
 def without_fallback_warnings() -> Iterator[None]:
-    """Silence torch's warning that it vectorises an operation by a loop, for want of a rule.
+    """Silence torch's warning that vmap runs an operation without a batching rule in a loop.
 
-    The caller did not ask for vmap, and can do nothing about it. Other warnings come through, and
-    filters stay as they are: changing these would show again what was shown once.
+    The caller did not request vmap and cannot change it. Other warnings pass, and warning filters
+    are not modified, which would reset the record of warnings already shown.
     """
     with _QUIET.held():
         yield
@@ -194,7 +194,7 @@ def without_fallback_warnings() -> Iterator[None]:
 
 @contextmanager
 def unchanged_random_state(device: torch.device) -> Iterator[None]:
-    """Put back the generators of the CPU and a device, when the last thread inside leaves."""
+    """Restore the generators of the CPU and a device when the last thread leaves."""
     with _random_state_of(device).held():
         yield
 

@@ -1,8 +1,8 @@
-"""Embeddings as plain functions: gradients that are dense, and weights that are not written to.
+"""Embeddings as pure functions: dense gradients, and no writes to the weight.
 
-Sparse gradients have no second derivative, and nothing adds them to a flat vector. A `max_norm`
-rescales rows of the weight in place in every forward pass, and its derivative is taken as if it did
-not; here the same values and derivatives come without the write.
+Sparse gradients have no second derivative and cannot be added to a flat vector. `max_norm` rescales
+rows of the weight in place in every forward pass, and autograd ignores the rescaling; here values
+and derivatives are the same, without the write.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-# Where the argument lies if it is given by position.
+# Position of the argument if passed by position.
 _SPARSE_AT = {
     F.embedding: 6,
     F.embedding_bag: 7,
@@ -24,12 +24,12 @@ _SPARSE_AT = {
 _MAX_NORM_AT = {F.embedding: (3, 4), F.embedding_bag: (3, 4)}
 _EMBEDDINGS = {*_SPARSE_AT}
 _GATHERS = {torch.gather, torch.Tensor.gather}
-# What torch's own `embedding_renorm_` adds to a norm before it divides by it.
+# Added to the norm in the denominator by torch's `embedding_renorm_`.
 _EPSILON = 1e-7
 
 
 class PlainEmbeddings(TorchFunctionMode):
-    """Compute embeddings with dense gradients, and rescaled without writing to their weights."""
+    """Compute embeddings with dense gradients, and `max_norm` without writing to the weight."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = with_plain_arguments(func, args, kwargs or {})
@@ -39,7 +39,7 @@ class PlainEmbeddings(TorchFunctionMode):
 def with_plain_arguments(
     func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a call of torch without what makes gradients sparse, or writes."""
+    """Return the arguments of a torch call without those that make gradients sparse or write."""
     if func in _GATHERS:
         return args, kwargs | {"sparse_grad": False} if "sparse_grad" in kwargs else kwargs
     if func not in _EMBEDDINGS:
@@ -59,15 +59,15 @@ def with_plain_arguments(
 
 
 def makes_plain(module: nn.Module) -> bool:
-    """Whether a module says that its gradients are sparse, or that it rescales its weight."""
-    # Also one of another kind, which calls the functions with attributes of these names.
+    """Whether a module has sparse gradients or rescales its weight, by its attributes."""
+    # Also custom modules that call the functions with attributes of these names.
     return getattr(module, "sparse", False) is True or isinstance(
         getattr(module, "max_norm", None), (int, float)
     )
 
 
 def dense(gradient: Tensor) -> Tensor:
-    """Return a gradient in the usual layout."""
+    """Return a gradient in strided layout."""
     return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
@@ -75,7 +75,7 @@ def _rescaled(weight: Tensor, max_norm: float, order: float) -> Tensor:
     fixed = weight.detach()
     norms = torch.linalg.vector_norm(fixed, order, dim=-1, keepdim=True)
     factors = torch.where(norms > max_norm, max_norm / (norms + _EPSILON), torch.ones_like(norms))
-    # The derivative is that of the rows as they are: torch's own.
+    # As in torch, the derivative ignores the rescaling.
     return weight + fixed * (factors - 1)
 
 

@@ -1,4 +1,4 @@
-"""LSTM and GRU of plain operations, where the device's own kernels have no forward mode."""
+"""LSTM and GRU from elementary operations, since fused CUDA kernels lack forward mode."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch.overrides import TorchFunctionMode
 
 
 def has_cells(module: nn.Module) -> bool:
-    """Whether a module is a recurrent layer or cell whose kernel a GPU has fused."""
+    """Whether a module is a recurrent layer or cell with a fused GPU kernel."""
     return isinstance(module, (nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell))
 
 
 class UnfusedCells(TorchFunctionMode):
     """Compute recurrent layers and cells by their formulas.
 
-    On CUDA they run in fused kernels, which have no derivative in forward mode, so that only the
-    slowest ways of computing products would be left. Layers take torch's own decompositions.
+    Their fused CUDA kernels have no forward-mode derivative, which would leave only the slowest
+    linearizations. Layers use torch's decompositions.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -29,7 +29,7 @@ class UnfusedCells(TorchFunctionMode):
 
 
 def _layer(name: str) -> Callable[..., Any]:
-    """Return a layer's decomposition, for padded or packed sequences by their arguments."""
+    """Return the decomposition of a layer, for padded or packed sequences."""
     overloads = getattr(torch.ops.aten, name)
     plain = {kind: decomposition_table[getattr(overloads, kind)] for kind in ("input", "data")}
 

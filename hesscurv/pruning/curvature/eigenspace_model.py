@@ -1,4 +1,4 @@
-"""The loss around some weights as its top eigenpairs see it, plus a diagonal for the rest.
+"""Quadratic model of the loss from top eigenpairs plus a diagonal.
 
 ``H = V |L| V^T + D0`` with the top eigenpairs (L, V) and a diagonal D0. Shapes: D entries of the
 eigenpairs' layout, of which p belong to a weight; k pairs.
@@ -24,24 +24,25 @@ from hesscurv.pruning.weights import (
     find_weights,
 )
 
-# Of |lambda_k|: the least curvature of an entry whose own diagonal is known.
+# Least curvature of an entry with known diagonal, relative to |lambda_k|.
 _DAMPING_BESIDE_DIAGONAL = 1e-2
 
 
 @dataclass(frozen=True, repr=False)
 class EigenspaceCurvature(Described):
-    """What eigenpairs, and perhaps a diagonal, say about some of a model's weights.
+    """Curvature of some of a model's weights, from eigenpairs and possibly a diagonal.
 
     Args:
         weights: By dense name, in the model's order.
-        slices: Where each weight's entries lie in the layout, by dense name.
+        slices: The slice of each weight in the layout, by dense name.
         eigenvectors: V, shape (D, k).
-        eigenvalues: L, shape (k,), with its signs.
-        used: L as it is used, shape (k,): see `negative` in `quadratic_model_of`.
+        eigenvalues: L, shape (k,), signed.
+        used: L after the treatment of negative values, shape (k,): see `negative` in
+            `quadratic_model_of`.
         diagonal: Shape (D,), or None.
         gradient: Shape (D,), or None.
-        damping: The least entry of D0; None to take the diagonal's remainder as it is.
-        dtype: The dtype to compute in.
+        damping: Least entry of D0; None to use the remainder of the diagonal unchanged.
+        dtype: The dtype of the computation.
     """
 
     weights: dict[str, Weight]
@@ -87,38 +88,37 @@ def quadratic_model_of(
     damping: float | None = None,
     weights: WeightSelection = None,
 ) -> QuadraticModel:
-    """Return the quadratic model of the loss that eigenpairs give, in the weights to prune.
+    """Return the quadratic model of the loss given by eigenpairs, in the weights to prune.
 
-    ``H = V |L| V^T + D0`` on these weights; the layout's other entries stand still.
+    ``H = V |L| V^T + D0`` on these weights; other entries of the layout are fixed.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
         pairs: The top eigenpairs (L, V), with the layout of the model's parameters, dense or
             pruned.
         diagonal: Shape (D,), floating: an estimate of the Hessian's own diagonal, such as
-            ``hesscurv.diagonal(H, num_matvecs).values`` or mean squared gradients. Then D0 is what
-            the pairs leave of it, ``max(diagonal_i - sum_j lambda_j V_ij^2, damping)``. Without,
-            D0 is `damping` everywhere.
-        gradient: Shape (D,), floating: the loss's gradient; zeros by default.
-        negative: What becomes of negative eigenvalues: "abs", their magnitudes are used, or
-            "clip", they are left out.
+            ``hesscurv.diagonal(H, num_matvecs).values`` or mean squared gradients. Then D0 is the
+            remainder, ``max(diagonal_i - sum_j lambda_j V_ij^2, damping)``. Otherwise D0 is
+            `damping` everywhere.
+        gradient: Shape (D,), floating: gradient of the loss; zeros by default.
+        negative: Treatment of negative eigenvalues: "abs" uses their magnitudes, "clip" drops them.
         damping: Positive, in units of the eigenvalues. By default |lambda_k|, the only bound that
             the pairs give on the rest, and 1 % of that with a `diagonal`; at least
-            10 eps |lambda_1|, to which eigenvalues are known.
-        weights: Which weights, as in `find_weights`. By default those that the layout has.
+            10 eps |lambda_1|, the accuracy of the eigenvalues.
+        weights: The selected weights, as in `find_weights`. By default those in the layout.
 
     Returns:
-        The model with rows ``sqrt|lambda_j| V_ij`` and mu = 1, its layout in dense names and the
-        weights' order, in the promoted dtype of weights and eigenvectors, at least float32.
+        The model with rows ``sqrt|lambda_j| V_ij`` and mu = 1, with dense names in the order of the
+        weights, in the promoted dtype of weights and eigenvectors, at least float32.
 
     Raises:
-        TypeError: If `pairs` are no eigenpairs, or a vector is no floating tensor.
-        ValueError: If the pairs have no layout, it lacks weights that `weights` asks for or has
-            none at all, or one in another shape; if a vector has another D or is not finite, the
-            damping is not positive, or `negative` is unknown.
+        TypeError: If `pairs` are not Eigenpairs, or a vector is not a floating tensor.
+        ValueError: If the pairs have no layout, it lacks selected weights or has none of the model,
+            or one in another shape; if a vector has another D or is not finite, the damping is not
+            positive, or `negative` is unknown.
 
     Cost:
-        A copy of the weights' rows of V, k numbers for each weight's entry.
+        A copy of the rows of V of the weights, k numbers for each entry.
 
     References:
         Hassibi and Stork, NIPS 1992, for the inverse from a low-rank and a diagonal part.
@@ -198,7 +198,7 @@ def read_curvature(
 def _find(
     model: nn.Module, layout: ParameterLayout | None, weights: WeightSelection
 ) -> tuple[dict[str, Weight], dict[str, slice]]:
-    """The weights that the layout has, and where."""
+    """The weights in the layout, and their slices."""
     if layout is None:
         raise ValueError(
             "expected eigenpairs with the layout of the model's parameters, got none; solve with "
@@ -206,7 +206,7 @@ def _find(
         )
     selected = find_weights(model, weights)
     slices, shapes = layout.slices(), dict(zip(layout.names, layout.shapes, strict=True))
-    # As dense or as pruned; a parameter may have "_orig" at the end of its own name, too.
+    # Dense or pruned names; a dense parameter's own name may end in "_orig", too.
     stored = {name: name if name in slices else f"{name}_orig" for name in selected}
     found = {name: weight for name, weight in selected.items() if stored[name] in slices}
     missing = [name for name in selected if name not in found]

@@ -1,4 +1,4 @@
-"""The top eigenspace of the Hessian at any weights, as rows of a quadratic model."""
+"""Rows of a quadratic model from the top eigenspace of the Hessian."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def eigenspace_rows(
     rank: int,
     generator: torch.Generator,
 ) -> tuple[list[Tensor], int]:
-    """Return ``sqrt|lambda_j| v_j^T`` of the top eigenpairs on some samples, and the products.
+    """Return ``sqrt|lambda_j| v_j^T`` of the top eigenpairs on some samples, and the matvecs.
 
     Args:
-        objective: The model and the task; its parameters are those that vary.
-        params: Their values, where the Hessian is taken.
+        objective: The model, the task and the selected parameters.
+        params: Values at which the Hessian is taken.
         batches: The samples.
-        rank: The number of pairs.
-        generator: Of the starting block.
+        rank: Number of pairs.
+        generator: Generator of the starting block.
 
     Returns:
-        The rows, (rank, p) for each parameter, and the number of products that they took.
+        The rows, (rank, p) for each parameter, and the number of matvecs.
 
     Cost:
-        2 to 4 products a pair, and a copy of the model.
+        2 to 4 matvecs per pair, and a copy of the model.
     """
     for weight in pruned_weights(objective.model).values():
-        refresh_(*weight)  # or it could not be copied
+        refresh_(*weight)  # deepcopy refuses a masked weight with an autograd graph
     model = copy.deepcopy(objective.model)
     found = dict(model.named_parameters())
     with torch.no_grad():

@@ -1,9 +1,9 @@
-"""Covariances of what the layers' weights multiply: the inputs of linear and conv layers.
+"""Input covariances of linear and convolution layers.
 
-For a weight matrix W (o, i), a convolution's unfolded, this is ``A = mean over samples of
-sum over places a a^T``, the input side of the Kronecker-factored Gauss-Newton matrix. The mean is
-that of the task, by the samples' weights; within a sample all places count, also those of tokens
-whose targets are masked, which forward passes alone cannot tell.
+For a weight matrix W (o, i), unfolded for a convolution, this is ``A = mean over samples of
+sum over places a a^T``, the input factor of the Kronecker-factored Gauss-Newton matrix. The mean
+weights samples as the task does; within a sample all places count, even tokens whose targets are
+masked, which a forward pass cannot identify.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from hesscurv.pruning.curvature.sample_weights import WeighedBatch
 from hesscurv.pruning.weight_axes import REVERSED, find_axes
 from hesscurv.pruning.weights import Weight, current_parameter
 
-# Images unfold to nine times their size and more.
+# Small, since images unfold to nine times their size and more.
 _SAMPLES_AT_ONCE = 64
 
 
 def has_covariance(weight: Weight) -> bool:
-    """Whether a weight is a linear layer's or a plain convolution's, stored (outputs, inputs)."""
+    """Whether a weight belongs to a linear layer or ungrouped Conv2d, stored (outputs, inputs)."""
     module, name = weight
     if name != "weight" or find_axes(module, name) == REVERSED:
         return False
@@ -39,7 +39,7 @@ def has_covariance(weight: Weight) -> bool:
 
 
 def has_input_rows(weight: Weight) -> bool:
-    """Whether a weight's layer is one whose inputs `input_covariances` knows how to read."""
+    """Whether `input_covariances` supports the layer of a weight."""
     module, name = weight
     if name != "weight" or (axes := find_axes(module, name)) is None or axes.groups > 1:
         return False
@@ -55,25 +55,25 @@ def input_covariances(
     *,
     constant: bool = False,
 ) -> dict[str, Tensor]:
-    """Return the covariances of layers' inputs at some parameters, in blocks of limited size.
+    """Return the input covariances of layers at some parameters, in blocks of limited size.
 
     Args:
         objective: The model and the task, refreshed.
         params: Values of its parameters.
         samples: Batches on the device, from `weigh`.
         weights: The weights by name, each with `has_input_rows`.
-        largest: The most coordinates of one block.
-        constant: Whether to count a last input that is always 1, for the layer's intercept: its row
-            holds the sums of the others, and how many places a sample has.
+        largest: Maximal size of one block.
+        constant: Whether to append an input that is always 1, for the intercept of the layer: its
+            row holds the sums of the others, and the number of places.
 
     Returns:
-        By name shape (c, i/c, i/c), not centred: c blocks of neighbouring inputs, of equal size,
-        in the order of the weight's matrix (outputs, inputs), see `WeightAxes`. Layers that do not
-        run are left out, and so are those that are given something else than rows of inputs.
+        By name shape (c, i/c, i/c), not centred: c blocks of consecutive inputs, of equal size, in
+        the order of the weight's matrix (outputs, inputs), see `WeightAxes`. Layers that do not
+        run, or whose input is not rows of inputs, are omitted.
 
     Cost:
-        A forward pass and ``i^2 / c`` operations a sample and place. Samples of one weight go
-        through together.
+        A forward pass and ``i^2 / c`` operations per sample and place. Samples of equal weight are
+        batched.
     """
     found: dict[str, Tensor] = {}
     total = weight = 0.0
@@ -86,7 +86,7 @@ def input_covariances(
                 return
             rows = unfolded(module, given.detach())
             if rows.shape[1] != sizes[name]:
-                return  # a subclass that multiplies its weight with something else
+                return  # a subclass that does not multiply its weight with its input
             if constant:
                 rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
             c = num_blocks(rows.shape[1], largest)
@@ -96,11 +96,12 @@ def input_covariances(
 
         return hook
 
-    # In this order: the environment allows gradients.
+    # no_grad inside: the environment enables gradients.
     with objective.environment(), torch.no_grad(), _pre_hooks(weights, read):
         for batch, weights_n in samples:
             total += float(weights_n.sum())
-            # Which of a layer's rows are a sample's is not known: layers may have time first.
+            # Rows of a layer cannot be assigned to samples, since a layer may have time first: run
+            # samples of equal weight together instead.
             for weight in weights_n.unique().tolist():
                 alike = select(batch, weights_n == weight)
                 for part in split(alike, _SAMPLES_AT_ONCE):
@@ -109,7 +110,7 @@ def input_covariances(
 
 
 def num_blocks(inputs: int, largest: int) -> int:
-    """Return the least divisor of the number of inputs that leaves blocks of at most `largest`."""
+    """Return the least divisor of the number of inputs with blocks of at most `largest`."""
     return next(c for c in range(1, inputs + 1) if inputs % c == 0 and inputs // c <= largest)
 
 
@@ -119,7 +120,7 @@ def unfolded(module: nn.Module, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[-1])
     x = x if x.ndim == len(module.kernel_size) + 2 else x[None]  # without a batch
     if isinstance(module, _ConvTransposeNd):
-        # A convolution with the reversed kernel over inputs that its strides pull apart.
+        # Equivalent to a convolution with the reversed kernel over inputs spread by the strides.
         stride = [1] * len(module.kernel_size)
         patches = _patches(_spread(module, x), module.kernel_size, stride, module.dilation)
         return patches.flip(tuple(range(2, patches.ndim))).flatten(1)
@@ -138,7 +139,7 @@ def unfolded(module: nn.Module, x: Tensor) -> Tensor:
 def _patches(
     x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
 ) -> Tensor:
-    """Return what a kernel reads at each of its places, shape (r, channels, *kernel)."""
+    """Return the patches that a kernel reads, shape (r, channels, *kernel)."""
     d = len(kernel)
     for j in range(d):
         x = x.unfold(2 + j, dilation[j] * (kernel[j] - 1) + 1, stride[j])[..., :: dilation[j]]
@@ -161,7 +162,7 @@ def _spread(module: _ConvTransposeNd, x: Tensor) -> Tensor:
 
 
 def num_columns(weight: Weight) -> int:
-    """Return the inputs of a weight's matrix; those of a kernel's places count each."""
+    """Return the number of inputs of a weight's matrix, kernel positions included."""
     axes = find_axes(*weight)
     assert axes is not None
     shape = current_parameter(*weight).shape

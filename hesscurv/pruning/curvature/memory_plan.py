@@ -1,6 +1,6 @@
-"""Planning of memory for `prune_model`: rows and blocks of a size that fits beside the weights.
+"""Memory planning of `prune_model`: number of rows and size of blocks.
 
-Numbers that the caller leaves at their defaults are lowered to fit; those that he names are not.
+Sizes at their defaults are lowered to fit; sizes given by the caller are not.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from hesscurv.pruning.curvature.quadratic_model import Measuring
 
 DEFAULT_GRADIENTS = 1000
 _DEFAULTS = Measuring()
-# With fewer rows than that a quadratic model says little about some million weights.
+# With fewer rows a quadratic model of millions of weights is useless.
 _LEAST_ROWS = 16
 _SMALLER_BLOCKS = (256, 64)
-# Of the free memory: the rest is for the model's own work on a batch.
+# Fraction of the free memory; the rest is for the model's work on a batch.
 _SHARE = 0.8
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the memory of a stage depends on.
+    """Sizes that determine the memory of a stage.
 
     Args:
-        numels: The entries of each weight.
-        columns: The inputs of each weight whose inputs' covariance is taken.
-        itemsize: Bytes of a number.
+        numels: Entries of each weight.
+        columns: Inputs of each weight with an input covariance.
+        itemsize: Bytes per number.
     """
 
     numels: Sequence[int]
@@ -43,13 +43,13 @@ class Sizes:
         return sum(self.numels)
 
     def num_bytes(self, rows: int, largest_block: int) -> int:
-        """Return the bytes of rows and factors, and of what one weight takes besides."""
+        """Return the bytes of rows and factors, with the temporaries of the largest weight."""
         per_row = 2 * self.numel + 2 * max(self.numels)
         inputs = sum(i * (i // num_blocks(i, largest_block)) for i in self.columns)
         return (rows * per_row + 4 * rows**2 + 8 * self.numel + inputs) * self.itemsize
 
     def most_rows(self, limit: float, largest_block: int) -> int:
-        """Return how many rows fit into a number of bytes; -1 if the rest alone does not."""
+        """Return how many rows fit into a number of bytes; -1 if not even zero rows fit."""
         low, high = -1, 1
         while self.num_bytes(high, largest_block) <= limit:
             low, high = high, 2 * high
@@ -66,9 +66,9 @@ class MemoryPlan:
     """Sizes that fit.
 
     Args:
-        gradients: The samples of one stage.
-        measuring: How curvature is measured, with a rank and blocks that fit.
-        num_bytes: What rows and factors take.
+        gradients: Samples per stage.
+        measuring: Options of the curvature, with a rank and blocks that fit.
+        num_bytes: Memory of rows and factors.
     """
 
     gradients: int
@@ -83,17 +83,17 @@ def plan_memory(
     free: int,
     num_samples: int | None = None,
 ) -> MemoryPlan:
-    """Return how many gradients, eigenpairs and coordinates of a block to take.
+    """Return the number of gradients and eigenpairs, and the block size.
 
     Args:
-        sizes: Of the weights.
-        measuring: As asked for; a rank and a largest block that are the defaults may be lowered.
-        gradients: The samples of one stage; None for 1000, or fewer where these do not fit.
-        free: Bytes of memory that can be taken.
-        num_samples: How many samples there are, if it is known.
+        sizes: Sizes of the weights.
+        measuring: The requested options; rank and largest block may be lowered if at the defaults.
+        gradients: Samples per stage; None for 1000, or fewer if these do not fit.
+        free: Bytes of free memory.
+        num_samples: Total number of samples, if known.
 
     Raises:
-        MemoryError: If it does not fit; the message names the argument to change, and to what.
+        MemoryError: If it does not fit; the message names the argument to change, and its value.
     """
     n = DEFAULT_GRADIENTS if gradients is None else gradients
     k = min(measuring.rank, sizes.numel)
@@ -114,7 +114,7 @@ def plan_memory(
         left -= 0 if free_k or not uses_k else k
         if left < 0:
             continue
-        # Of both in the proportion of the defaults.
+        # Split the room in the proportion of the defaults.
         share = k / (present + k) if free_n else 1.0
         taken_k = min(k, round(share * left)) if free_k else k
         taken_n = min(present, left - (taken_k if free_k else 0)) if free_n else n
@@ -144,7 +144,7 @@ def plan_memory(
 def _remedy(
     sizes: Sizes, measuring: Measuring, n: int, k: int, free: int, uses_n: bool, uses_k: bool
 ) -> str:
-    """Which argument to change to what, so that it fits."""
+    """The argument to change, and its value, so that it fits."""
     most = sizes.most_rows(free, measuring.largest_block)
     least_n, least_k = min(_LEAST_ROWS, n), min(_LEAST_ROWS, k)
     if uses_n and most - uses_k * k >= least_n:
@@ -164,8 +164,8 @@ def _remedy(
     numel = min(numel, int(sizes.numel * free / least))
     some = f"name `weights` of at most {numel:,} entries, or " if numel > 0 else ""
     return (
-        f"with {rows} rows, the least, it is {_gb(least)}: {some}use method='magnitude', which "
-        "needs none of it"
+        f"with {rows} rows, the minimum, it needs {_gb(least)}: {some}use method='magnitude', "
+        "which needs none of it"
     )
 
 

@@ -1,4 +1,4 @@
-"""The Optimal Brain Surgeon's update: the kept weights make up for all pruned ones at once."""
+"""Optimal Brain Surgeon update: joint compensation of all pruned weights by the kept ones."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ def compensate_(
     masks: Mapping[str, Tensor] | None,
     curvature: QuadraticModel | Eigenpairs,
 ) -> float:
-    """Prune weights by masks and move the kept ones to where the loss is least, in place.
+    """Prune weights by masks and move the kept ones to the minimum of a quadratic model, in place.
 
-    For the pruned entries P and the kept ones S the exact joint minimum of the quadratic model,
+    For the pruned entries P and the kept ones S the exact joint minimum is
 
         w_S <- w_S - H_SS^-1 (g_S - H_SP w_P),    w_P <- 0,
 
-    with ``H = R^T R + mu K`` and ``g = gradient + R^T residual``. One after the other, as in
-    the classical update, would be the same for one pruned weight alone.
+    with ``H = R^T R + mu K`` and ``g = gradient + R^T residual``. The classical update, one weight
+    after the other, agrees with it only for a single pruned weight.
 
-    The values w_P that are made up for are those that the parameter has now: of a pruned tensor
-    ``weight_orig``, where torch keeps them behind the mask. So `curvature` has to be that of the
-    loss before pruning, with the values there. They are zero afterwards, so that a second call does
-    not count them again: without a first-order term it changes nothing; with one it takes the same
-    step once more, so measure the curvature again first.
+    The compensated values w_P are the present ones of the parameter: for a pruned tensor those of
+    ``weight_orig``, which torch keeps behind the mask. So `curvature` must be that of the loss
+    before pruning. They are zero afterwards, so a second call does not count them again: without a
+    first-order term it changes nothing; with one it repeats the step, so measure the curvature
+    again first.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
         masks: A dict from dotted dense name to a bool tensor of the weight's shape, on any device,
-            True where it is kept; None for the model's own, `masks_of`. They are applied on top of
-            those that the model has.
-        curvature: The model of the loss, or the top eigenpairs, which `quadratic_model_of` makes
-            one of with its defaults. Its weights without a mask are kept whole and move, too;
-            weights outside stand still.
+            True where it is kept; None for the model's own, `masks_of`. They are applied in
+            addition to the model's present masks.
+        curvature: The model of the loss, or top eigenpairs, converted by `quadratic_model_of` with
+            its defaults. Its weights without a mask move too; weights outside are fixed.
 
     Returns:
-        The change of the loss that the quadratic model predicts.
+        The predicted change of the loss.
 
     Raises:
-        TypeError: If `masks` is no mapping or None, a mask no bool tensor, or `curvature` neither.
-        ValueError: If there are no masks, the curvature lacks a weight that has one or knows one
-            that the model has not, a shape differs, or the update is not finite. The model is left
-            as it was, bit for bit.
+        TypeError: If `masks` is neither a mapping nor None, a mask not a bool tensor, or
+            `curvature` neither a model nor eigenpairs.
+        ValueError: If there are no masks, the curvature lacks a masked weight or has one that the
+            model does not, a shape differs, or the update is not finite. The model is restored bit
+            for bit.
 
     Cost:
-        About n s (n + i) operations for n rows, s kept entries and blocks of i, a copy of the rows,
-        and one of the weights and buffers of the layers, to go back to.
+        About n s (n + i) operations for n rows, s kept entries and blocks of size i, a copy of the
+        rows, and one of the layers' weights and buffers for a rollback.
 
     References:
         Hassibi and Stork, NIPS 1992, equation (5), for one weight; Kurtic et al., EMNLP 2022, arXiv
@@ -94,7 +94,7 @@ def compensate_(
 def _check(
     model: nn.Module, masks: Mapping[str, Tensor], curvature: QuadraticModel
 ) -> tuple[dict[str, Weight], dict[str, Tensor]]:
-    """Return the curvature's weights, and what is kept of each, by dense name."""
+    """Return the curvature's weights and their masks, by dense name."""
     if not isinstance(masks, Mapping):
         raise TypeError(f"expected masks as a dict from name to mask, got {type(masks).__name__}")
     if not masks:

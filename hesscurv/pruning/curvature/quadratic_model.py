@@ -1,9 +1,9 @@
-"""The loss around some weights as a quadratic function: few rows, plus a structured rest.
+"""Quadratic models of the loss: few rows plus a structured rest.
 
 ``loss(w + d) - loss(w) ~ 1/2 |R d + r|^2 - 1/2 |r|^2 + mu/2 d^T K d``
 
-R (n, D) are rows of the Gauss-Newton or the Fisher matrix of n samples, or the top eigenspace; r is
-what gives the first-order term R^T r; K stands for the curvature that so few rows do not see.
+R (n, D) are rows of the Gauss-Newton or Fisher matrix of n samples, or the top eigenspace; r gives
+the first-order term R^T r; K approximates the curvature outside the span of the rows.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ Target = Literal["outputs", "loss"]
 logger = logging.getLogger(__name__)
 
 _MOST_AT_ONCE = 32
-# Batches that tell about the others.
+# Batches on which checks and scales are computed, as representatives of all.
 _MOST_LOOKED_AT = 4
 
 
@@ -66,8 +66,8 @@ class QuadraticModel:
         matrix: ``R^T R + mu K``.
         mu: The weight of K; positive.
         residual: r, shape (n,); None for zeros.
-        gradient: A first-order term beside R^T r, shape (D,); None for zeros.
-        cost: The per-sample gradients that it took; a product with the Hessian counts as two.
+        gradient: First-order term in addition to R^T r, shape (D,); None for zeros.
+        cost: Number of per-sample gradients; a matvec with the Hessian counts as two.
     """
 
     layout: ParameterLayout
@@ -83,7 +83,7 @@ class QuadraticModel:
         return len(self.matrix.rows[0])
 
     def __repr__(self) -> str:
-        """Return what it is in one line."""
+        """Return a one-line summary."""
         order = self.residual is not None or self.gradient is not None
         return (
             f"QuadraticModel({self.num_rows} rows, {self.layout.numel:,} entries of "
@@ -93,7 +93,7 @@ class QuadraticModel:
         )
 
     def change(self, delta_D: Tensor) -> float:
-        """Return the change of the loss that the model predicts for a change of the weights."""
+        """Return the predicted change of the loss for a change of the weights."""
         y_n = self.matrix.rows_times(delta_D)
         parts = delta_D.split([block.numel for block in self.matrix.blocks])
         rest = sum(
@@ -108,29 +108,29 @@ class QuadraticModel:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How a `QuadraticModel` is measured.
+    """Options for measuring a `QuadraticModel`.
 
-    A row of "ggn" or "fisher" stands for one sample s of a batch b: for its own loss, that of a
-    batch of one, times the square root of its share in the mean over all samples, ``w_s / sum w_s``
-    of the batch's ``w_b / N`` by `task.weight`. So R^T R is, on average over the signs, the matrix
-    that `GGNOperator` has on these samples; of a language model that counts unmasked tokens, a row
-    is a sequence, and its share that of its tokens. Samples of no weight have no row.
+    A row of "ggn" or "fisher" represents one sample s of a batch b: its own loss, that of a batch
+    of one, times the square root of its share in the mean over all samples, ``w_s / sum w_s`` of
+    the batch's ``w_b / N`` by `task.weight`. So R^T R is, in expectation over the signs, the matrix
+    of `GGNOperator` on these samples. For a language model that counts unmasked tokens, a row is a
+    sequence and its share that of its tokens. Samples of zero weight have no row.
 
     Args:
-        rows: "ggn", one random combination a sample of the rows of the Gauss-Newton matrix's
-            square root; "fisher", the gradients of the samples' losses; "eigenspace", the Hessian's
-            top eigenpairs on the samples, ``sqrt|lambda_j| v_j^T``, which know no first-order term;
-            or "both", half "ggn" and half "eigenspace".
-        rest: K: "kronecker", the inputs' covariance of linear and conv layers, scaled by output to
-            the rows' own trace; "diagonal", the rows' mean square by weight; "isotropic".
-        damping: What is added to K, relative to its mean diagonal by layer.
-        largest_block: The most coordinates of one block of K.
-        root_floor: For "ggn": what is added to the samples' Hessian in the outputs, relative to its
-            mean eigenvalue over the samples; positive. A network that has learnt its data is sure
-            of its outputs, and its loss nearly flat there; with this they count all the same, and
-            so do outputs that the loss does not read, such as those of masked tokens.
-        target: For "ggn", what r leads back to: "outputs", those of the dense network, "loss",
-            outputs of less loss. Fisher rows know the loss alone.
+        rows: "ggn", one random combination per sample of the rows of a square root of the
+            Gauss-Newton matrix; "fisher", the gradients of the samples' losses; "eigenspace", the
+            top eigenpairs of the Hessian on the samples, ``sqrt|lambda_j| v_j^T``, without a
+            first-order term; or "both", half "ggn" and half "eigenspace".
+        rest: K: "kronecker", the input covariance of linear and conv layers, scaled by output to
+            the trace of the rows; "diagonal", the mean square of the rows by weight; "isotropic".
+        damping: Damping of K, relative to its mean diagonal by layer.
+        largest_block: Maximal size of one block of K.
+        root_floor: For "ggn": damping of the samples' Hessian in the outputs, relative to its mean
+            eigenvalue over the samples; positive. The loss of a trained network is nearly flat at
+            its confident outputs; the damping preserves these, and outputs that the loss does not
+            depend on, such as those of masked tokens.
+        target: For "ggn", the target of r: "outputs" of the dense network, or lower "loss". Fisher
+            rows always use the loss.
         rank: For "eigenspace" and "both": the number of eigenpairs.
     """
 
@@ -143,7 +143,7 @@ class Measuring:
     rank: int = 100
 
     def check(self) -> None:
-        """Refuse what does not exist.
+        """Validate the options.
 
         Raises:
             ValueError: If an option is unknown or out of range.
@@ -164,15 +164,15 @@ class Measuring:
 
 
 def with_rows_that_run(objective: Objective, batch: Any, how: Measuring | None) -> Measuring:
-    """Return how to measure: as told, by default rows of a kind that takes the model's outputs.
+    """Return the given options, or by default rows that support the model's number of outputs.
 
     Args:
         objective: The model and the task, refreshed.
-        batch: Samples, on the device, of which one is looked at.
-        how: As told; None for the default.
+        batch: Samples, on the device, of which the first is used.
+        how: The options; None for the default.
 
     Raises:
-        ValueError: If there are more outputs than the rows that are told take.
+        ValueError: If there are more outputs than the given rows support.
     """
     chosen = how or Measuring()
     if chosen.rows not in ("ggn", "both"):
@@ -209,14 +209,14 @@ def measure_quadratic_model(
         batches: n samples, on the device.
         how: See `Measuring`.
         generator: Source of the random signs.
-        dense: The dense weights, whose outputs are to be kept.
+        dense: The dense weights, whose outputs are the target.
 
     Raises:
-        ValueError: If a batch's loss is not the mean of its samples' own by `task.weight`, no
-            sample has a weight, or the loss does not depend on the weights.
+        ValueError: If a batch's loss is not the `task.weight`-weighted mean of its samples' losses,
+            no sample has a weight, or the loss does not depend on the weights.
 
     Cost:
-        n gradients, a forward pass or two more, and the memory of n D numbers.
+        n gradients, one or two more forward passes, and memory for n D numbers.
     """
     samples = list(weigh(objective, batches))
     n = count_samples(samples)
@@ -230,7 +230,7 @@ def measure_quadratic_model(
         cost += n
     if how.rows in ("eigenspace", "both"):
         top, products = eigenspace_rows(objective, values, batches, how.rank, generator)
-        # A half of each, so that what both see is not counted twice.
+        # Half of each, so that curvature seen by both is not counted twice.
         share = 0.5**0.5 if rows else 1.0
         if rows:
             top = [torch.cat([r, t]) for r, t in zip(rows, top, strict=True)]
@@ -252,7 +252,7 @@ def _sample_rows(
     generator: torch.Generator,
     dense: dict[str, Tensor],
 ) -> tuple[list[Tensor], Tensor]:
-    """Return one row a sample, (n, p) for each weight, and the residuals (n,)."""
+    """Return one row per sample, (n, p) for each weight, and the residuals (n,)."""
     n = count_samples(samples)
     values = tuple(params.values())
     rows = [p.new_empty(n, p.numel()) for p in values]
@@ -289,10 +289,10 @@ def _directions(
     target: Target,
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Return one combination of outputs a sample, a = S e (n, c), and its residual r (n,).
+    """Return one combination of outputs per sample, a = S e (n, c), and its residual r (n,).
 
-    ``E[a a^T] = S S^T``, and ``E[a r]`` is the slope in the outputs: of the distance from the dense
-    ones in the metric S S^T, or of the loss.
+    ``E[a a^T] = S S^T``, and ``E[a r]`` is the gradient in the outputs: of the distance to the
+    dense ones in the metric S S^T, or of the loss.
     """
     with torch.no_grad():
         there = objective.outputs(tuple(dense.values()), batch)
@@ -329,7 +329,7 @@ def _floor(
 
 
 def _parts(samples: list[WeighedBatch], size: int) -> Iterator[WeighedBatch]:
-    """Cut batches and their samples' weights into parts of at most so many samples."""
+    """Split batches and their samples' weights into parts of at most `size` samples."""
     for batch, weights_n in samples:
         yield from zip(split(batch, size), weights_n.split(size), strict=True)
 
@@ -357,7 +357,7 @@ def _blocks(
         )
     blocks: list[Block] = []
     for name, p in params.items():
-        # Layers that saw no gradient have the damping of the whole.
+        # A layer without gradients gets a fraction of the overall mean, to stay positive definite.
         damping = how.damping * max(float(squares[name].mean()), 1e-3 * mean)
         if name not in covariances:
             blocks.append(DiagonalBlock(squares[name] + damping))
@@ -366,7 +366,7 @@ def _blocks(
         trace = float(a_cii.diagonal(dim1=1, dim2=2).sum())
         axes = axes_of(*weights[name], name)
         scale_o = axes.to_matrix(squares[name].view(p.shape)).sum(1) / max(trace, 1e-30)
-        # A few samples may leave an output without gradient by chance.
+        # With few samples an output may have no gradient by chance.
         scale_o = scale_o.clamp(min=1e-2 * float(scale_o.mean()))
         block: Block = KroneckerBlock(a_cii, scale_o, damping)
         if (order := axes.order(p.ndim)) != tuple(range(p.ndim)):

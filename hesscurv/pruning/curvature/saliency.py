@@ -1,4 +1,4 @@
-"""Saliency: what the loss gains when a single weight is set to zero, by the top eigenspace."""
+"""Saliency of single weights from the top eigenspace: OBD, OBS, leverage."""
 
 from __future__ import annotations
 
@@ -33,48 +33,48 @@ def saliency(
     damping: float | None = None,
     weights: WeightSelection = None,
 ) -> dict[Weight, Tensor]:
-    """Return a score for each entry of the weights to prune: the lowest are to go first.
+    """Return a score for each entry of the weights to prune, lowest first.
 
     With ``H = V L V^T + D0`` from the eigenpairs (L, V) and the gradient g, the score of w_i is
 
     - "obd": ``w_i^2 h_ii / 2 - g_i w_i`` with ``h_ii = d_i + sum_j lambda_j V_ij^2``, the change of
-      the loss when w_i goes and all others stay;
-    - "obs": ``(w_i - [H^-1 g]_i)^2 / (2 [H^-1]_ii)``, what removing w_i costs when all others
-      follow: the constrained minimum less the free one;
-    - "leverage": ``sum_j V_ij^2``. The mask of the k largest is the one of k entries that overlaps
-      most with the eigenspace; the values of the weights do not matter.
+      the loss when w_i is removed and all others are fixed;
+    - "obs": ``(w_i - [H^-1 g]_i)^2 / (2 [H^-1]_ii)``, the cost of removing w_i when all others
+      adapt: the constrained minimum minus the free one;
+    - "leverage": ``sum_j V_ij^2``. The k largest scores form the mask of k entries with the largest
+      overlap with the eigenspace, independent of the values of the weights.
 
-    "obs" takes the inverse on the weights that are scored: biases and other entries stand still.
-    A pruned weight enters with zeros where it is masked.
+    "obs" takes the inverse on the scored weights only: biases and other entries are fixed. Masked
+    entries of pruned weights are zero.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
         pairs: The top eigenpairs, with the layout of the model's parameters, dense or pruned.
         kind: "obd", "obs" or "leverage".
         diagonal: Shape (D,), floating: an estimate of the Hessian's own diagonal, such as
             ``hesscurv.diagonal(H, num_matvecs).values`` or mean squared gradients. Then
-            ``d_i = max(diagonal_i - sum_j lambda_j V_ij^2, damping)``; without, `damping`.
-        gradient: Shape (D,), floating: the loss's gradient, for "obd" and "obs"; zeros by default.
-        negative: What becomes of negative eigenvalues: "abs", their magnitudes are used; "clip",
-            they are left out; "keep", for "obd" alone, they count against the score, and d_i is
+            ``d_i = max(diagonal_i - sum_j lambda_j V_ij^2, damping)``; otherwise `damping`.
+        gradient: Shape (D,), floating: gradient of the loss, for "obd" and "obs"; default zeros.
+        negative: Treatment of negative eigenvalues: "abs" uses their magnitudes; "clip" drops them;
+            "keep", only for "obd", lets them lower the score, and d_i is
             ``diagonal_i - sum_j lambda_j V_ij^2`` whatever its sign.
-        damping: Not negative, and for "obs" positive, in units of the eigenvalues. By default
+        damping: Nonnegative, positive for "obs", in units of the eigenvalues. By default
             |lambda_k|, the only bound that the pairs give on the rest, and 1 % of that with a
-            `diagonal`; at least 10 eps |lambda_1|. For "keep" it is zero by default and not to be
-            given with a `diagonal`.
-        weights: Which weights, as in `find_weights`. By default those that the layout has.
+            `diagonal`; at least 10 eps |lambda_1|. With "keep" it is zero by default and must not
+            be given together with a `diagonal`.
+        weights: The selected weights, as in `find_weights`. By default those in the layout.
 
     Returns:
         A dict from `Weight`, equal to ``(module, "weight")``, to a tensor of the weight's shape on
-        its device, in the promoted dtype of weights and eigenvectors, at least float32. It is what
-        `curvature_global` takes.
+        its device, in the promoted dtype of weights and eigenvectors, at least float32, as accepted
+        by `curvature_global`.
 
     Raises:
-        TypeError: If `pairs` are no eigenpairs, or a vector is no floating tensor.
-        ValueError: If the kind or `negative` is unknown or they do not go together; the pairs have
-            no layout, or it lacks weights that `weights` asks for, or has none or one in another
-            shape; a vector has another D or is not finite; the damping is out of range; or
-            "leverage" is given what it does not use.
+        TypeError: If `pairs` are not Eigenpairs, or a vector is not a floating tensor.
+        ValueError: If the kind or `negative` is unknown or they are incompatible; the pairs have no
+            layout, or it lacks selected weights, or has none or one in another shape; a vector has
+            another D or is not finite; the damping is out of range; or "leverage" is given an
+            argument that it does not use.
 
     Cost:
         O(D k) and the scores for "obd" and "leverage"; O(D k^2) and about three copies of V for
@@ -144,6 +144,6 @@ def _obs(
 
 
 def _values(weight: Weight) -> Tensor:
-    """The weight as the model uses it, flat."""
+    """The masked weight, flat."""
     values, mask = current_parameter(*weight).detach(), current_mask(*weight)
     return (values if mask is None else values * mask).flatten()

@@ -1,11 +1,10 @@
-"""Each sample's own gradient: of its loss, or of a combination of its outputs.
+"""Per-sample gradients of losses or of combinations of outputs.
 
-The gradients of the losses are the rows of the empirical Fisher; those of combinations of outputs,
-with weights from the square root of the loss's Hessian in the outputs, are rows of the Gauss-Newton
+Gradients of the losses are the rows of the empirical Fisher; those of combinations of outputs, with
+weights from a square root S of the Hessian of the loss in the outputs, are rows of the Gauss-Newton
 matrix: for random signs e, ``E[(J^T S e)(J^T S e)^T] = J^T S S^T J``.
 
-A sample's loss is always its own, that of a batch of one; what it counts beside the others is not
-known here but by `sample_weights`.
+The loss of a sample is that of a batch of one; its weight in the mean is left to `sample_weights`.
 """
 
 from __future__ import annotations
@@ -33,12 +32,12 @@ _logger = logging.getLogger(__name__)
 
 
 class SampleGradients:
-    """The samples' own gradients in some of an objective's parameters.
+    """Per-sample gradients in some of an objective's parameters.
 
-    To be used inside ``objective.environment()``, after ``objective.refresh()``. Samples go through
-    together by vmap; a combination of their gradients is compared with the gradient of the same
-    combination from one backward pass over the whole batch. Batches on which these differ are taken
-    sample by sample, and all where vmap has no rule for an operation.
+    Use it inside ``objective.environment()``, after ``objective.refresh()``. Samples are vectorised
+    by vmap; a random combination of their gradients is compared with that from one backward pass
+    over the whole batch. Batches on which these differ are processed sample by sample, and so are
+    all batches if vmap has no rule for an operation.
 
     Args:
         objective: The model, the task and the selected parameters.
@@ -52,7 +51,7 @@ class SampleGradients:
         """Return each sample's gradient at some parameters, by name, shape (n, *shape).
 
         Args:
-            params: Values by name, of those to take gradients in; the others have the model's own.
+            params: Values by name of the parameters to differentiate; others keep the model's.
             batch: n samples.
             directions: None for the gradients of the samples' losses; otherwise shape (n, c), and
                 the gradients are those of ``directions . outputs``.
@@ -87,8 +86,8 @@ class SampleGradients:
                 gap = _gap(together, params, found)
                 if gap <= _tolerance(found):
                     return found
-                # Where samples of a batch depend on each other, one by one they differ from the
-                # batch too, and agree with vmap.
+                # If samples of a batch interact (batch norm), the loop differs from the batch as
+                # well and agrees with vmap.
                 single = one_by_one(scalar, params, batch, directions)
                 _logger.info(
                     "a batch of %d samples is taken one by one, since what vmap returns differs "
@@ -100,23 +99,23 @@ class SampleGradients:
             except Exception as error:
                 if self._by_sample is one_by_one or isinstance(error, torch.OutOfMemoryError):
                     raise
-                # Some operations have no rule for vmap; taken singly, all have a gradient.
+                # Some operations have no rule for vmap; in a loop all of them have a gradient.
                 _logger.info("samples are taken one by one, since vmap failed: %s", error)
                 self._by_sample = one_by_one
                 return one_by_one(scalar, params, batch, directions)
 
 
 def _plain_loss(task: Any, row: Tensor, sample: Any) -> Tensor:
-    """Return a single sample's loss: the very loss, where `sample_losses` goes through vmap."""
+    """Return a single sample's loss by `task.loss`, unless the task overrides `sample_losses`."""
     if getattr(type(task), "sample_losses", None) is Task.sample_losses:
         return task.loss(row, sample).reshape(())
     return one_loss(task.sample_losses(row, sample))
 
 
 def _gap(together: Callable[[Values, Tensor], Tensor], params: Values, found: Values) -> float:
-    """Return how far a combination of samples' gradients is from the batch's, relative to them."""
+    """Return the relative difference of a combination of gradients from that of the batch."""
     rows = next(iter(found.values()))
-    # With random signs, which errors that cancel in the sum would have to have too.
+    # Random signs, so that errors that cancel in the plain sum do not.
     signs_n = random_signs((len(rows),), rows, torch.Generator().manual_seed(0))
     with torch.enable_grad():
         leaves = {name: t.detach().requires_grad_() for name, t in params.items()}
@@ -131,12 +130,12 @@ def _gap(together: Callable[[Values, Tensor], Tensor], params: Values, found: Va
         square += float((mine - expected).double().square().sum())
         size += float(rows.double().square().sum())
     if not square + size < float("inf"):
-        return 0.0  # not finite: refused elsewhere, in its own words
+        return 0.0  # not finite: refused elsewhere, with a better message
     return (square / size) ** 0.5 if size else square**0.5
 
 
 def _tolerance(found: Values) -> float:
-    # Rounding is some eps; what is wrong in a row is wrong by far more.
+    # Rounding is a few eps; a wrong vmap rule is off by far more than sqrt(eps).
     return max(torch.finfo(t.dtype).eps for t in found.values()) ** 0.5
 
 
@@ -146,13 +145,13 @@ def output_roots(task: Any, outputs: Tensor, batch: Any, floor: float = 0.0) -> 
     ``S S^T`` is the Hessian's positive part plus `floor` times the identity.
 
     Raises:
-        ValueError: If there are more than 1024 outputs a sample, or a Hessian is not finite.
+        ValueError: If there are more than 1024 outputs per sample, or a Hessian is not finite.
     """
     c = prod(outputs.shape[1:])
     if c > MOST_OUTPUTS:
         refuse_outputs(c)
     try:
-        # Backward over backward: forward mode would compile decompositions that torch deprecates.
+        # Reverse over reverse: forward mode would use decompositions that torch deprecates.
         curvature = _of_own_loss(_hessian_of, task, outputs, batch)
     except torch.OutOfMemoryError:
         raise
@@ -175,7 +174,7 @@ def _hessian_of(loss: Callable[..., Tensor], size: int | None) -> Callable[..., 
 
     def hessian(z: Tensor, *parts: Tensor) -> Tensor:
         pull: Any = vjp(lambda z: grad(loss)(z, *parts), z)[1]
-        # `jacrev` makes its unit vectors on the default device (torch 2.6), which may be another.
+        # Not jacrev, which creates its unit vectors on the default device (torch 2.6).
         basis = torch.eye(z.numel(), dtype=z.dtype, device=z.device).view(-1, *z.shape)
         columns: Tensor = vmap(lambda e: pull(e)[0], chunk_size=size)(basis)
         return columns
@@ -184,7 +183,7 @@ def _hessian_of(loss: Callable[..., Tensor], size: int | None) -> Callable[..., 
 
 
 def refuse_outputs(count: int) -> NoReturn:
-    """Raise, since there are too many outputs a sample for rows="ggn"."""
+    """Raise for too many outputs per sample for rows="ggn"."""
     raise ValueError(
         f"expected at most {MOST_OUTPUTS} outputs a sample for rows='ggn', got {count}; use "
         "rows='fisher', in prune_model as measuring=Measuring(rows='fisher')"
@@ -202,9 +201,9 @@ def _of_own_loss(
     outputs: Tensor,
     batch: Any,
 ) -> Tensor:
-    """Return a derivative, for each sample, of its own loss in its outputs.
+    """Return a derivative of each sample's loss in its outputs.
 
-    It is given the loss, and how many vectors are to go through at once, None for all.
+    `derivative` takes the loss and the number of vectors to batch, None for all.
     """
     rows, rebuild = rows_of(batch)
     outputs = outputs.detach()
@@ -217,15 +216,15 @@ def _of_own_loss(
             return vmap(derivative(loss, None), randomness="different")(outputs, *rows)
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # a loss that looks at its values, say
+        except RuntimeError as error:  # such as a loss with data-dependent control flow
             _logger.info("samples are taken one by one, since vmap failed: %s", error)
-        # One at once is a loop, for which every loss has a rule.
+        # A chunk size of 1 is a loop, which needs no vmap rule.
         samples = zip(outputs, *rows, strict=True)
         return torch.stack([derivative(loss, 1)(*sample) for sample in samples])
 
 
 def random_signs(shape: Sequence[int], like: Tensor, generator: torch.Generator) -> Tensor:
-    """Return +1 and -1 at random, drawn on the generator's device, the same for any dtype."""
+    """Return random signs, drawn on the generator's device, the same for any dtype."""
     drawn = torch.randint(2, tuple(shape), generator=generator, device=generator.device)
     return (2 * drawn - 1).to(like)
 
@@ -233,7 +232,7 @@ def random_signs(shape: Sequence[int], like: Tensor, generator: torch.Generator)
 def vmapped(
     scalar: Callable[..., Tensor], chosen: Values, batch: Any, directions: Tensor | None
 ) -> Values:
-    """Return each sample's gradient of a scalar function, shape (n, *shape), all at once."""
+    """Return each sample's gradient of a scalar function, shape (n, *shape), by vmap."""
     rows, rebuild = rows_of(batch)
 
     def one(values: Values, direction: Tensor | None, *parts: Tensor) -> Tensor:
@@ -246,7 +245,7 @@ def vmapped(
 def one_by_one(
     scalar: Callable[..., Tensor], chosen: Values, batch: Any, directions: Tensor | None
 ) -> Values:
-    """Return the same as `vmapped`, from a backward pass for each sample."""
+    """Return the same as `vmapped`, by one backward pass per sample."""
     found = []
     for i, sample in enumerate(split(batch, 1)):
         leaves = {name: t.detach().requires_grad_() for name, t in chosen.items()}
@@ -260,7 +259,7 @@ def one_by_one(
 
 
 def rows_of(batch: Any) -> tuple[list[Tensor], Callable[[Sequence[Tensor]], Any]]:
-    """Return a batch's tensors that have one row a sample, and how a sample is made of rows."""
+    """Return the tensors with one row per sample, and a function that rebuilds a sample."""
     n = num_samples(batch)
 
     def has_rows(t: Tensor) -> bool:
@@ -277,7 +276,7 @@ def one_loss(losses: Tensor) -> Tensor:
     """Return the loss of a single sample.
 
     Raises:
-        ValueError: If it is not one number.
+        ValueError: If it is not a single number.
     """
     if losses.shape != (1,):
         raise ValueError(

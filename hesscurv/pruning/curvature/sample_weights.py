@@ -1,9 +1,9 @@
-"""What each sample counts in the mean over all data, where a task weighs its batches.
+"""Weights of single samples in the mean over all data.
 
 A task's loss is a mean over each batch's samples, and over all data ``sum_b (w_b / N) L_b``, with
-w_b from `task.weight` and N their sum. A row that stands for a single sample needs that sample's
-part in it: its own loss is that of a batch of one, and its weight ``w_b w_s / sum_s w_s``, with w_s
-the weight of the batch of one. So operators weigh the parts of a batch that they cut.
+w_b from `task.weight` and N their sum. A single sample contributes its own loss, that of a batch of
+one, with weight ``w_b w_s / sum_s w_s``, where w_s is the weight of the batch of one; operators
+weight micro-batches the same way.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _MOST_CHECKED = 32
 
 
 def weigh(objective: Objective, batches: Iterable[Any]) -> Iterator[WeighedBatch]:
-    """Yield batches without their samples of no weight, whose own loss would be 0 / 0.
+    """Yield batches without samples of zero weight, whose own loss would be 0 / 0.
 
     Raises:
-        ValueError: If a weight is negative or not finite, or no sample of a batch has any.
+        ValueError: If a weight is negative or not finite, or all samples of a batch have none.
     """
     for batch in batches:
         whole = _weight(objective, batch)
@@ -45,7 +45,7 @@ def weigh(objective: Objective, batches: Iterable[Any]) -> Iterator[WeighedBatch
                 f"expected task.weight of a batch, {whole:.6g}, to be that of its samples in all, "
                 "got 0 for each of them; let weight count what the loss averages over"
             )
-        # Exactly 1 for samples that all count the same.
+        # Normalised in this order, so that equal samples have weight exactly 1.
         weights_n = weights_n * (whole / weights_n.sum())
         yield (batch, weights_n) if used.all() else (select(batch, used), weights_n[used])
 
@@ -53,12 +53,12 @@ def weigh(objective: Objective, batches: Iterable[Any]) -> Iterator[WeighedBatch
 def check_mean_over_samples(
     objective: Objective, params: tuple[Tensor, ...], weighed: WeighedBatch
 ) -> None:
-    """Refuse a batch whose loss is not its samples' own, averaged by their weights.
+    """Require the loss of a batch to be the weighted mean of its samples' losses.
 
-    It is looked at on 32 samples at most, as a function of the outputs.
+    Tested on at most 32 samples, as a function of the outputs.
 
     Raises:
-        ValueError: If that is so, or the outputs have not one row a sample.
+        ValueError: If it is not, or the outputs do not have one row per sample.
     """
     batch, weights_n = weighed
     n = len(weights_n)
@@ -81,7 +81,7 @@ def check_mean_over_samples(
     mean = float(weights_n @ torch.tensor(own, dtype=torch.float64, device="cpu")) / float(
         weights_n.sum()
     )
-    # Losses that are small differences of large outputs are known up to the outputs' rounding.
+    # A loss that is a small difference of large outputs carries the rounding of the outputs.
     eps = torch.finfo(out.dtype).eps
     tolerance = 1e3 * eps * max(abs(loss), abs(mean)) + 8 * eps * float(out.abs().max())
     if math.isfinite(loss) and not abs(loss - mean) <= tolerance:
@@ -94,10 +94,10 @@ def check_mean_over_samples(
 
 
 def count_samples(samples: Iterable[WeighedBatch]) -> int:
-    """Return how many samples have a weight.
+    """Return the number of samples with positive weight.
 
     Raises:
-        ValueError: If none has.
+        ValueError: If there are none.
     """
     n = sum(num_samples(batch) for batch, _ in samples)
     if n == 0:

@@ -1,4 +1,4 @@
-"""Prune many tensors together by given scores, with all of these checked first."""
+"""Global pruning of several tensors by given scores, all validated first."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def curvature_global(
 ) -> None:
     """Prune the entries of lowest score over several tensors together, in place.
 
-    What ``prune.global_unstructured`` does, with all scores checked before anything is changed.
+    As ``prune.global_unstructured``, but all scores are validated before anything is changed.
 
     Args:
         parameters: Pairs (module, name), such as ``find_weights(model).values()``.
         amount: A float in [0, 1] is a fraction of all entries not yet pruned, an int a number.
         importance_scores: For each pair a tensor of its shape, integer or floating, on any device,
-            without NaN; ranked as signed, over all tensors. Of equal scores the one that comes
-            first in `parameters` is kept. Scores of other pairs are not used.
+            without NaN; ranked with their sign, over all tensors. Ties keep the entry that is first
+            in `parameters`. Scores of other pairs are not used.
 
     Raises:
-        TypeError: If the scores are no mapping or no real tensors, or `amount` is no number.
+        TypeError: If the scores are not a mapping to real tensors, or `amount` is not a number.
         ValueError: If scores are missing, or have another shape or NaN, a pair occurs twice,
             two are one parameter, `amount` is out of range, or a tensor cannot be pruned. All
             modules are left as they were.

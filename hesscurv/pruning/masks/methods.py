@@ -1,8 +1,8 @@
-"""Pruning methods for ``torch.nn.utils.prune`` that rank by given scores: the lowest go first.
+"""Pruning methods for ``torch.nn.utils.prune`` that drop the entries of lowest given score.
 
-They compose with torch's own methods in either order, are removed by ``prune.remove``, and differ
-where torch's would let scores of curvature go wrong: scores are needed, and are ranked as signed;
-NaN is refused; an error leaves the module as it was; and a pruned module can be copied at once.
+They compose with torch's own methods in either order and are removed by ``prune.remove``. Unlike
+torch's, they require scores and rank them with their sign; refuse NaN; leave the module unchanged
+on an error; and leave a pruned module that can be copied at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from hesscurv.pruning.weights import check_prunable, refresh_, restore_hook_
 
 
 class _CurvatureMethod(Described, prune.BasePruningMethod):
-    """What the three methods share: checks before, and a whole module after."""
+    """Base of the three methods: checks before pruning, and a consistent module after it."""
 
     @classmethod
     def _apply_checked(
@@ -34,7 +34,7 @@ class _CurvatureMethod(Described, prune.BasePruningMethod):
             method = super().apply(module, name, importance_scores=scores, **arguments)
             mask = module._buffers[f"{name}_mask"]
             assert mask is not None
-            # A container gives the mask the scores' dtype.
+            # PruningContainer creates the mask in the dtype of the scores.
             module._buffers[f"{name}_mask"] = mask.to(parameter.dtype)
             refresh_(module, name)
         return method
@@ -44,12 +44,12 @@ class CurvatureUnstructured(_CurvatureMethod):
     """Prune the entries of lowest score, one by one.
 
     ``prune.global_unstructured(parameters, CurvatureUnstructured, importance_scores=scores,
-    amount=0.5)`` works as well, with scores keyed by (module, name). There a score that is missing
-    is silently replaced by the weight itself, which no method can see: `curvature_global` checks.
+    amount=0.5)`` works as well, with scores keyed by (module, name). It silently replaces a missing
+    score by the weight itself, which a method cannot detect: use `curvature_global`.
 
     Args:
-        amount: How much to prune: a float in [0, 1] is a fraction of the entries that are not yet
-            pruned, an int a number of entries.
+        amount: A float in [0, 1] is a fraction of the entries not yet pruned, an int a number of
+            entries.
 
     Raises:
         TypeError: If `amount` is neither an int nor a float.
@@ -102,17 +102,17 @@ class CurvatureStructured(_CurvatureMethod):
     """Prune whole slices of lowest score along one dimension, such as output channels.
 
     The score of a slice is the sum of the scores of its entries that are not yet pruned: scores
-    that estimate what the loss gains by removing one entry add up to the slice's.
+    that estimate the rise in loss from removing one entry add up to that of the slice.
 
     Args:
-        amount: How much to prune: a float in [0, 1] is a fraction of the slices that are not yet
-            pruned whole, an int a number of slices.
-        dim: The dimension along which slices lie; 0, the default, is that of a linear or a
-            convolution layer's outputs, 1 that of its inputs. Negative ones count from the end.
-            Where a layer lies the other way, `curvature_structured` knows.
+        amount: A float in [0, 1] is a fraction of the slices not yet pruned, an int a number of
+            slices.
+        dim: The dimension of the slices; 0, the default, is the output dimension of linear and
+            convolution layers, 1 the input dimension. Negative ones count from the end.
+            `curvature_structured` handles layers stored transposed.
 
     Raises:
-        TypeError: If `amount` is neither an int nor a float, or `dim` is no int.
+        TypeError: If `amount` is neither an int nor a float, or `dim` is not an int.
         ValueError: If `amount` is out of range.
     """
 
@@ -146,7 +146,7 @@ class CurvatureStructured(_CurvatureMethod):
         dim = _dimension(t, self.dim)
         others = [d for d in range(t.ndim) if d != dim]
         alive = (default_mask != 0).to(t.device)
-        # Half precision would round the sums; integers are summed exactly.
+        # In at least float32, since half precision would round the sums; integers sum exactly.
         dtype = torch.promote_types(t.dtype, torch.float32) if t.is_floating_point() else t.dtype
         sums = t.detach().to(dtype).masked_fill(~alive, 0).sum(others)
         check_scores(sums, "the slices' sums of scores, with both inf and -inf")
@@ -173,25 +173,24 @@ class CurvatureStructured(_CurvatureMethod):
 
 
 class CurvatureNM(_CurvatureMethod):
-    """Keep the n of highest score of every m consecutive entries along the input dimension.
+    """Keep the n highest scores of every m consecutive entries along the input dimension.
 
-    2:4, as NVIDIA's sparse tensor cores compute with, keeps 2 of 4. Entries pruned before count
-    among the m - n that are zero. For a linear layer, groups lie along the rows of the weight. For
-    a convolution (out, in, kh, kw), they lie along the input channels at each position of the
-    kernel, as in NVIDIA's ASP and TensorRT; in_channels / groups has to be a multiple of m.
+    2:4, the pattern of NVIDIA's sparse tensor cores, keeps 2 of 4. Entries pruned before count
+    among the m - n zeros. For a linear layer, groups lie along the rows of the weight. For a
+    convolution (out, in, kh, kw), they lie along the input channels at each position of the kernel,
+    as in NVIDIA's ASP and TensorRT; in_channels / groups must be a multiple of m.
 
-    Its type is "global", which makes a container pass it the whole tensor;
+    Its type is "global", which makes a container pass the whole tensor;
     ``prune.global_unstructured`` therefore refuses it, as it should.
 
     Args:
-        n: How many of each group are kept, 1 <= n <= m.
-        m: The size of a group; divides the tensor's size along `dim`.
-        dim: The dimension along which groups lie, the inputs': 1 by default. Transposed
-            convolutions and transformers' Conv1D have their inputs in dimension 0, which
-            `curvature_nm` knows.
+        n: Number of entries kept per group, 1 <= n <= m.
+        m: Group size; divides the tensor's size along `dim`.
+        dim: The input dimension, along which groups lie: 1 by default. It is 0 for transposed
+            convolutions and transformers' Conv1D, which `curvature_nm` handles.
 
     Raises:
-        TypeError: If an argument is no int.
+        TypeError: If an argument is not an int.
         ValueError: If not 1 <= n <= m.
 
     References:
@@ -230,7 +229,8 @@ class CurvatureNM(_CurvatureMethod):
         dim = self.check_groups(t)
         groups = t.detach().movedim(dim, -1).unflatten(-1, (-1, self.m))
         alive = (default_mask != 0).to(t.device).movedim(dim, -1).unflatten(-1, (-1, self.m))
-        # By score, then by being alive, which comes first even against a score of -inf.
+        # Two stable sorts, by score and then by mask: unpruned entries come first, whatever their
+        # score.
         order = groups.argsort(dim=-1, descending=True, stable=True)
         alive_first = alive.gather(-1, order).byte().argsort(dim=-1, descending=True, stable=True)
         order = order.gather(-1, alive_first)
@@ -277,13 +277,13 @@ def curvature_unstructured(
         name: The tensor's name when dense, such as "weight".
         amount: A float in [0, 1] is a fraction of the entries not yet pruned, an int a number.
         importance_scores: Shape of the tensor, integer or floating, on any device, without NaN;
-            ranked as signed. Of equal scores the one that comes first is kept.
+            ranked as signed. Ties keep the first entry.
 
     Returns:
         The module: ``name`` is masked, ``name_orig`` the parameter and ``name_mask`` a buffer.
 
     Raises:
-        TypeError: If the scores are missing or no real tensor, or `amount` is no number.
+        TypeError: If the scores are missing or not a real tensor, or `amount` is not a number.
         ValueError: If the scores have another shape or NaN, `amount` is out of range, or the
             tensor cannot be pruned; see `find_weights`. The module is left as it was.
 
@@ -318,7 +318,7 @@ def curvature_structured(
         The module: ``name`` is masked, ``name_orig`` the parameter and ``name_mask`` a buffer.
 
     Raises:
-        TypeError: If the scores are missing or no real tensor, or `amount` is no number.
+        TypeError: If the scores are missing or not a real tensor, or `amount` is not a number.
         IndexError: If the tensor has no dimension `dim`.
         ValueError: If the scores have another shape or NaN, `amount` is out of range, the tensor
             has one dimension or cannot be pruned, or `dim` is not given and the layer's type is
@@ -348,7 +348,7 @@ def curvature_nm(
         n: How many of each group are kept, 1 <= n <= m; those of highest score.
         m: The size of a group; divides the tensor's size along `dim`.
         importance_scores: Shape of the tensor, integer or floating, on any device, without NaN;
-            ranked as signed. Of equal scores the one that comes first is kept.
+            ranked as signed. Ties keep the first entry.
         dim: The dimension along which groups lie; the inputs' by default: 1, and 0 for transposed
             convolutions and transformers' Conv1D. See `CurvatureNM` for convolutions.
 
@@ -356,7 +356,7 @@ def curvature_nm(
         The module: ``name`` is masked, ``name_orig`` the parameter and ``name_mask`` a buffer.
 
     Raises:
-        TypeError: If the scores are missing or no real tensor, or n, m or dim is no int.
+        TypeError: If the scores are missing or not a real tensor, or n, m or dim is not an int.
         IndexError: If the tensor has no dimension `dim`.
         ValueError: If the scores have another shape or NaN, n or m is out of range, m does not
             divide the inputs (of one group of a grouped convolution), the tensor cannot be pruned,
@@ -374,7 +374,7 @@ def curvature_nm(
 
 
 def apply_mask_(module: nn.Module, name: str, mask: Tensor) -> None:
-    """Prune a tensor by a mask, on top of the one that it has, leaving a module that can be copied.
+    """Prune a tensor by a mask in addition to its present one; the module can be copied afterwards.
 
     Args:
         module: The module that owns the tensor; see `check_prunable`.

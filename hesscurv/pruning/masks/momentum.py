@@ -1,4 +1,4 @@
-"""What an optimizer remembers of weights that are pruned."""
+"""Masking of optimizer state for pruned weights."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ def mask_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
     r"""Set an optimizer's running averages to zero where weights are pruned, in place.
 
     ``s_i <- m_i s_i`` for every tensor s of a parameter's state that has the parameter's shape,
-    such as momentum, and its mask m. Gradients of pruned entries are zero, but what was averaged
-    before is not: it goes on moving ``weight_orig`` under the mask, where it is seen as soon as a
-    mask is changed, or a norm of the parameters is taken. `PreconditionedOptimizer` and other
-    wrappers (Lookahead, SAM, accelerate's) are looked through, and their own state is masked too.
+    such as momentum, and its mask m. Gradients of pruned entries are zero, but earlier averages are
+    not: they keep moving ``weight_orig`` under the mask, which shows as soon as a mask changes or a
+    norm of the parameters is computed. `PreconditionedOptimizer` and other wrappers (Lookahead,
+    SAM, accelerate's) are unwrapped, and their own state is masked too.
 
     Args:
         optimizer: Any optimizer of the model's parameters. Parameters that it does not have are
-            passed over.
-        model: The module, pruned by ``torch.nn.utils.prune``; wrappers are looked through.
+            skipped.
+        model: The module, pruned by ``torch.nn.utils.prune``; wrappers are unwrapped.
 
     Returns:
-        The number of tensors that were masked.
+        The number of masked tensors.
 
     Raises:
-        TypeError: If `optimizer` is no optimizer.
+        TypeError: If `optimizer` is not an optimizer.
 
     Cost:
         A pass over the states of the pruned weights, and a mask of one of them at a time.
 
-    Not supported: states that are not kept as tensors of the parameter's shape, such as
-    quantised ones, or the flat history of L-BFGS: these are left as they are.
+    Not supported: states that are not tensors of the parameter's shape, such as quantised ones or
+    the flat history of L-BFGS, which are left unchanged.
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
@@ -45,7 +45,7 @@ def mask_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
             parameter, mask = current_parameter(module, name), current_mask(module, name)
             assert mask is not None
             for state in states:
-                if parameter not in state:  # a look would make an entry
+                if parameter not in state:  # optimizer.state is a defaultdict
                     continue
                 for value in state[parameter].values():
                     if (
@@ -54,14 +54,14 @@ def mask_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
                         and value.ndim
                         and id(value) not in masked
                     ):
-                        # Not a product: 0 times inf is NaN.
+                        # Not a product with the mask: 0 times inf is NaN.
                         value.masked_fill_(~mask.to(value.device), 0)
                         masked.add(id(value))
     return len(masked)
 
 
 def _states(optimizer: Any) -> list[Any]:
-    """Return the states of an optimizer and of those that it wraps; some may share tensors."""
+    """Return the states of an optimizer and of the optimizers it wraps; tensors may be shared."""
     seen: list[Any] = []
     while optimizer is not None and not any(optimizer is other for other in seen):
         seen.append(optimizer)

@@ -1,4 +1,4 @@
-"""2:4 sparsity that a GPU computes with: check masks for it, and convert weights to its format."""
+"""2:4 sparsity for sparse tensor cores: check of masks, and conversion of weights."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ _DTYPES = (torch.float16, torch.bfloat16)
 
 
 def is_semi_structured(mask: Tensor, n: int = 2, m: int = 4, dim: int = 1) -> bool:
-    """Whether at most n of every m consecutive entries along a dimension are not zero.
+    """Whether at most n of every m consecutive entries along a dimension are nonzero.
 
     Args:
         mask: A mask or a weight of at least two dimensions, any dtype and device.
-        n: How many of each group may be kept.
-        m: The size of a group.
-        dim: The dimension along which groups lie: 1 by default, the inputs of linear and
-            convolution layers; those of transposed convolutions and of transformers' Conv1D are 0.
+        n: Number of entries kept per group.
+        m: Group size.
+        dim: The dimension of the groups: 1 by default, the input dimension of linear and
+            convolution layers; 0 for transposed convolutions and transformers' Conv1D.
 
     Returns:
-        False also where m does not divide the size along `dim`.
+        False also if m does not divide the size along `dim`.
 
     Raises:
         ValueError: If the tensor has no dimension `dim`, or not 1 <= n <= m.
@@ -44,32 +44,32 @@ def is_semi_structured(mask: Tensor, n: int = 2, m: int = 4, dim: int = 1) -> bo
 
 
 def to_semi_structured_(model: nn.Module) -> list[str]:
-    """Make the pruning of 2:4 masked linear layers permanent, in the format of sparse tensor cores.
+    """Convert 2:4 masked linear layers to the format of sparse tensor cores, permanently.
 
     The masked weight of each `nn.Linear` whose mask is 2:4 along its inputs becomes
     ``torch.sparse.to_sparse_semi_structured(weight)``, a frozen parameter: products with it take
-    about half the memory and, for large layers, less time. For inference: train before. Other
-    pruned weights stay as they are, among them convolutions, for which torch has no such product,
-    transformers' Conv1D, and output projections of `nn.MultiheadAttention`.
+    about half the memory and, for large layers, less time. For inference only. Other pruned weights
+    are left unchanged, among them convolutions, for which torch has no such product, transformers'
+    Conv1D, and output projections of `nn.MultiheadAttention`.
 
     Args:
         model: The module, on a CUDA device, in float16 or bfloat16; torch.compile and DDP wrappers
-            are looked through.
+            are unwrapped.
 
     Returns:
         The dotted names of the converted weights.
 
     Raises:
-        RuntimeError: If a weight is not on a CUDA device, or its device is no NVIDIA GPU of
+        RuntimeError: If a weight is not on a CUDA device, or its device is not an NVIDIA GPU of
             compute capability 8.0 (Ampere) or later.
-        TypeError: If a weight is in another dtype.
-        ValueError: If no linear layer has a 2:4 mask, or a weight's shape is not one that the
-            format takes. The model is left as it was.
+        TypeError: If a weight has another dtype.
+        ValueError: If no linear layer has a 2:4 mask, or the format does not support a weight's
+            shape. The model is left unchanged.
 
     Cost:
-        A copy of the weights to convert until the last one is.
+        A temporary copy of all weights to convert.
     """
-    # An attention reads the weight itself, and may do with it what this format cannot.
+    # An attention uses the weight directly, in operations that this format may not support.
     read_by_attention = {
         module.out_proj
         for module in unwrap(model).modules()

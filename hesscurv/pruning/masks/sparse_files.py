@@ -1,7 +1,7 @@
-"""Write a pruned model to a file whose size shows the pruning, and read it again.
+"""Sparse files: storage of pruned models without their zeros.
 
-A masked weight is its surviving values and where they are: one bit for each entry, or the indices
-of the survivors where these take less room, below about one in 32.
+A masked weight is stored as its surviving values and their positions: one bit per entry, or the
+indices of the survivors if these take less space, below about one in 32.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ _MOST_ENTRIES = 2**62
 def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> int:
     """Write a model's state to one file, pruned weights without their zeros, atomically.
 
-    Weights whose pruning was made permanent by ``prune.remove`` are found by their zeros. The file
-    has a checksum and no pickled objects. Values are stored bit by bit, but that a negative
-    zero, such as a mask leaves of a negative weight, becomes a positive one.
+    Weights whose pruning was made permanent by ``prune.remove`` are detected by their zeros. The
+    file has a checksum and no pickled objects. Values are stored bit by bit, except that a negative
+    zero, which masking leaves of a negative weight, becomes positive.
 
     Args:
-        model: The module, pruned or not; torch.compile and DDP wrappers are looked through.
+        model: The module, pruned or not; torch.compile and DDP wrappers are unwrapped.
         path: The file to write; its folder must exist.
 
     Returns:
         The size of the file in bytes.
 
     Raises:
-        TypeError: If the state dict holds something else than dense tensors.
+        TypeError: If the state dict holds anything but dense tensors.
         FileNotFoundError: If the folder does not exist.
         DiskFullError: If the disk is full; an older file of this name is untouched.
 
@@ -91,7 +91,7 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> int:
             "format": _FORMAT,
             "version": _VERSION,
             "entries": entries,
-            # One tensor for each dtype: each tensor in a file takes some hundred bytes besides.
+            # One tensor per dtype: each tensor in a file has an overhead of some hundred bytes.
             "values": {dtype: torch.cat(parts) for dtype, parts in values.items()},
             "places": torch.cat(places)
             if places
@@ -101,21 +101,21 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
 
 def load_sparse(path: str | os.PathLike[str], *, masks: bool = False) -> OrderedDict[str, Tensor]:
-    """Read the state dict that `save_sparse` wrote.
+    """Read a state dict from a file of `save_sparse`.
 
     Args:
         path: The file.
-        masks: False gives the state dict of a dense model, for `load_state_dict`. True gives that
-            of the pruned one, with ``weight_orig`` and ``weight_mask``, for `load_pruned_`.
+        masks: False returns the state dict of a dense model, for `load_state_dict`; True that of
+            the pruned one, with ``weight_orig`` and ``weight_mask``, for `load_pruned_`.
 
     Returns:
-        A state dict of CPU tensors. What was masked is zero in it, in ``weight_orig`` too.
+        A state dict of CPU tensors. Masked entries are zero, in ``weight_orig`` too.
 
     Raises:
         FileNotFoundError: If there is no such file.
         IsADirectoryError: If it is a folder.
-        ValueError: If the file is damaged, not one of `save_sparse`'s, or of another version, or
-            there is not enough memory for what it says.
+        ValueError: If the file is damaged, not from `save_sparse`, or of another version, or its
+            dense content does not fit in memory.
 
     Cost:
         The file in memory, and the dense state.
@@ -145,7 +145,7 @@ _REMEDY = "take another copy, or save it again"
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a file says of one tensor."""
+    """Description of one tensor in a file."""
 
     name: str
     same_as: str | None = None
@@ -161,12 +161,12 @@ class _Entry:
 
     @property
     def num_places(self) -> int:
-        """The bytes that say where the values are."""
+        """The number of bytes of the positions."""
         return 0 if self.where == "all" else _num_bytes(self.where, self.numel, self.count)
 
 
 def _entries(data: dict[str, Any]) -> list[_Entry]:
-    """Return the entries, whose sizes fit each other and what the file holds."""
+    """Return the entries, validated against each other and the stored data."""
     entries = [_Entry(**entry) for entry in data["entries"]]
     values = {dtype: len(stored) for dtype, stored in data["values"].items()}
     claimed, places = dict.fromkeys(values, 0), 0
@@ -196,7 +196,7 @@ def _require_memory(path: Path, entries: list[_Entry], masks: bool) -> None:
     )
     largest = max((entry.numel for entry in entries), default=0)
     free = free_memory(torch.device("cpu"))
-    if needed + largest > free:  # a byte for each entry says where its values are
+    if needed + largest > free:  # unpacked positions take one byte per entry
         raise ValueError(
             f"expected weights that fit into {free / 1e9:.3g} GB of free memory, got "
             f"{needed / 1e9:.3g} GB when dense in {path}; load it on a larger machine if it is "
@@ -237,7 +237,7 @@ def _rebuild(entries: list[_Entry], data: dict[str, Any], masks: bool) -> Ordere
 
 
 def _pack(kept: Tensor, count: int) -> tuple[str, Tensor]:
-    """Where the True entries are, in as few bytes as bits or indices take."""
+    """Encode the True entries as bits or indices, whichever takes fewer bytes."""
     index_dtype = _index_dtype(kept.numel())
     if count * index_dtype.itemsize < (kept.numel() + 7) // 8:
         return "indices", kept.nonzero().squeeze(1).to(index_dtype).view(torch.uint8)
@@ -250,7 +250,7 @@ def _unpack(where: str, place: Tensor, numel: int) -> Tensor:
     if where == "bits":
         return ((place.unsqueeze(1) >> _SHIFTS) & 1).bool().flatten()[:numel]
     kept = torch.zeros(numel, dtype=torch.bool, device="cpu")
-    # A copy, since bytes in the middle of a tensor need not be aligned for integers.
+    # A copy, since a view at an arbitrary byte offset may be misaligned for integers.
     kept[place.clone().view(_index_dtype(numel)).long()] = True
     return kept
 
@@ -271,5 +271,5 @@ def _index_dtype(numel: int) -> torch.dtype:
 
 
 def _saves(tensor: Tensor, count: int, place: Tensor) -> bool:
-    """Whether a tensor that is not masked takes less room without its zeros."""
+    """Whether an unmasked tensor takes less space without its zeros."""
     return count * tensor.itemsize + place.numel() < tensor.numel() * tensor.itemsize

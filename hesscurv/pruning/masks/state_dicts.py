@@ -1,7 +1,7 @@
-"""State dicts of pruned and dense models, which do not fit each other, and masks by name.
+"""Conversion between state dicts of pruned and dense models, and masks by name.
 
-A pruned weight is two entries, ``weight_orig`` and ``weight_mask``, where a dense model has one,
-``weight``. After a plain `load_state_dict`, ``module.weight`` is old until the next forward.
+A pruned weight has two entries, ``weight_orig`` and ``weight_mask``, a dense one has ``weight``.
+After a plain `load_state_dict`, ``module.weight`` is stale until the next forward.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from hesscurv.pruning.weights import (
 
 
 def dense_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
-    """Return the state dict of a pruned model as that of a dense one.
+    """Return the state dict of a pruned model in dense form.
 
-    Masked weights come under their plain names, multiplied by their masks; masks are left out. A
-    dense model of the same class loads it with `load_state_dict`, and computes the same.
+    Masked weights have their plain names and are multiplied by their masks; masks are omitted. A
+    dense model of the same class loads it with `load_state_dict` and computes the same.
 
     Args:
-        model: The module, pruned or not; torch.compile and DDP wrappers are looked through, and
+        model: The module, pruned or not; torch.compile and DDP wrappers are unwrapped, and
             leave no prefix in the names.
 
     Returns:
@@ -54,7 +54,7 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
     for key, value in state.items():
         name = key.removesuffix("_orig")
         if key.endswith("_orig") and name in masked:
-            # A module that occurs twice has one weight, with two names.
+            # A module that occurs twice has one weight with two names.
             identity = (value.data_ptr(), value.shape)
             if identity not in products:
                 products[identity] = value * state[f"{name}_mask"].to(value.dtype)
@@ -70,25 +70,25 @@ def load_pruned_(
 ) -> None:
     """Load a state dict into a model, either of which may be pruned or dense.
 
-    Weights that are masked in the state dict are masked in the model afterwards, by the same
-    masks, whether or not they were before. The parameters stay the same objects, so that an
-    optimiser that has them goes on; ``module.weight`` is up to date without a forward.
+    Weights masked in the state dict are masked in the model afterwards, by the same masks, whether
+    or not they were before. The parameters stay the same objects, so an optimizer keeps working;
+    ``module.weight`` is up to date without a forward.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
         state_dict: A state dict of a dense or pruned model of the same class, without the prefix
-            of a wrapper. It has to be complete.
-        keep_masks: What to do with weights that are masked in the model and not in the state dict:
-            keep their masks, which then apply to the loaded values, or make them dense.
+            of a wrapper. It must be complete.
+        keep_masks: Whether weights masked only in the model keep their masks, which then apply to
+            the loaded values, or become dense.
 
     Raises:
-        TypeError: If `state_dict` is no mapping.
+        TypeError: If `state_dict` is not a mapping.
         ValueError: If names are missing or unknown, a shape differs, a mask has other values than
-            0 and 1, or a weight that is to be masked cannot be pruned; see `find_weights`. The
-            model is left as it was.
+            0 and 1, or a weight to be masked cannot be pruned; see `find_weights`. The model is
+            left unchanged.
 
     Cost:
-        A copy of all parameters and buffers, to go back to after an error.
+        A copy of all parameters and buffers, for the rollback after an error.
     """
     model = unwrap(model)
     if not isinstance(state_dict, Mapping):
@@ -125,7 +125,7 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the masks of a pruned model by dotted dense name.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
 
     Returns:
         A dict from name, such as "conv1.weight", to a new bool tensor of the weight's shape, on
@@ -143,20 +143,19 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Prune weights of a model by masks, on top of those that they have.
+    """Prune weights of a model by masks, in addition to their present ones.
 
-    Attentions whose output projection is to be masked are prepared for it; see
-    `prepare_attention_`.
+    Attentions whose output projection is masked are prepared, see `prepare_attention_`.
 
     Args:
-        model: The module; torch.compile and DDP wrappers are looked through.
+        model: The module; torch.compile and DDP wrappers are unwrapped.
         masks: A dict from dotted dense name, such as "conv1.weight", to a bool tensor of the
-            weight's shape, on any device, True where it is kept. `masks_of` gives it.
+            weight's shape, on any device, True where it is kept; as returned by `masks_of`.
 
     Raises:
-        TypeError: If `masks` is no mapping, or a mask is no bool tensor.
+        TypeError: If `masks` is not a mapping, or a mask not a bool tensor.
         ValueError: If a name is unknown, a shape differs, or a weight cannot be pruned; see
-            `find_weights`. The model is left as it was.
+            `find_weights`. The model is left unchanged.
 
     Cost:
         A mask in the dtype of each weight.
@@ -175,7 +174,7 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         for dotted, weight in weights.items():
             mask = masks[dotted].to(current_parameter(*weight).device)
             before = current_mask(*weight)
-            if before is None or bool((before & ~mask).any()):  # else another hook for nothing
+            if before is None or bool((before & ~mask).any()):  # avoids a redundant hook
                 apply_mask_(*weight, mask)
 
 
@@ -185,12 +184,12 @@ def write_pruned_(
     values: Mapping[str, Tensor],
     masks: Mapping[str, Tensor],
 ) -> None:
-    """Write weights and prune them by masks; on an error the model is as it was, bit for bit.
+    """Write weights and prune them by masks; on an error the model is restored bit for bit.
 
     Args:
         model: The module.
-        weights: Those to write, by dotted dense name.
-        values: What to write, by the same names; rounded to each parameter's dtype.
+        weights: The weights to write, by dotted dense name.
+        values: Their new values, by the same names; rounded to each parameter's dtype.
         masks: As in `apply_masks_`.
     """
     own = [weight.module for weight in weights.values()]
@@ -204,7 +203,7 @@ def write_pruned_(
 
 
 def _weights_to_mask(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str, Weight]:
-    """The weights by the names that the masks have, ready to be pruned."""
+    """The weights named by the masks, ready to be pruned."""
     if not masks:
         return {}
     if any(name.endswith("out_proj.weight") for name in masks):
@@ -217,7 +216,7 @@ def _weights_to_mask(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str,
         weight = Weight(modules[path], name)
         if weight not in prunable:
             raise ValueError(f"expected full names of weights in the masks, got {dotted!r}")
-        # A module that occurs twice has two names; one mask is enough, if they are the same.
+        # A module that occurs twice has two names; their masks must agree.
         first = found.setdefault(weight, dotted)
         if not torch.equal(masks[dotted], masks[first]):
             raise ValueError(
@@ -228,7 +227,7 @@ def _weights_to_mask(model: nn.Module, masks: Mapping[str, Tensor]) -> dict[str,
 
 
 def _masked_names(model: nn.Module) -> set[str]:
-    """All dotted names under which pruned weights come in a state dict, repeated modules' too."""
+    """All dotted names of pruned weights in a state dict, including those of repeated modules."""
     pruned: dict[nn.Module, list[str]] = {}
     for module, name in pruned_weights(model).values():
         pruned.setdefault(module, []).append(name)
@@ -242,7 +241,7 @@ def _masked_names(model: nn.Module) -> set[str]:
 def _split(
     state: Mapping[str, Any], masked: Iterable[str] | None = None
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The values under dense names, and the masks, of a state dict of either kind."""
+    """The values by dense name, and the masks, of a pruned or dense state dict."""
     if masked is None:
         originals = [key.removesuffix("_orig") for key in state if key.endswith("_orig")]
         masked = [name for name in originals if f"{name}_mask" in state]

@@ -1,1 +1,1 @@
-"""Pruning a model in stages."""
+"""Staged pruning of a model."""

@@ -1,4 +1,4 @@
-"""Measure the running statistics of batch norms anew, as after a change of the weights."""
+"""Recalibrate batch-norm statistics after a change of the weights."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from hesscurv.objective.tasks import Task
 def recalibrate_(model: nn.Module, task: Task, batches: Iterable[Any]) -> int:
     """Set the running means and variances of batch norms to the averages over some batches.
 
-    Only the batch norms are in training mode meanwhile; modes and random state are put back.
+    Only the batch norms are in training mode meanwhile; modes and random state are restored.
 
     Args:
-        model: The module, changed in its batch norms' buffers.
-        task: Says how the model is run on a batch, by `outputs`.
-        batches: Re-iterable batches; larger ones measure better.
+        model: The module; the buffers of its batch norms are changed.
+        task: Runs the model on a batch, by `outputs`.
+        batches: Re-iterable batches; larger ones give better estimates.
 
     Returns:
         The number of batch norms.
@@ -44,7 +44,7 @@ def recalibrate_(model: nn.Module, task: Task, batches: Iterable[Any]) -> int:
             inner.eval()
             for norm in norms:
                 norm.reset_running_stats()
-                norm.momentum = None  # a plain average
+                norm.momentum = None  # a cumulative instead of an exponential average
                 norm.train()
             for batch in source.first_pass():
                 task.outputs(inner, batch)

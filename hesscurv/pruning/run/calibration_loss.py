@@ -1,4 +1,4 @@
-"""The true loss on a fixed set of samples, and a stream of samples for curvature."""
+"""Loss on the calibration set, and a stream of samples for curvature."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _END = object()
 
 
 class CalibrationLoss:
-    """A task's mean loss over a fixed set of samples, at any weights.
+    """A task's mean loss over the calibration set, at any weights.
 
-    Batches count by `task.weight`, of which a batch that is cut keeps what the task says of its
-    part; those of no weight count nothing.
+    Batches are weighted by `task.weight`, a truncated batch by the weight of its part; batches of
+    zero weight are skipped.
 
     Args:
         objective: The model and the task, refreshed.
-        batches: Re-iterable batches; the samples are their first ones.
-        most: The most samples to take.
+        batches: Re-iterable batches; their first samples are taken.
+        most: Maximal number of samples.
 
     Attributes:
-        num_samples: How many there are.
-        batches: They, on the device.
+        num_samples: Number of samples.
+        batches: The batches, on the device.
 
     Raises:
-        ValueError: If there are no batches, or the task gives them no weight.
+        ValueError: If there are no batches, or their total weight is not positive.
     """
 
     def __init__(self, objective: Objective, batches: Iterable[Any], most: int) -> None:
@@ -54,26 +54,25 @@ class CalibrationLoss:
             )
 
     def __call__(self, params: tuple[Tensor, ...]) -> float:
-        """Return the mean loss at some parameters; inf where it is not finite."""
+        """Return the mean loss at some parameters; inf if it is not finite."""
         objective = self._objective
         total = 0.0
         with objective.environment(), torch.no_grad():
             for weight, batch in zip(self._weights, self.batches, strict=True):
-                if weight != 0:  # or its mean is 0 / 0
+                if weight != 0:  # otherwise its mean is 0 / 0
                     total += weight * float(objective.loss(params, batch))
         loss = total / sum(self._weights)
         return loss if math.isfinite(loss) else math.inf
 
 
 class SampleStream:
-    """Samples of some batches, n at a time, from the start again when they run out.
+    """Samples of some batches, n at a time, restarting when they run out.
 
-    Passes may differ: a loader that shuffles or augments gives new samples each time. It draws
-    from a copy of torch's random state, which itself stays as it is. Samples are counted, whatever
-    they weigh; what they weigh is asked of the parts that batches are cut into.
+    Passes may differ: a loader that shuffles or augments gives new samples each time, drawing from
+    a copy of torch's random state. Samples are counted regardless of their weights.
 
     Args:
-        objective: Says where the tensors go, and in which dtype.
+        objective: Determines device and dtype of the tensors.
         batches: Re-iterable batches.
         count: n.
     """
@@ -85,7 +84,7 @@ class SampleStream:
         self._iterator: Iterator[Any] = iter(())
 
     def take(self) -> list[Any]:
-        """Return the next n samples as batches, or one whole pass where it has fewer.
+        """Return the next n samples as batches, or one whole pass if it has fewer.
 
         Raises:
             ValueError: If there are none.
@@ -97,7 +96,7 @@ class SampleStream:
             if batch is None:
                 batch = next(self._iterator, _END)
                 if batch is _END:
-                    # One pass begun and ended in here holds all that there is.
+                    # A pass that began and ended within this call has returned every sample.
                     if passes == 2 or (passes == 1 and not out):
                         break
                     self._iterator, passes = self._source.read(), passes + 1

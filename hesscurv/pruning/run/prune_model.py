@@ -1,4 +1,4 @@
-"""Prune a model in one call: stages of fresh curvature, joint compensation, a trust region."""
+"""Pruning in one call: stages of fresh curvature, joint compensation, a trust region."""
 
 from __future__ import annotations
 
@@ -57,72 +57,71 @@ def prune_model(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> PruningReport:
-    """Prune a model to an exact sparsity and move the weights that stay, by second-order models.
+    """Prune a model to an exact sparsity and adjust the kept weights, by second-order models.
 
     At each stage a quadratic model of the loss is measured at the present weights, the entries of
-    least saliency are dropped, and those that stay take the minimiser of
+    least saliency are dropped, and the kept weights move to the minimiser of
 
     ``1/2 |R d + r|^2 + mu/2 d^T K d``  with  ``d_i = -w_i`` for all that are dropped,
 
-    by one Woodbury solve; see `Measuring` for R, r and K. mu is chosen among three values around
-    the last one, beside no change at all, by the true loss on the calibration set. Where plain
-    magnitude pruning ends with less calibration loss than all this, its result is taken.
+    by one Woodbury solve; see `Measuring` for R, r and K. mu is chosen from three values around the
+    last one, or no change at all, by the true loss on the calibration set. If plain magnitude
+    pruning ends with a lower calibration loss, its result is taken.
 
-    The model is written to at the very end: an error or an interrupt leaves it as it was. Its
-    masks are those of `torch.nn.utils.prune`, and stay through training; `prune.remove` makes them
-    permanent. A model that is partly pruned already is pruned further.
+    The model is written only at the very end: an error or an interrupt leaves it unchanged. Its
+    masks are those of `torch.nn.utils.prune` and persist through training; `prune.remove` makes
+    them permanent. A partly pruned model is pruned further.
 
     Args:
         model: The module; evaluated as in inference.
         task: A task with outputs and loss, such as ``hesscurv.supervised(CrossEntropyLoss())``.
-        batches: Re-iterable batches that curvature is measured on; read again from the start when
-            they run out.
+        batches: Re-iterable batches on which curvature is measured; reread when they run out.
         sparsity: Fraction of all selected weights to prune, in (0, 1); pruned ones count.
         method: The saliency. "obs": ``w_i^2 / (2 [H^-1]_ii)``; "obd": ``w_i^2 H_ii / 2``;
             "magnitude": ``|w_i|``.
-        scope: "global": all weights compete; "layer": each has the sparsity itself; or a dict
-            from the name of a weight or module to its sparsity, others stay as they are.
+        scope: "global": all weights compete; "layer": each weight has the sparsity; or a dict from
+            the name of a weight or module to its sparsity, all others stay.
         structure: None, or "N:M", such as "2:4": at most N of M neighbours along the inputs are
-            kept; `sparsity` and `scope` are then not used, and weights whose inputs M does not
-            divide are left out. Where inputs lie is known of torch's layers and transformers'
-            Conv1D; tell of others by `register_weight_axes`.
-        stages: How often curvature is measured anew.
+            kept; `sparsity` and `scope` are then ignored, and weights whose number of inputs M does
+            not divide are skipped. The input dimension of torch's layers and transformers' Conv1D
+            is known; register others by `register_weight_axes`.
+        stages: Number of curvature measurements.
         schedule: "cubic", "linear", "geometric", a function, or the sparsities at the end of all
-            ``stages * steps_per_stage`` steps; see `schedules.sparsities`. Of several sparsities
-            it is that of the highest, and the others are in step.
-        steps_per_stage: Steps of pruning with the same curvature.
+            ``stages * steps_per_stage`` steps; see `sparsity_schedules.sparsities`. With several
+            target sparsities it applies to the highest, and the others scale with it.
+        steps_per_stage: Pruning steps with the same curvature.
         gradients_per_stage: n, the samples of one stage, one gradient each; see `Measuring` for
-            what they count where the task weighs its batches. By default 1000, or as many as fit
-            the free memory, which is logged.
-        compensate: Whether the weights that stay move; default for "obs" alone.
-        measuring: How curvature is measured; default `Measuring()`, with rows="fisher" where
-            there are more outputs than "ggn" takes. A rank and a largest block that are left at
-            their defaults are lowered to fit the free memory.
-        weights: Which weights, see `find_weights`; all conv, linear and the like by default.
-        calibration: Batches that the true loss is measured on; `batches` by default.
-        max_calibration: The most samples of these.
-        layer_losses: Whether to report each layer's own true change of the loss, for a pass over
-            the calibration set each.
-        recalibrate_batch_norm: Whether to measure the batch norms' statistics anew at the end, on
-            `batches`; the loss with it is reported apart.
+            their weights if the task weights its batches. By default 1000, or as many as fit in the
+            free memory, which is logged.
+        compensate: Whether the kept weights move; by default only for "obs".
+        measuring: Options of the curvature; default `Measuring()`, with rows="fisher" if there are
+            more outputs than "ggn" supports. A rank and a largest block at their defaults are
+            lowered to fit in the free memory.
+        weights: The weights to prune, see `find_weights`; default all prunable ones.
+        calibration: Batches of the calibration set; `batches` by default.
+        max_calibration: Maximal number of calibration samples.
+        layer_losses: Whether to report the true change of the loss due to each layer, at the cost
+            of one pass over the calibration set each.
+        recalibrate_batch_norm: Whether to recalibrate batch-norm statistics at the end, on
+            `batches`; the resulting loss is reported separately.
         on_step: Called after each step with its `StageReport` and the weights by dense name.
         generator: A CPU generator for the random signs; default one seeded with 0.
-        progress: Whether to show a bar.
+        progress: Whether to show a progress bar.
 
     Returns:
         A `PruningReport`.
 
     Raises:
-        TypeError: If an argument is of a wrong type.
+        TypeError: If an argument has the wrong type.
         ValueError: If one is out of range, the sparsity is below the model's own, the loss is not
-            finite, or a batch's loss is not the mean of its samples' own by `task.weight`.
-        MemoryError: If rows and factors cannot fit, before anything is computed; it says which
-            argument to change to what.
+            finite, or a batch's loss is not the `task.weight`-weighted mean of its samples' losses.
+        MemoryError: If rows and factors do not fit, before anything is computed; it names the
+            arguments to change and their values.
 
     Cost:
-        `gradients_per_stage` gradients and a few forward passes over the calibration set a stage;
-        two factorisations a step, about ``2 n s (n + i)`` operations for s weights left with i
-        inputs; memory ``2 n D`` numbers for D weights.
+        `gradients_per_stage` gradients and a few forward passes over the calibration set per stage;
+        two factorisations per step, about ``2 n s (n + i)`` operations for s kept weights with i
+        inputs; memory for ``2 n D`` numbers for D weights.
 
     References:
         Hassibi and Stork, NIPS 1992, equation (5), for a single weight; Benbaki et al., ICML 2023
@@ -202,13 +201,13 @@ def prune_model(
         run.check()
         if run.needs_curvature:
             run.measuring = with_rows_that_run(objective, run.calibration.batches[0], measuring)
-            # Where the calibration took them all, it is known how many there are.
+            # If the calibration set has all samples, their number is known.
             found = run.calibration.num_samples
             run.plan(
                 gradients_per_stage,
                 found if calibration is None and found < max_calibration else None,
             )
-        # Of several sparsities the schedule is that of the highest, and the others are in step.
+        # With several sparsities the schedule applies to the highest; the others scale with it.
         begun = 0.0 if not isinstance(scope, str) else min(1 - float(mask.double().mean()), goal)
         steps = stages * steps_per_stage
         path = [s / goal for s in sparsities(schedule, steps, begun, goal)]
@@ -232,7 +231,7 @@ def prune_model(
 def _objective_of(
     model: nn.Module, task: Any, batches: Iterable[Any], weights: dict[str, Weight]
 ) -> Objective:
-    """Return the loss in some weights, as they are stored now, at their present values."""
+    """Return the loss as a function of some weights, under their present names and values."""
     stored = list(_stored_names(unwrap(model), weights))
     objective = Objective(
         model, task, batches, stored, training=False, compute_dtype=None, budget=None
@@ -243,6 +242,6 @@ def _objective_of(
 
 
 def _stored_names(model: nn.Module, weights: dict[str, Weight]) -> dict[str, str]:
-    """Map the names that the weights have in the model now to their dense names."""
+    """Map the present names of the weights to their dense names."""
     names = {id(p): name for name, p in model.named_parameters()}
     return {names[id(current_parameter(*weight))]: dense for dense, weight in weights.items()}

@@ -1,11 +1,11 @@
-"""What a pruning did: by stage and by layer."""
+"""Report of a pruning run, by stage and by layer."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-# Of the weights in a table, which with its head has ten lines.
+# Weights shown in the table, which has ten lines with its header.
 _MOST_LINES = 7
 
 
@@ -14,14 +14,14 @@ class StageReport:
     """One step of pruning.
 
     Args:
-        sparsity: Fraction of the weights that is pruned after it.
-        loss: Mean loss of the calibration set after it.
-        predicted_change: Of the loss, by the step's quadratic model; NaN where there is none.
-        true_change: Of the calibration loss.
-        mu: The weight of the structured rest that the calibration loss chose; None where the
-            weights that are left were not changed.
-        gradients: Per-sample gradients taken so far.
-        seconds: Since the start.
+        sparsity: Fraction of pruned weights after the step.
+        loss: Mean loss on the calibration set after the step.
+        predicted_change: Change of the loss by the quadratic model; NaN without one.
+        true_change: Change of the calibration loss.
+        mu: Weight of the structured rest, chosen by the calibration loss; None if the kept weights
+            were not changed.
+        gradients: Per-sample gradients so far.
+        seconds: Time since the start.
     """
 
     sparsity: float
@@ -35,15 +35,15 @@ class StageReport:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to one weight.
+    """Result for one weight.
 
     Args:
         name: Its dotted name in the dense model.
-        numel: Its entries.
-        kept: Those that are left.
-        sparsity: The fraction that is not.
-        predicted_change: Of the loss, had this weight alone changed, by the last quadratic model.
-        true_change: The same, of the calibration loss; NaN where it was not measured.
+        numel: Number of entries.
+        kept: Number of kept entries.
+        sparsity: Fraction of pruned entries.
+        predicted_change: Change of the loss due to this weight only, by the last quadratic model.
+        true_change: The same for the calibration loss; NaN if not measured.
     """
 
     name: str
@@ -59,20 +59,20 @@ class PruningReport:
     """The result of `prune_model`; ``print(report)`` shows it as a table of at most ten lines.
 
     Args:
-        method: The ranking that gave the mask: the one asked for, or "magnitude" where plain
-            magnitude pruning has less calibration loss.
-        sparsity: Fraction of all weights in question that is pruned.
-        kept: The entries that are left, of `numel`.
-        numel: All of them.
-        dense_loss: Mean loss of the calibration set before.
-        loss: After.
-        magnitude_loss: Of plain magnitude pruning to the same sparsity, by the same rules.
-        recalibrated_loss: After the batch statistics were measured anew; None where not asked for.
-        gradients: Per-sample gradients taken.
-        planned_bytes: The memory that rows and factors were planned to take.
-        seconds: In all.
-        stages: By step.
-        layers: By weight.
+        method: The ranking of the final mask: the requested one, or "magnitude" if plain magnitude
+            pruning has a lower calibration loss.
+        sparsity: Fraction of the selected weights that is pruned.
+        kept: Number of kept entries, of `numel`.
+        numel: Number of entries of the selected weights.
+        dense_loss: Mean loss on the calibration set before pruning.
+        loss: The same after pruning.
+        magnitude_loss: The same for magnitude pruning to this sparsity, under the same constraints.
+        recalibrated_loss: The loss with recalibrated batch-norm statistics; None if not requested.
+        gradients: Number of per-sample gradients.
+        planned_bytes: Planned memory of rows and factors.
+        seconds: Total time.
+        stages: Reports by step.
+        layers: Reports by weight.
     """
 
     method: str
@@ -94,14 +94,14 @@ class PruningReport:
         return asdict(self)
 
     def with_recalibrated(self, loss: float) -> PruningReport:
-        """Return the report with the loss after the batch statistics were measured anew."""
+        """Return the report with the loss after recalibration of batch-norm statistics."""
         return replace(self, recalibrated_loss=loss)
 
     def plot(self, axes: Any = None) -> Any:
-        """Draw the calibration loss against sparsity, beside the density of each layer.
+        """Draw the calibration loss against sparsity, and the density of each layer.
 
         Args:
-            axes: Two matplotlib axes; made where not given.
+            axes: Two matplotlib axes; created by default.
 
         Returns:
             The figure.
@@ -128,14 +128,14 @@ class PruningReport:
         return left.figure
 
     def __repr__(self) -> str:
-        """Return the first line of the table, for a prompt."""
+        """Return the first line of the table."""
         return (
             f"PruningReport({self._summary()}, loss {self.dense_loss:.4g} -> {self.loss:.4g}, "
             f"{len(self.stages)} steps, {len(self.layers)} weights)"
         )
 
     def __str__(self) -> str:
-        """Return the report as a table; of many weights the largest are shown."""
+        """Return the report as a table of the largest weights."""
         shown = self.layers
         if len(shown) > _MOST_LINES:
             largest = sorted(shown, key=lambda layer: -layer.numel)[: _MOST_LINES - 1]
@@ -150,7 +150,7 @@ class PruningReport:
             + (
                 ")"
                 if recalibrated is None
-                else f"; batch statistics measured anew: {recalibrated:.4g})"
+                else f"; batch statistics recalibrated: {recalibrated:.4g})"
             ),
             f"{'weight':<{width}}{'kept':>10}{'of':>12}{'sparsity':>10}{'predicted':>11}{'true':>11}",
         ]
@@ -171,5 +171,5 @@ class PruningReport:
 
 
 def _printable(name: str) -> str:
-    """A module's name may have any character but a dot, line breaks too."""
+    """Escape a module's name, which may have any character but a dot, even line breaks."""
     return name if name.isprintable() else repr(name)[1:-1]

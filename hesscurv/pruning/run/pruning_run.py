@@ -31,7 +31,7 @@ from hesscurv.pruning.weights import Weight
 METHODS = ("obs", "obd", "magnitude")
 logger = logging.getLogger(__name__)
 
-# What mu is multiplied by, of which the calibration loss chooses.
+# Candidate factors of mu, chosen by the calibration loss.
 _FACTORS = (0.25, 1.0, 4.0)
 
 
@@ -42,21 +42,21 @@ class PruningRun:
         objective: The model, the task and the weights as parameters, refreshed.
         weights: The weights by dense name, in the objective's order.
         start: Their values, masked.
-        mask: Shape (D,), bool, what is left of them.
+        mask: Shape (D,), bool, the initial mask.
         method: One of `METHODS`.
-        compensate: Whether the weights that stay move.
+        compensate: Whether the kept weights move.
         pattern: An N:M pattern, or None for budgets.
-        measuring: How curvature is measured.
-        stream: Samples for it.
-        calibration: The true loss.
-        generator: Of the random signs.
+        measuring: Options of the curvature.
+        stream: Samples for the curvature.
+        calibration: Loss on the calibration set.
+        generator: Generator of the random signs.
 
     Attributes:
-        values: Shape (D,), the weights now.
-        mask: Shape (D,), what is left now.
-        budgets: How many to prune of which; to be set where there is no pattern.
+        values: Shape (D,), the present weights.
+        mask: Shape (D,), the present mask.
+        budgets: The pruning targets; must be set if there is no pattern.
         needs_curvature: Whether curvature is measured at all.
-        planned_bytes: The memory that rows and factors take, by `plan`.
+        planned_bytes: Planned memory of rows and factors, see `plan`.
     """
 
     def __init__(
@@ -90,10 +90,10 @@ class PruningRun:
         self._system: SupportSystem | None = None
 
     def check(self) -> None:
-        """Refuse what cannot be done, before anything is computed.
+        """Check the targets, before anything is computed.
 
         Raises:
-            ValueError: If more is pruned already than is asked for.
+            ValueError: If more is pruned already than requested.
         """
         for budget in self.budgets:
             alive = int(self.mask[budget.index].sum())
@@ -104,15 +104,15 @@ class PruningRun:
                 )
 
     def plan(self, gradients: int | None, num_samples: int | None) -> None:
-        """Choose how many rows to take, and of which kind; nothing if no curvature is needed.
+        """Choose number and kind of the rows, if curvature is needed.
 
         Args:
             gradients: n, the samples of a stage; None for as many as fit, up to 1000.
-            num_samples: How many samples there are, if it is known.
+            num_samples: Total number of samples, if known.
 
         Raises:
-            ValueError: If there are too many outputs for the rows that `measuring` names.
-            MemoryError: If rows and factors cannot fit.
+            ValueError: If there are too many outputs for the rows chosen in `measuring`.
+            MemoryError: If rows and factors do not fit.
         """
         if not self.needs_curvature:
             return
@@ -136,14 +136,14 @@ class PruningRun:
         progress: bool,
         layer_losses: bool,
     ) -> PruningReport:
-        """Take all steps and return what they did.
+        """Take all steps and return the report.
 
         Args:
-            path: Where each step ends, relative to the budgets' sparsities.
-            steps_per_stage: How many use the same curvature.
-            on_step: Called after each.
-            progress: Whether to show a bar.
-            layer_losses: Whether to measure each layer's own true change of the loss.
+            path: Sparsity at the end of each step, relative to that of the budgets.
+            steps_per_stage: Steps with the same curvature.
+            on_step: Called after each step.
+            progress: Whether to show a progress bar.
+            layer_losses: Whether to measure the true change of the loss due to each layer.
         """
         begun = time.perf_counter()
         dense_loss = loss = self._loss(self.dense)
@@ -180,7 +180,7 @@ class PruningRun:
             magnitude_loss = self._loss(self.dense * mask)
             if magnitude_loss < loss:
                 logger.warning(
-                    "magnitude pruning has less calibration loss, %.4g against %.4g: taken",
+                    "magnitude pruning has a lower calibration loss, %.4g against %.4g: taken",
                     magnitude_loss,
                     loss,
                 )
@@ -206,7 +206,7 @@ class PruningRun:
 
     def _measure(self) -> None:
         samples = self.stream.take()
-        self._model = self._system = None  # two sets of rows would not fit
+        self._model = self._system = None  # free the old rows first: two sets may not fit
         self._origin = self.values
         self._model = measure_quadratic_model(
             self.objective,
@@ -220,7 +220,7 @@ class PruningRun:
         self._gradients += self._model.cost
 
     def _step(self, end: float) -> tuple[float, float, float | None]:
-        """Drop entries and move the others; return the loss, its predicted change, and mu."""
+        """Drop entries and adjust the others; return the loss, its predicted change, and mu."""
         model, before = self._model, self.values
         mask = self._next_mask(self._saliency(), self.mask, end)
         if not torch.equal(mask, self.mask):
@@ -235,19 +235,19 @@ class PruningRun:
         for factor in _FACTORS:
             mu = self._mu * factor
             trial = self._origin + system.solve(mu, model.residual, model.gradient)
-            # Rounding must not bring dropped entries back.
+            # Rounding in the solve must not make dropped entries nonzero.
             trial = torch.where(self.mask, trial, 0)
             loss = self._loss(trial)
             if loss < best_loss:
                 best, best_loss, best_mu = trial, loss, mu
-        # Where no step helps, the next ones are shorter.
+        # If no candidate reduces the loss, the next steps are shorter (larger mu).
         self._mu = self._mu * _FACTORS[-1] if best_mu is None else best_mu
         predicted = self._predicted(before, best)
         self.values = best
         return best_loss, predicted, best_mu
 
     def _factored(self, model: QuadraticModel) -> SupportSystem:
-        """Return the curvature's factors on what is left; the same ones until that changes."""
+        """Return the curvature factored on the kept entries, cached until the mask changes."""
         if self._system is None:
             self._system = model.matrix.restrict(self.mask, -self._origin)
         return self._system

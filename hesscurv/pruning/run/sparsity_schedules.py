@@ -1,4 +1,4 @@
-"""How sparsity grows over the stages of pruning."""
+"""Sparsity schedules over the stages of pruning."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ Schedule = str | Sequence[float] | Callable[[float], float]
 
 
 def sparsities(schedule: Schedule, stages: int, start: float, end: float) -> list[float]:
-    """Return the sparsity at the end of each stage, rising from `start` to `end`.
+    """Return the sparsity at the end of each stage, increasing from `start` to `end`.
 
-    "cubic": ``end + (start - end) (1 - t)^3``, fast at first, where little is lost; "linear" in t;
-    "geometric": each stage prunes the same part of what is left. t = 1/stages, 2/stages, ..., 1.
+    "cubic": ``end + (start - end) (1 - t)^3``, fast at first, when little is lost; "linear" in t;
+    "geometric": each stage prunes the same fraction of the rest. t = 1/stages, 2/stages, ..., 1.
 
     Args:
-        schedule: One of these names; the sparsities themselves, not falling, the last one `end`;
-            or a function from t in (0, 1] to the part of the way from `start` to `end`.
-        stages: Their number, at least 1; not used where the sparsities are given.
+        schedule: One of these names; the sparsities themselves, nondecreasing, the last one `end`;
+            or a function from t in (0, 1] to the fraction of the way from `start` to `end`.
+        stages: Number of stages, at least 1; ignored if the sparsities are given.
         start: Sparsity so far, in [0, 1).
         end: Sparsity to reach, in [start, 1).
 
@@ -47,4 +47,4 @@ def sparsities(schedule: Schedule, stages: int, start: float, end: float) -> lis
         raise ValueError(f"expected sparsities that do not fall, from {start:g} on, got {out}")
     if abs(out[-1] - end) > 1e-9:
         raise ValueError(f"expected a schedule that ends at sparsity {end:g}, got {out[-1]:g}")
-    return [*out[:-1], end]  # exactly, for the counts that are rounded from it
+    return [*out[:-1], end]  # exactly `end`: counts are rounded from it
