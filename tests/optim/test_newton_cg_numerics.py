@@ -22,19 +22,19 @@ from torch import nn
 from hesscurv.optim.newton.closure_hessian import ClosureHessian
 from hesscurv.optim.newton.closure_loss import ClosureLoss
 from hesscurv.optim.newton.conjugate_gradients import (
-    EigenspacePreconditioner,
     ensure_descent,
     newton_direction,
 )
 from hesscurv.optim.newton.line_search import armijo, next_damping
 from hesscurv.optim.newton.newton_cg import NewtonCG
+from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
 
 SEEDS = [0, 1, 2]
 EYE = torch.eye(12, dtype=torch.float64)
 
 
 def identity(dim=12):
-    return EigenspacePreconditioner.identity(torch.zeros(dim, dtype=torch.float64))
+    return LowRankPreconditioner.identity(torch.zeros(dim, dtype=torch.float64))
 
 
 # -- products ---------------------------------------------------------------------------------
@@ -134,7 +134,7 @@ def test_the_direction_solves_the_damped_system_to_the_tolerance(seed, rank, tol
     H = planted(torch.logspace(3, -3, 12), 12, seed).matrix
     g, mu = torch.randn(12, dtype=torch.float64), 0.01
     values, vectors = torch.linalg.eigh(H)
-    P = EigenspacePreconditioner(vectors[:, 12 - rank :], values[12 - rank :], mu)
+    P = LowRankPreconditioner.inverse(vectors[:, 12 - rank :], values[12 - rank :], mu)
     operator = PlainOperator(H)
     solved = newton_direction(operator, g, mu, P, tol=tol, max_iterations=500)
     assert solved.converged
@@ -159,7 +159,7 @@ def test_the_preconditioner_is_its_formula(mu, kind):
     values, vectors = torch.linalg.eigh(planted(spectrum, 12).matrix)
     order = values.abs().argsort(descending=True)[:4]
     lam, U = values[order], vectors[:, order]
-    P = EigenspacePreconditioner(U, lam, mu)
+    P = LowRankPreconditioner.inverse(U, lam, mu)
     scale = lam.abs()[-1] + mu
     expected = U @ torch.diag(scale / (lam.abs() + mu)) @ U.mT + EYE - U @ U.mT
     got = torch.stack([P(unit) for unit in EYE])
@@ -171,7 +171,9 @@ def test_the_preconditioner_is_its_formula(mu, kind):
 @pytest.mark.parametrize("mu", [0.0, 0.3])
 def test_one_pair_is_preconditioned_against_the_next_eigenvalue(mu):
     U = EYE[:, :1]
-    P = EigenspacePreconditioner(U, torch.tensor([-100.0], dtype=torch.float64), mu, left=4.0)
+    P = LowRankPreconditioner.inverse(
+        U, torch.tensor([-100.0], dtype=torch.float64), mu, next_eigenvalue=4.0
+    )
     got = torch.stack([P(unit) for unit in EYE]).diagonal()
     expected = torch.ones(12, dtype=torch.float64)
     expected[0] = (4 + mu) / (100 + mu)
@@ -198,10 +200,12 @@ def test_with_one_pair_steps_do_not_meet_the_one_large_eigenvalue():
 def test_noise_among_the_eigenvalues_does_not_drown_the_others():
     U = torch.eye(12, dtype=torch.float64)[:, :3]
     for noise in (0.0, 1e-30):
-        P = EigenspacePreconditioner(U, torch.tensor([1.0, 0.1, noise], dtype=torch.float64), 0.0)
+        P = LowRankPreconditioner.inverse(
+            U, torch.tensor([1.0, 0.1, noise], dtype=torch.float64), 0.0
+        )
         gains = torch.stack([P(unit) for unit in EYE]).diagonal()
         assert gains.min() > torch.finfo(torch.float64).eps
-    zero = EigenspacePreconditioner(U, torch.zeros(3, dtype=torch.float64), 0.0)
+    zero = LowRankPreconditioner.inverse(U, torch.zeros(3, dtype=torch.float64), 0.0)
     assert torch.equal(zero(EYE[0]), EYE[0])
 
 
@@ -270,7 +274,7 @@ def test_every_truncated_direction_is_a_descent_direction(seed):
 def test_a_spoiled_direction_is_replaced_by_the_preconditioned_then_the_plain_gradient():
     H, g = planted(indefinite(12), 12).matrix, torch.randn(12, dtype=torch.float64)
     values, vectors = torch.linalg.eigh(H)
-    P = EigenspacePreconditioner(vectors[:, -3:], values[-3:], 0.1)
+    P = LowRankPreconditioner.inverse(vectors[:, -3:], values[-3:], 0.1)
     solved = newton_direction(PlainOperator(H), g, 0.1, P, tol=0.1, max_iterations=5)
     for bad in (-solved.direction, 0 * g, torch.full_like(g, math.nan)):
         spoiled = (
@@ -283,11 +287,11 @@ def test_a_spoiled_direction_is_replaced_by_the_preconditioned_then_the_plain_gr
         torch.testing.assert_close(found.direction, -P(g) / P.bulk)
         assert found.slope < 0
 
-    class Broken(EigenspacePreconditioner):
+    class Broken(LowRankPreconditioner):
         def __call__(self, vector_D):
             return -vector_D
 
-    found, kind = ensure_descent(spoiled, g, Broken(vectors[:, -3:], values[-3:], 0.1))
+    found, kind = ensure_descent(spoiled, g, Broken.inverse(vectors[:, -3:], values[-3:], 0.1))
     assert kind == 2
     assert torch.equal(found.direction, -g)
 

@@ -9,77 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.operators.linear_operator import LinearOperator
-
-
-class EigenspacePreconditioner:
-    r"""The inverse of a damped Hessian on its top eigenspace, the identity elsewhere.
-
-    .. math:: P^{-1} = (|\lambda_{r+1}| + \mu) U (|\Lambda| + \mu I)^{-1} U^T + (I - U U^T)
-
-    With exact pairs :math:`P^{-1} (H + \mu I)` has the eigenvalues
-    :math:`(|\lambda_{r+1}| + \mu) (\lambda_i + \mu) / (|\lambda_i| + \mu)` on U and
-    :math:`\lambda_i + \mu` below, so that its condition is that of the spectrum below the r-th.
-    The magnitudes make it positive definite for any symmetric H.
-
-    Args:
-        basis_Dr: U, shape (D, r), orthonormal columns; r may be 0, for the identity.
-        eigenvalues_r: Shape (r,), both signs; magnitudes below 10 eps of the largest one, which
-            are noise, count as that.
-        damping: mu, not negative.
-        left: |lambda_{r+1}|, the largest eigenvalue outside; default |lambda_r|, where the pairs
-            are all there are or the next one is not known.
-
-    Attributes:
-        bulk: |lambda_{r+1}| + mu, about the largest eigenvalue of P^-1 (H + mu I): P^-1 divided by
-            it is an approximate inverse.
-
-    Cost of a product: 4 r D operations.
-
-    References:
-        Frangella, Tropp, Udell, "Randomized Nystrom preconditioning", SIAM J. Matrix Anal. Appl.
-        44 (2023). Rathore et al., "Challenges in training PINNs: a loss landscape perspective",
-        ICML 2024 (NysNewton-CG). Here with magnitudes, for indefinite H.
-    """
-
-    def __init__(
-        self, basis_Dr: Tensor, eigenvalues_r: Tensor, damping: float, left: float | None = None
-    ) -> None:
-        self._basis_Dr = basis_Dr
-        magnitudes_r = eigenvalues_r.abs()
-        self.bulk = 1.0
-        if len(magnitudes_r):
-            eps = torch.finfo(basis_Dr.dtype).eps
-            noise = 10 * eps * float(magnitudes_r.max())
-            magnitudes_r = magnitudes_r.clamp(min=noise)
-            damped_r = magnitudes_r + damping
-            if float(damped_r.min()) == 0:  # the zero matrix
-                damped_r = torch.ones_like(damped_r)
-            least = float(damped_r.min())
-            self.bulk = least if left is None else min(least, max(left, noise) + damping)
-            self._change_r = self.bulk / damped_r - 1
-            self._root_change_r = (self.bulk / damped_r).sqrt() - 1
-
-    @classmethod
-    def identity(cls, like_D: Tensor) -> EigenspacePreconditioner:
-        """Return the one without any pairs, for vectors like this one."""
-        return cls(like_D.new_zeros(len(like_D), 0), like_D.new_zeros(0), 0.0)
-
-    def __call__(self, vector_D: Tensor) -> Tensor:
-        """Return P^-1 times a vector (D,)."""
-        return self._scale(vector_D, self._change_r) if self.rank else vector_D.clone()
-
-    def root(self, vector_D: Tensor) -> Tensor:
-        """Return P^-1/2 times a vector (D,), at the same cost."""
-        return self._scale(vector_D, self._root_change_r) if self.rank else vector_D.clone()
-
-    @property
-    def rank(self) -> int:
-        """The number of pairs, r."""
-        return self._basis_Dr.shape[1]
-
-    def _scale(self, vector_D: Tensor, change_r: Tensor) -> Tensor:
-        inside_r = self._basis_Dr.mT @ vector_D
-        return torch.addmv(vector_D, self._basis_Dr, change_r * inside_r)
+from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
 
 
 @dataclass(frozen=True)
@@ -107,7 +37,7 @@ def newton_direction(
     H: LinearOperator,
     gradient_D: Tensor,
     damping: float,
-    precondition: EigenspacePreconditioner,
+    precondition: LowRankPreconditioner,
     *,
     tol: float,
     max_iterations: int,
@@ -183,7 +113,7 @@ def newton_direction(
 
 
 def ensure_descent(
-    solved: NewtonDirection, gradient_D: Tensor, precondition: EigenspacePreconditioner
+    solved: NewtonDirection, gradient_D: Tensor, precondition: LowRankPreconditioner
 ) -> tuple[NewtonDirection, int]:
     """Replace a direction that rounding has spoiled by the preconditioned, or the plain gradient.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.operators.linear_operator import LinearOperator
-from hesscurv.optim.newton.conjugate_gradients import EigenspacePreconditioner
+from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
 
 _FIRST_ROOM = 16
 
@@ -42,7 +42,7 @@ class KrylovModel:
     values: Tensor
     vectors: Tensor
     gradient: Tensor
-    precondition: EigenspacePreconditioner
+    precondition: LowRankPreconditioner
     converged: bool
 
     @property
@@ -74,7 +74,7 @@ def krylov_model(
     H: LinearOperator,
     gradient_D: Tensor,
     damping: float,
-    precondition: EigenspacePreconditioner,
+    precondition: LowRankPreconditioner,
     *,
     tol: float,
     max_iterations: int,

@@ -14,7 +14,6 @@ from hesscurv.optim.newton.closure_gauss_newton import ClosureGaussNewton
 from hesscurv.optim.newton.closure_hessian import ClosureHessian
 from hesscurv.optim.newton.closure_loss import Closure, ClosureLoss, LossGraph
 from hesscurv.optim.newton.conjugate_gradients import (
-    EigenspacePreconditioner,
     NewtonDirection,
     ensure_descent,
     newton_direction,
@@ -30,6 +29,7 @@ from hesscurv.optim.newton.newton_eigenspace import (
 )
 from hesscurv.optim.newton.newton_options import check_options, check_parameters
 from hesscurv.optim.newton.newton_steps import take_step
+from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
 from hesscurv.optim.snapshot import Snapshot
 
 
@@ -358,7 +358,7 @@ class NewtonCG(Optimizer):
         damping = numbers["damping"]
         gradient_D = graph.gradient()
         precondition = (
-            EigenspacePreconditioner.identity(gradient_D)
+            LowRankPreconditioner.identity(gradient_D)
             if space is None
             else space.preconditioner(damping, H.dtype)
         )

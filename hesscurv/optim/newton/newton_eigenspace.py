@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hesscurv.eigensolvers.eigsh import eigsh
 from hesscurv.eigensolvers.residuals import ConvergenceWarning
 from hesscurv.operators.linear_operator import LinearOperator
-from hesscurv.optim.newton.conjugate_gradients import EigenspacePreconditioner
+from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
 
 BASIS, EIGENVALUES = "basis", "eigenvalues"
 
@@ -39,12 +39,13 @@ class NewtonEigenspace:
     eigenvalues: Tensor
     left: float | None
 
-    def preconditioner(self, damping: float, dtype: torch.dtype) -> EigenspacePreconditioner:
+    def preconditioner(self, damping: float, dtype: torch.dtype) -> LowRankPreconditioner:
         """Return the preconditioner of these pairs; a copy of the basis, r D numbers."""
         rank = len(self.eigenvalues)
         # Always a new tensor of one layout: sums may depend on how their terms lie in memory.
         basis_Dr = torch.cat([piece.reshape(-1, rank).to(dtype) for piece in self.pieces])
-        return EigenspacePreconditioner(basis_Dr, self.eigenvalues.to(dtype), damping, self.left)
+        values_r = self.eigenvalues.to(dtype)
+        return LowRankPreconditioner.inverse(basis_Dr, values_r, damping, self.left)
 
 
 def read_eigenspace(

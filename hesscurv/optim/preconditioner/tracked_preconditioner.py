@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,14 +86,8 @@ class TrackedPreconditioner:
     def largest_curvature(self, seed: int) -> float:
         """Return the largest |eigenvalue| of the second batch's curvature, preconditioned."""
         P = self._known()
-        basis_rD = self.flat.whole_basis(P.basis_mD)[:, : P.rank].mT
-        less_r = _numbers([math.sqrt(gain) - 1 for gain in P.gains]).to(basis_rD)
-
-        def root(vectors_DB: Tensor) -> Tensor:
-            inside_rB = less_r[:, None] * (basis_rD @ vectors_DB.to(basis_rD.dtype))
-            return vectors_DB + (basis_rD.mT @ inside_rB).to(vectors_DB.dtype)
-
-        return self.tracker.largest_preconditioned(root, seed)
+        whole = P.over(self.flat.whole_basis(P.basis_mD).mT)
+        return self.tracker.largest_preconditioned(whole.root, seed)
 
     # -- state ----------------------------------------------------------------------------------
 
