@@ -1,7 +1,8 @@
-"""Blocks of flat vectors (B, D), and as one tensor (B, *shape) for each parameter."""
+"""Conversion between blocks of flat vectors (B, D) and one tensor (B, *shape) per parameter."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,21 +12,43 @@ from hesscurv.objective.parameters import ParameterLayout
 from hesscurv.objective.running.plain_embeddings import dense
 
 
-def cut_block(
-    layout: ParameterLayout, block_BD: Tensor, align_pieces: bool = False
-) -> tuple[Tensor, ...]:
-    """Return the parameters' pieces of a block: views (B, *shape) where strides allow.
+class BlockCutter:
+    """Cuts blocks of vectors into pieces that a product can take.
+
+    A parameter's piece begins wherever those before it end, so that it may lie at an odd offset;
+    `view_as_complex` takes none. Where a product fails on such pieces, it gets copies, in the next
+    blocks from the start; usual models, which take any offset, are spared the copies.
 
     Args:
         layout: Where each piece lies.
-        block_BD: The block.
-        align_pieces: Whether pieces that do not lie at an even offset are copied. A parameter's
-            piece begins wherever those before it end; `view_as_complex` takes no odd offset, while
-            usual models take any, and are spared the copies.
     """
+
+    def __init__(self, layout: ParameterLayout) -> None:
+        self._layout = layout
+        self._aligning = False
+
+    def apply(
+        self, product: Callable[[tuple[Tensor, ...]], tuple[Any, ...]], block_BD: Tensor
+    ) -> tuple[Any, ...]:
+        """Call a product with a block's pieces."""
+        pieces = cut_block(self._layout, block_BD)
+        if not self._aligning:
+            try:
+                return product(pieces)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError:
+                if all(map(is_aligned, pieces)):
+                    raise
+        out = product(tuple(map(align, pieces)))
+        self._aligning = True
+        return out
+
+
+def cut_block(layout: ParameterLayout, block_BD: Tensor) -> tuple[Tensor, ...]:
+    """Return the parameters' pieces of a block: views (B, *shape) where strides allow."""
     spans = zip(layout.slices().values(), layout.shapes, strict=True)
-    pieces = (block_BD[:, span].reshape(len(block_BD), *shape) for span, shape in spans)
-    return tuple(map(align, pieces)) if align_pieces else tuple(pieces)
+    return tuple(block_BD[:, span].reshape(len(block_BD), *shape) for span, shape in spans)
 
 
 def is_aligned(piece: Tensor) -> bool:

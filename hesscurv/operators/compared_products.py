@@ -1,9 +1,10 @@
-"""Products by the fastest way, compared with the reference on every micro-batch."""
+"""Products by the fastest way, verified against the reference on every micro-batch."""
 
 from __future__ import annotations
 
 import logging
 import warnings
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -136,11 +137,21 @@ class ComparedProducts:
             way, chunk = self.choice.choose(len(vectors_BD))
             failed: dict[int, Exception] = {}
             for number, (index, batch, weight) in enumerate(local.shares()):
-                used, add = self._agreement.way_for(index, way), number > 0
+                used = self._agreement.way_for(index, way)
+                width = min(chunk, len(vectors_BD))
+                due = self._comparing and self._agreement.is_due(index, used, width)
+                seen = Combination(local.layout, vectors_BD, seed=index) if due else None
                 try:
-                    self._add_product(
-                        out_BD, vectors_BD, index, batch, used, weight, chunk, add=add
-                    )
+                    with on_batch(used, batch) if used == local.reference else nullcontext():
+                        apply = local.prepared(index, batch, used)
+                        local.multiply_into(
+                            *(out_BD, used, apply, vectors_BD, weight, chunk),
+                            add=number > 0,
+                            seen=seen,
+                        )
+                    if seen is not None:
+                        self._compare(index, batch, used, apply, seen)
+                        self._agreement.passed(index, used, width)
                 except torch.OutOfMemoryError:
                     raise
                 except Exception as error:
@@ -159,34 +170,6 @@ class ComparedProducts:
                 self._record = Combination(local.layout, vectors_BD)
             self._record.add(vectors_BD, out_BD)
         return out_BD
-
-    def _add_product(
-        self,
-        out_BD: Tensor,
-        vectors_BD: Tensor,
-        index: int,
-        batch: Any,
-        way: str,
-        weight: float,
-        chunk: int,
-        *,
-        add: bool,
-    ) -> None:
-        """Write weight x one micro-batch's products to `out`, or add it; compare them where due."""
-        local = self.local
-        if way == local.reference:
-            with on_batch(way, batch):
-                apply = local.prepared(index, batch, way)
-                local.multiply_into(out_BD, way, apply, vectors_BD, weight, chunk, add=add)
-            return
-        width = min(chunk, len(vectors_BD))
-        due = self._comparing and self._agreement.is_due(index, way, width)
-        seen = Combination(local.layout, vectors_BD, seed=index) if due else None
-        apply = local.prepared(index, batch, way)
-        local.multiply_into(out_BD, way, apply, vectors_BD, weight, chunk, add=add, seen=seen)
-        if seen is not None:
-            self._compare(index, batch, way, apply, seen)
-            self._agreement.passed(index, way, width)
 
     def _compare(
         self, index: int, batch: Any, way: str, apply: Linearization, seen: Combination

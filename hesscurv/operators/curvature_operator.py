@@ -1,4 +1,4 @@
-"""The common part of the Hessian, GGN and Fisher: data, memory, way of computing, checks."""
+"""Curvature of a mean loss as a linear operator: construction, checks, choice of the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an operator is, in a few plain values: to tell whether stored work belongs to it."""
+"""Fingerprints of operators, by which stored work is matched to them."""
 
 from __future__ import annotations
 

@@ -103,7 +103,7 @@ class HessianOperator(CurvatureOperator):
     Ways of computing: "retained" (double backward through one graph of the gradient, also the
     reference), "batched" (the same, vectors at once), "linearized" and "linearized_batched" (a
     trace of the gradient's derivative), "vmapped" (forward over reverse, nothing retained),
-    "compiled" (the same through torch.compile; tried by itself on GPUs alone).
+    "compiled" (the same through torch.compile; tried automatically on GPUs only).
 
     Example:
         >>> net = torch.nn.Linear(2, 1, bias=False).double()

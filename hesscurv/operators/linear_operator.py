@@ -176,7 +176,7 @@ class LinearOperator(ABC):
         return self @ vectors
 
     def expect(self, products: int) -> None:  # noqa: B027, there may be nothing to choose
-        """Take note that so many products follow; an operator may choose its way by it."""
+        """Announce the number of products to come; an operator may choose its way by it."""
 
     def confirm(self) -> None:  # noqa: B027, there may be nothing to compare with
         """Compare the products since `expect` with an independent one, and warn of a gap."""

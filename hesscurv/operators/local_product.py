@@ -1,4 +1,4 @@
-"""Products with the curvature of this process' micro-batches, each in a given way."""
+"""Products with the curvature of the micro-batches of this process, each in a given way."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hesscurv.objective.data.samples import num_rows
 from hesscurv.objective.memory import MemoryPlan
 from hesscurv.objective.micro_batches import MicroBatches
 from hesscurv.objective.running.environment import differentiable
-from hesscurv.operators.blocks import cut_block, is_aligned, put_block
+from hesscurv.operators.blocks import BlockCutter, put_block
 from hesscurv.operators.checks.agreement import Combination
 from hesscurv.operators.ways.linearizations import Linearization
 from hesscurv.operators.ways.way import Curvature, Way, on_batch
@@ -53,7 +53,7 @@ class LocalProduct:
         self.fallbacks = tuple(way.name for way in curvature.fallbacks)
         self.own_weight = self.total_weight = 0.0
         self.changed: Callable[[str], None] = lambda what: None
-        self._aligning = False  # once a product has failed on pieces at odd offsets
+        self._cutter = BlockCutter(self.layout)
         self._kept: dict[tuple[int, str], Linearization] = {}
 
     def __getitem__(self, name: str) -> Way:
@@ -102,19 +102,12 @@ class LocalProduct:
             while start < len(vectors_BD):
                 size = 1 if self[way].looped else min(chunk, self.plan.max_vectors)
                 part_BD = vectors_BD[start : start + size]
-                pieces, product = cut_block(self.layout, part_BD, self._aligning), None
                 try:
-                    product = apply(pieces)
+                    product = self._cutter.apply(apply, part_BD)
                 except torch.OutOfMemoryError:
                     if len(part_BD) == 1:
                         raise
-                except RuntimeError:
-                    if self._aligning or all(map(is_aligned, pieces)):
-                        raise
-                    # Pieces at odd offsets are not for `view_as_complex`; if it was not that, the
-                    # same error comes again.
-                    product = apply(cut_block(self.layout, part_BD, align_pieces=True))
-                    self._aligning = True
+                    product = None
                 if product is not None:
                     if seen is not None:
                         seen.add(part_BD, product)

@@ -1,4 +1,4 @@
-"""The mean loss that an operator is the curvature of, and its gradient."""
+"""Mean loss and gradient of the objective of an operator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An operator that is the mean over what each rank of a process group has its own share of."""
+"""Mean of an operator over ranks, each with its own share of the data."""
 
 from __future__ import annotations
 
@@ -115,9 +115,9 @@ class SummedOperator(LinearOperator):
             yield
 
     def refresh(self) -> bool:
-        """Take note of changes of the weights and batches, on all ranks; return whether any did.
+        """Detect changes of the weights and batches, on all ranks; return whether there are any.
 
-        Products do so by themselves.
+        Products do so automatically.
         """
         return self._refresh("looking for changes")
 
@@ -158,7 +158,7 @@ class SummedOperator(LinearOperator):
         return weight
 
     def _count_together(self, what: str) -> None:
-        """Count this rank's batches if they were read anew, and add up all ranks' weights."""
+        """Count this rank's batches if they were read again, and add up all ranks' weights."""
         batches = self.objective.batches
         with (
             self.communicator.together(what) as step,
@@ -215,7 +215,7 @@ def _why_nothing_counts(task: Any) -> str:
 def refresh_together(
     objective: Objective, communicator: Communicator, what: str, block: int | None = None
 ) -> bool:
-    """Refresh an objective on all ranks: where one rank's model changed, all take theirs anew.
+    """Refresh an objective on all ranks: where one rank's model changed, all copy theirs again.
 
     Args:
         objective: The objective.

@@ -1,4 +1,4 @@
-"""Cheap probes that refuse an operator which is not one: not deterministic, or not symmetric."""
+"""Checks at construction: finite, deterministic, dependent on the parameters, symmetric."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparison of derivatives with differences: whether torch's derivatives are the functions' own.
+"""Comparison of derivatives with finite differences.
 
 A double backward pass is exact for torch's own functions. A custom function whose backward keeps an
 intermediate, detaches, or has a wrong formula gives symmetric products that are wrong: differences,

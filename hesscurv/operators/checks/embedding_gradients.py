@@ -1,4 +1,4 @@
-"""Embeddings whose gradients are none of the loss, by options that are meant for training."""
+"""Detection of embedding options that make gradients differ from those of the loss."""
 
 from __future__ import annotations
 

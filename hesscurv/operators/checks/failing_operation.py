@@ -1,4 +1,4 @@
-"""Find the operation that autograd fails on, and the module that it runs in, by running it again.
+"""Search for the operation that autograd fails on, and for its module, by running it again.
 
 Autograd's messages name at most a kernel of the backward pass. Here each node of the graph is noted
 with the module that was running when it was made; nodes made by the backward pass belong to the

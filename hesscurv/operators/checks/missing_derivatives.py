@@ -1,4 +1,4 @@
-"""Say which operation has no derivative, where it runs, and what to do instead."""
+"""Explanation of missing derivatives: operation, module, remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference way of computing products: the first one that this model has derivatives for."""
+"""Choice of the reference way: the first one that the model has derivatives for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Find the cast of a tensor, or the compute dtype, that lets a loss run, by trying them."""
+"""Search for the cast, or the compute dtype, with which a loss runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which way of computing an operator takes, by what was measured and by how much is to come."""
+"""Choice of the way by its calibration and by the number of products to come."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hesscurv.operators.timing.calibration import Calibration, bucket_of, calibr
 
 # Below this many products in all, measuring which way is fastest costs more than it saves.
 _CALIBRATE_FROM = 24
-EXPECTED = 500  # products to come, where nobody says
+EXPECTED = 500  # products to come, unless announced
 
 
 class WayChoice:

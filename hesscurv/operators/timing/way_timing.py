@@ -1,4 +1,4 @@
-"""Time the ways of computing products on one micro-batch, within a share of what they may save."""
+"""Timing of the ways on one micro-batch, within a share of what a faster way may save."""
 
 from __future__ import annotations
 

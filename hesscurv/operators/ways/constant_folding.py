@@ -1,4 +1,4 @@
-"""Constant folding of recorded graphs: what no input reaches is computed once."""
+"""Constant folding of recorded graphs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Gauss-Newton products from first derivatives alone, for operations that have no second one.
+"""Gauss-Newton products from first derivatives alone.
 
 J^T u always comes from the graph of the outputs z. J v, which `gauss_newton_retained` takes from
 the derivative of the backward pass, comes from forward mode here, or from the rows of J.

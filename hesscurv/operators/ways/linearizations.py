@@ -1,4 +1,4 @@
-"""Ways to apply a second derivative to many vectors after one set-up.
+"""Linearizations: second derivatives applied to many vectors after one set-up.
 
 Legend: a *block* is a tuple with one tensor (B, *shape) per parameter, B vectors at once. Each way
 takes functions of the parameters and returns a map from block to block, ``None`` where it is zero.

@@ -1,4 +1,4 @@
-"""A function's derivative as a recorded graph: what does not depend on the tangents runs once."""
+"""Recording of a derivative as a graph, whose tangent-free part runs once."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def mean_numel(graph: fx.GraphModule) -> float:
 
 
 def _simplify(graph: fx.GraphModule, *, in_place: bool) -> set[fx.Node]:
-    """Simplify a graph; return its nodes whose memory is written to by itself."""
+    """Simplify a graph; return the nodes whose memory it writes to."""
     written = find_written(graph.graph)
     simplify(graph.graph, written)
     if in_place:

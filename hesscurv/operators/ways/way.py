@@ -1,4 +1,4 @@
-"""Ways of computing products with the curvature of one batch, and what kinds of curvature have."""
+"""Interfaces of a way of computing products, and of a kind of curvature."""
 
 from __future__ import annotations
 
