@@ -98,6 +98,21 @@ def test_the_share_is_that_of_the_space_in_the_weights_that_would_be_kept():
     assert 0.05 < expected < 0.95
 
 
+def test_values_under_the_mask_do_not_count_in_the_magnitude_mask():
+    model = net()
+    kept = torch.rand(12, 6, generator=torch.Generator().manual_seed(1)) < 0.6
+    prune.custom_from_mask(model[0], "weight", kept)
+    monitor = monitor_of(model)
+    trigger = PruneWhenStable(monitor, data(), 0.5, stability=Stability(patience=5), **FEW)
+    settle(monitor, trigger, 2)
+    with torch.no_grad():  # the network stays the same one
+        model[0].weight_orig[~kept] = 100.0
+    settle(monitor, trigger, 1, first=2)
+    assert [s["mask_iou"] for s in trigger.signals] == [None, 1.0, 1.0]
+    shares = [s["share"] for s in trigger.signals]
+    assert shares[2] == pytest.approx(shares[1], rel=1e-3)  # by the solver's tolerance
+
+
 def test_a_call_after_several_measurements_compares_with_the_last_one_looked_at():
     model = net()
     monitor = monitor_of(model)
