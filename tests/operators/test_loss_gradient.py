@@ -1,4 +1,4 @@
-"""The loss and its gradient, over all batches and all ranks, and counts that an error interrupts."""
+"""The loss and its gradient over all batches and ranks, and counts that an error interrupts."""
 
 import cases
 import oracles

@@ -12,13 +12,13 @@ import runpy
 import sys
 import tempfile
 import traceback
-from dataclasses import dataclass
-from multiprocessing.context import ForkServerContext
+from multiprocessing import forkserver
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 TESTS = Path(__file__).resolve().parents[1]
-# What ranks and examples import, of which each import takes longer than a fork.
+# What ranks and scripts import, of which each import takes longer than a fork.
 PRELOADED = (
     "torch",
     "torch.distributed.checkpoint.state_dict",
@@ -34,10 +34,8 @@ PRELOADED = (
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg", "HESSCURV_CACHE": "off"}
 
 
-def forking() -> ForkServerContext:
+def forking() -> Any:
     """Return the context whose processes are forks of the server, started at the first of them."""
-    from multiprocessing import forkserver
-
     context = multiprocessing.get_context("forkserver")
     before = dict(os.environ)
     paths = [str(TESTS.parent), str(TESTS), before.get("PYTHONPATH", "")]
@@ -51,18 +49,14 @@ def forking() -> ForkServerContext:
     return context
 
 
-@dataclass(frozen=True)
-class Done:
-    """How a script ended: its exit code and what it printed."""
-
-    returncode: int
-    stdout: str
-    stderr: str
-
-
 def run_script(
-    script: Path, *arguments: object, cwd: Path, timeout: float = 300.0, **environment: str
-) -> Done:
+    script: Path,
+    *arguments: object,
+    cwd: Path,
+    timeout: float = 300.0,
+    sees_tests: bool = False,
+    **environment: str,
+) -> CompletedProcess[str]:
     """Run a script as ``python script arguments`` does, in a fork of the server.
 
     Args:
@@ -70,38 +64,58 @@ def run_script(
         arguments: Its arguments.
         cwd: The folder it is run in.
         timeout: Seconds, after which it is killed.
+        sees_tests: Whether it finds the tests' modules by import.
         environment: Changes of the environment.
+
+    Returns:
+        Its exit code, negative where a signal ended it, and what it printed.
     """
+    argv = [str(script), *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        argv = [str(script), *map(str, arguments)]
+        out.touch()
+        err.touch()
         process = forking().Process(
-            target=_be_script, args=(argv, str(cwd), environment, str(out), str(err))
+            target=_be_script, args=(argv, str(cwd), sees_tests, environment, str(out), str(err))
         )
         process.start()
         process.join(timeout)
-        late = process.is_alive()
-        if late:
+        if process.is_alive():
             process.kill()
             process.join()
-        code, said = process.exitcode, err.read_text() if err.exists() else ""
+        code = process.exitcode
         process.close()
-        if late:
-            said += f"\nkilled after {timeout} s"
-        return Done(1 if code is None else code, out.read_text() if out.exists() else "", said)
+        return CompletedProcess(argv, code, out.read_text(), err.read_text())
 
 
-def _be_script(argv: list[str], cwd: str, environment: dict[str, str], out: str, err: str) -> None:
+def run_source(source: str, *arguments: object, cwd: Path, **options: Any) -> str:
+    """Return what ``python -c source arguments`` prints, run in a fork of the server."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "source.py"
+        script.write_text(source)
+        done = run_script(script, *arguments, cwd=cwd, **options)
+    assert done.returncode == 0, f"ended with {done.returncode}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def _be_script(
+    argv: list[str],
+    cwd: str,
+    sees_tests: bool,
+    environment: dict[str, str],
+    out: str,
+    err: str,
+) -> None:
     for number, path in ((1, out), (2, err)):
-        file = os.open(path, os.O_WRONLY | os.O_CREAT)
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
-    # Block-buffered as pipes are, so that what was lost in them would be lost here.
     sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
     os.environ.update(environment)
     os.chdir(cwd)
-    here = {str(TESTS), str(TESTS.parent)}
-    sys.path[:] = [str(Path(argv[0]).parent), *(p for p in sys.path if p not in here)]
+    if not sees_tests:
+        sys.path[:] = [p for p in sys.path if p != str(TESTS)]
+    sys.path.insert(0, str(Path(argv[0]).parent))
     sys.argv[:] = argv
     code: Any = 0
     try:
@@ -115,5 +129,4 @@ def _be_script(argv: list[str], cwd: str, environment: dict[str, str], out: str,
         print(code, file=sys.stderr)
         code = 1
     sys.stdout.flush()
-    sys.stderr.flush()
     sys.exit(code)
