@@ -445,6 +445,7 @@ def test_at_the_smallest_loss_that_the_dtype_can_tell_steps_are_refused(dtype):
     assert torch.equal(flat(params), before)
 
 
+@pytest.mark.slow
 def test_a_physics_informed_network_gets_below_lbfgs_with_as_many_gradients():
     model, loss = oscillator(3)
     begin = copy.deepcopy(model.state_dict())
