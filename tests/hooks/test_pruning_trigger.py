@@ -113,6 +113,16 @@ def test_values_under_the_mask_do_not_count_in_the_magnitude_mask():
     assert shares[2] == pytest.approx(shares[1], rel=1e-3)  # by the solver's tolerance
 
 
+def test_after_a_pruning_there_is_no_earlier_mask_to_compare_with():
+    model = net()
+    monitor = monitor_of(model)
+    trigger = PruneWhenStable(monitor, data(), [0.5, 0.7], stability=Stability(patience=1), **FEW)
+    assert settle(monitor, trigger, 4) == [1, 3]
+    # The masks before are those of another sparsity, and of other weights.
+    assert [s["mask_iou"] is None for s in trigger.signals] == [True, False, True, False]
+    assert [s["overlap_change"] is None for s in trigger.signals] == [True, False, True, False]
+
+
 def test_a_call_after_several_measurements_compares_with_the_last_one_looked_at():
     model = net()
     monitor = monitor_of(model)

@@ -1,14 +1,17 @@
-"""A pruning's stages against dense forms: predicted changes, and which samples they see."""
+"""A pruning's stages against dense forms: predicted changes, losses, and which samples they see."""
 
+import math
 from types import SimpleNamespace
 
+import cases
 import pytest
 import torch
 from prunable import data, network, run
 
+from hesscurv.objective.objective import Objective
 from hesscurv.pruning.curvature.quadratic_model import Measuring
 from hesscurv.pruning.run import pruning_run
-from hesscurv.pruning.run.calibration_loss import SampleStream
+from hesscurv.pruning.run.calibration_loss import CalibrationLoss, SampleStream
 
 
 def dense_form(model, origin, mu):
@@ -85,6 +88,23 @@ def test_the_changes_of_layers_are_predicted_without_the_first_order_term(target
         moved[at : at + old.numel()] = (net[i].weight.detach() - old).flatten()
         assert layer.predicted_change == pytest.approx(value(moved), rel=1e-9)
         at += old.numel()
+
+
+# -- the calibration loss ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_calibration_loss_that_is_not_finite_is_larger_than_any_other(bad):
+    problem = cases.build("mlp")
+    objective = Objective(
+        *(problem.model, problem.task, problem.batches, None),
+        **{"training": False, "compute_dtype": None, "budget": None},
+    )
+    objective.refresh()
+    loss = CalibrationLoss(objective, problem.batches, 100)
+    params = objective.parameters()
+    assert 0 < loss(params) < math.inf
+    assert loss((torch.full_like(params[0], bad), *params[1:])) == math.inf
 
 
 # -- samples ----------------------------------------------------------------------------------
