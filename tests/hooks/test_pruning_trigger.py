@@ -117,7 +117,11 @@ def test_after_a_pruning_there_is_no_earlier_mask_to_compare_with():
     model = net()
     monitor = monitor_of(model)
     trigger = PruneWhenStable(monitor, data(), [0.5, 0.7], stability=Stability(patience=1), **FEW)
-    assert settle(monitor, trigger, 4) == [1, 3]
+    settle(monitor, trigger, 1)
+    assert int(trigger.state_dict()["mask"].sum()) == 54  # of 108, at the first sparsity
+    assert settle(monitor, trigger, 2, first=1) == [1]
+    assert int(trigger.state_dict()["mask"].sum()) == 32  # at the second
+    assert settle(monitor, trigger, 1, first=3) == [3]
     # The masks before are those of another sparsity, and of other weights.
     assert [s["mask_iou"] is None for s in trigger.signals] == [True, False, True, False]
     assert [s["overlap_change"] is None for s in trigger.signals] == [True, False, True, False]
