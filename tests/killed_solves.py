@@ -24,7 +24,7 @@ from torch import nn
 
 import hesscurv
 
-K, BLOCK = 40, 4
+K, BLOCK = 20, 4
 
 
 class Slow(hesscurv.LinearOperator):

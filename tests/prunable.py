@@ -9,7 +9,7 @@ from hesscurv import supervised
 from hesscurv.pruning.masks.state_dicts import masks_of
 from hesscurv.pruning.run.prune_model import prune_model
 
-SEEDS = (0, 1, 2)
+SEEDS = (0,)
 METHODS = ("obs", "obd", "magnitude")
 TASK = supervised(nn.CrossEntropyLoss())
 

@@ -1,11 +1,9 @@
 """Every script in examples/ runs to its end: each asserts what it shows."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.forks import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))  # examples/benchmarks/ and reproduce/ measure
@@ -17,14 +15,7 @@ pytestmark = pytest.mark.skipif(not SCRIPTS, reason="there is no example yet")
 
 def run(script: Path, *arguments: str, folder: Path) -> str:
     """What a script prints, run from a folder of its own and with figures drawn off screen."""
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        cwd=folder,
-        env={**os.environ, "MPLBACKEND": "Agg"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_script(script, *arguments, cwd=folder)
     assert done.returncode == 0, f"{script.name} {' '.join(arguments)}\n{done.stdout}{done.stderr}"
     return done.stdout
 

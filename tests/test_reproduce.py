@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.forks import run_script
 
 import hesscurv
 from hesscurv.hooks import CurvatureMonitor
@@ -43,14 +44,7 @@ def command(name, *arguments):
 
 def run(name, *arguments, cwd, fails=False):
     """What a script prints."""
-    done = subprocess.run(
-        command(name, *arguments),
-        cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = run_script(FOLDER / f"{name}.py", *arguments, cwd=cwd)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stderr if fails else done.stdout
 

@@ -1,11 +1,11 @@
-"""The pretended CUDA device, one process for the tests of a module."""
+"""The pretended CUDA device, one process for all tests that need one."""
 
 import pytest
 from support.pretended_cuda.build import CannotBuild
 from support.pretended_cuda.child import PretendedDevice
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pretended():
     """A `PretendedDevice`; its tests are skipped, with the reason, where it cannot be compiled."""
     try:

@@ -221,7 +221,7 @@ def solve(storage, options):
     widths = count_blocks(H)
     counts = counted(pairs)
     return counts | {
-        "blocks": len(widths) // 2,
+        "blocks": len(widths),
         "values": found.eigenvalues,
         "chunked": chunked.eigenvalues,
         "products": found.num_matvecs,

@@ -6,12 +6,13 @@ import copy
 
 import torch
 import torch.distributed as dist
-from distributed.worlds import die, refused
+from support.worlds import die, refused
 from torch import nn
 
 import hesscurv
 from hesscurv.distributed import Communicator
 from hesscurv.operators.fingerprint import fingerprint
+from hesscurv.operators.loss_gradient import loss_and_gradient
 from hesscurv.operators.matrix_operators import DenseOperator
 
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())
@@ -347,3 +348,14 @@ def one_is_late():
         time.sleep(4)
         return refused(comm.barrier)
     return refused(comm.barrier)
+
+
+def differentiate():
+    """The loss and its gradient where ranks have other batches, and where one has none."""
+    loss, gradient = loss_and_gradient(hesscurv.HessianOperator(net(), TASK, share(batches())))
+    data = batches() if dist.get_rank() == 0 else []
+    return {
+        "loss": loss,
+        "gradient": gradient,
+        "without data": loss_and_gradient(hesscurv.HessianOperator(net(), TASK, data))[0],
+    }

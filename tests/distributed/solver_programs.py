@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from distributed.rank_programs import TASK, batches, net, share
-from distributed.worlds import SHARDS_ON_CPUS, die, refused
+from support.worlds import SHARDS_ON_CPUS, die, refused
 
 import hesscurv
 from hesscurv.eigensolvers.krylov.checkpoint import Checkpoint

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from distributed import rank_programs as programs
-from distributed.worlds import SHARDS_ON_CPUS, WorldError, run_world, told
+from support.worlds import SHARDS_ON_CPUS, WorldError, run_world, told
 from torch import nn
 
 import hesscurv

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from distributed import solver_programs as programs
-from distributed.worlds import run_world
+from support.worlds import run_world
 
 import hesscurv
 

@@ -1,34 +1,18 @@
 """Jobs that are killed at any moment, or begin in the same one, lose and spoil nothing."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 from measured import assert_same, whole
 from planted import indefinite, planted
+from support.forks import run_source
 
 from hesscurv import assemble
 
-every_seed = pytest.mark.parametrize("seed", [0, 1, 2])
-ROOT = Path(__file__).resolve().parents[2]
 
-
-def run_script(source, *arguments):
-    """What a script prints that forks and kills: in a process of its own, with one thread."""
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", source, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+def run(source, folder, *arguments):
+    """What a script prints that forks and kills, in a process of its own."""
+    return json.loads(run_source(source, folder, *arguments, cwd=folder.parent, sees_tests=True))
 
 
 # Each job takes 20 chunks of 5 ms and more. It is killed after 0 to 60 ms, until one is faster.
@@ -74,9 +58,9 @@ print(json.dumps([killed, code]))
 """
 
 
-@every_seed
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in (1, 2))])
 def test_jobs_killed_at_any_moment_are_run_again(seed, folder):
-    killed, code = run_script(KILLED_JOBS, folder, seed)
+    killed, code = run(KILLED_JOBS, folder, seed)
     assert killed >= 3  # or the test shows nothing
     assert code == 0
     products = folder.with_name("log").stat().st_size
@@ -108,7 +92,7 @@ def start(folder, gate, k, part):
         os._exit(code)
 
 rounds = []
-for number in range(15):
+for number in range(int(sys.argv[2])):
     folder, gate = Path(sys.argv[1]) / str(number), os.pipe()
     jobs = [start(folder, gate, k, (i, 3)) for i in range(3) for k in (7, 8)]
     os.close(gate[0])
@@ -118,8 +102,9 @@ print(json.dumps(rounds))
 """
 
 
-def test_of_jobs_that_make_the_folder_at_once_one_is_the_first(tmp_path):
-    rounds = run_script(RACING_JOBS, tmp_path)
+@pytest.mark.parametrize("count", [4, pytest.param(15, marks=pytest.mark.slow)])
+def test_of_jobs_that_make_the_folder_at_once_one_is_the_first(count, tmp_path):
+    rounds = run(RACING_JOBS, tmp_path, count)
     H = planted(indefinite(60), 60)
     for number, codes in enumerate(rounds):
         of_seven, of_eight = codes[::2], codes[1::2]

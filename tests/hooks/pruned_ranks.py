@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from distributed.worlds import refused
+from support.worlds import refused
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 

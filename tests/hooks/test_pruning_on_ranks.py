@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from distributed.worlds import run_world
 from hooks import pruned_ranks as programs
+from support.worlds import run_world
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,35 @@ def test_the_share_is_that_of_the_space_in_the_weights_that_would_be_kept():
     assert 0.05 < expected < 0.95
 
 
+def test_values_under_the_mask_do_not_count_in_the_magnitude_mask():
+    model = net()
+    kept = torch.rand(12, 6, generator=torch.Generator().manual_seed(1)) < 0.6
+    prune.custom_from_mask(model[0], "weight", kept)
+    monitor = monitor_of(model)
+    trigger = PruneWhenStable(monitor, data(), 0.5, stability=Stability(patience=5), **FEW)
+    settle(monitor, trigger, 2)
+    with torch.no_grad():  # the network stays the same one
+        model[0].weight_orig[~kept] = 100.0
+    settle(monitor, trigger, 1, first=2)
+    assert [s["mask_iou"] for s in trigger.signals] == [None, 1.0, 1.0]
+    shares = [s["share"] for s in trigger.signals]
+    assert shares[2] == pytest.approx(shares[1], rel=1e-3)  # by the solver's tolerance
+
+
+def test_after_a_pruning_there_is_no_earlier_mask_to_compare_with():
+    model = net()
+    monitor = monitor_of(model)
+    trigger = PruneWhenStable(monitor, data(), [0.5, 0.7], stability=Stability(patience=1), **FEW)
+    settle(monitor, trigger, 1)
+    assert int(trigger.state_dict()["mask"].sum()) == 54  # of 108, at the first sparsity
+    assert settle(monitor, trigger, 2, first=1) == [1]
+    assert int(trigger.state_dict()["mask"].sum()) == 32  # at the second
+    assert settle(monitor, trigger, 1, first=3) == [3]
+    # The masks before are those of another sparsity, and of other weights.
+    assert [s["mask_iou"] is None for s in trigger.signals] == [True, False, True, False]
+    assert [s["overlap_change"] is None for s in trigger.signals] == [True, False, True, False]
+
+
 def test_a_call_after_several_measurements_compares_with_the_last_one_looked_at():
     model = net()
     monitor = monitor_of(model)

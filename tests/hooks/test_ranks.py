@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from distributed.worlds import run_world
 from hooks import watched_ranks as programs
 from hooks.watched import data, dense_hessian, net
+from support.worlds import run_world
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from distributed.worlds import run_world
 from host_ranks import run_lightning, run_trainer
+from support.worlds import run_world
 
 pytestmark = pytest.mark.slow
 

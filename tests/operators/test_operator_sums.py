@@ -124,3 +124,16 @@ def test_a_solve_of_a_scaled_operator_goes_on_and_another_factor_is_noticed(H, t
 
 def test_sums_are_operator_sums(H, G):
     assert all(type(A) is OperatorSum for A in (2 * H, H + G, H - 1, -H, H / 2))
+
+
+def test_products_and_rows_are_scaled_and_counted_once():
+    matrix = torch.randn(6, 6, dtype=torch.float64)
+    inner = DenseOperator(matrix + matrix.T)
+    A = 2.0**10 * inner
+    V = torch.randn(6, 3, dtype=torch.float64)
+    expected = (inner @ V) * 2.0**10  # a power of two scales without rounding
+    inner.num_matvecs = 0
+    assert torch.equal(A @ V, expected)
+    assert (A.num_matvecs, inner.num_matvecs) == (3, 3)
+    assert torch.equal(A.product_rows(V), expected)
+    assert (A.num_matvecs, inner.num_matvecs) == (6, 6)

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from distributed.worlds import SHARDS_ON_CPUS, refused
 from optim.training import TASK, data, net, precondition
+from support.worlds import SHARDS_ON_CPUS, refused
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from distributed.worlds import SHARDS_ON_CPUS, run_world, told
 from optim import rank_training as programs
 from optim.training import TASK, data, net, precondition, train
+from support.worlds import SHARDS_ON_CPUS, run_world, told
 
 # Sums in another order, 1e-16 each, through 5 steps and eigenvectors that their gaps amplify.
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}

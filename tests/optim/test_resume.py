@@ -47,8 +47,11 @@ def build(base="SGD, momentum", dtype=torch.float64, seed=1, changes=None, **opt
 # -- the same bits ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stop", [1, 5, 6])
-@pytest.mark.parametrize("base", BASES)
+ALL = [(base, 5) for base in BASES]
+ALL += [(base, stop) for base in ("SGD, momentum", "AdamW, amsgrad") for stop in (1, 6)]
+
+
+@pytest.mark.parametrize(("base", "stop"), ALL)
 def test_training_resumes_with_the_same_bits(base, stop):
     """In the midst of an interval of three steps, and at a refresh."""
     model, optimizer = build(base)

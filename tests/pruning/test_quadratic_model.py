@@ -188,6 +188,54 @@ def test_how_samples_are_batched_does_not_matter(monkeypatch, rows):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+# -- both kinds of rows -----------------------------------------------------------------------
+
+
+def both_and_its_halves(seed):
+    """Rows of each kind and of both, of the same random signs, away from the dense weights."""
+    p, objective, weights = setting()
+    dense = dict(zip(weights, objective.parameters(), strict=True))
+    params = {n: 0.8 * t for n, t in dense.items()}
+    args = objective, weights, params, p.batches
+    generator = torch.Generator().manual_seed(seed)
+    ggn = measure_quadratic_model(*args, Measuring(rows="ggn"), generator, dense)
+    # Eigenpairs draw after the signs of the samples' rows.
+    top = measure_quadratic_model(*args, Measuring(rows="eigenspace", rank=5), generator, dense)
+    generator.manual_seed(seed)
+    both = measure_quadratic_model(*args, Measuring(rows="both", rank=5), generator, dense)
+    return p, both, ggn, top
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_both_kinds_of_rows_count_one_half_each(seed):
+    _, both, ggn, top = both_and_its_halves(seed)
+    R, R_ggn, R_top = (torch.cat(m.matrix.rows, 1) for m in (both, ggn, top))
+    torch.testing.assert_close(R.T @ R, (R_ggn.T @ R_ggn + R_top.T @ R_top) / 2, **CLOSE)
+    assert float(R_ggn.norm()) > 0.1
+    assert float(R_top.norm()) > 0.1
+    # Eigenpairs have no first-order term.
+    assert not bool(top.residual.any())
+    assert bool(ggn.residual.any())
+    torch.testing.assert_close(R.T @ both.residual, R_ggn.T @ ggn.residual / 2, **CLOSE)
+
+
+def test_both_kinds_of_rows_cost_the_samples_and_two_gradients_a_product(monkeypatch):
+    products = []
+    rows_of = quadratic_model.eigenspace_rows
+
+    def counted(*args):
+        rows, count = rows_of(*args)
+        products.append(count)
+        return rows, count
+
+    monkeypatch.setattr(quadratic_model, "eigenspace_rows", counted)
+    p, both, ggn, top = both_and_its_halves(0)
+    n = sum(len(x) for x, _ in p.batches)
+    assert products[0] == products[1] >= 5
+    assert (ggn.cost, top.cost) == (n, 2 * products[0] * n)
+    assert both.cost == n + 2 * products[0] * n
+
+
 # -- the rest ---------------------------------------------------------------------------------
 
 

@@ -15,7 +15,7 @@ from hesscurv.metrics import top_k_mask
 from hesscurv.pruning.curvature.eigenspace_model import quadratic_model_of
 from hesscurv.pruning.curvature.saliency import saliency
 
-SEEDS = (0, 1, 2)
+SEEDS = (0,)
 KINDS = ("obd", "obs", "leverage")
 
 

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from support.forks import run_source
 
 from hesscurv.storage.atomic_files import create_atomically, write_atomically
 from hesscurv.storage.destinations import as_file_name, follow_links, require_regular_file
@@ -210,19 +211,18 @@ print("after")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/stdout"), reason="needs /dev/stdout")
-@pytest.mark.parametrize("to_file", [False, True])
-def test_standard_output_is_written_to_where_it_stands(tmp_path, to_file):
-    path = tmp_path / "out"
-    with path.open("wb") as file:
-        done = subprocess.run(
-            [sys.executable, "-c", PRINT],
-            stdout=file if to_file else subprocess.PIPE,
-            cwd=Path(__file__).parents[2],
-            check=True,
-        )
-    out = path.read_bytes() if to_file else done.stdout
-    assert out == b"before\ncontent\nafter\n"
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+def test_standard_output_is_written_to_where_it_stands(tmp_path):
+    expected = "before\ncontent\nafter\n"
+    assert run_source(PRINT, cwd=tmp_path) == expected  # a file
+    piped = subprocess.run(
+        [sys.executable, "-c", PRINT],
+        stdout=subprocess.PIPE,
+        cwd=Path(__file__).parents[2],
+        check=True,
+        text=True,
+    )
+    assert piped.stdout == expected
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("links", [1, 2])

@@ -4,11 +4,10 @@ import logging
 import math
 import os
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
+from support.forks import run_source
 
 from hesscurv.linalg.device_memory import device_memory, free_memory
 from hesscurv.storage import pinned_memory, placement
@@ -255,10 +254,7 @@ def test_mapped_memory_is_no_memory_of_the_process(tmp_path):
     """
     if not os.path.exists("/proc/self/status"):
         pytest.skip("needs /proc")
-    done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) < 20e6  # of 200 MB
+    assert int(run_source(code, tmp_path, cwd=tmp_path)) < 20e6  # of 200 MB
 
 
 def test_free_memory_is_a_part_of_the_memory():

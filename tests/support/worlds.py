@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import multiprocessing
 import os
 import queue
 import signal
@@ -16,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.forks import forking
 
 # torch 2.6 waits for shards on streams that a CPU's have no events for.
 SHARDS_ON_CPUS = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
@@ -48,8 +48,9 @@ def run_world(
 ) -> list[Any]:
     """Call ``fn(*args)`` in `size` processes, each a rank of an initialised gloo group.
 
-    The processes are started anew, so `fn` and all it needs are found by import: `fn` is a
-    function at the top of a module that lies in `tests/` or one of its folders.
+    The processes are forks of a server that knows nothing of this one, so `fn` and all it needs
+    are found by import: `fn` is a function at the top of a module that lies in `tests/` or one of
+    its folders.
 
     Args:
         fn: What each rank runs; `torch.distributed` says which it is.
@@ -66,7 +67,7 @@ def run_world(
     Raises:
         WorldError: With each rank's traceback, if any raised or was late.
     """
-    context = multiprocessing.get_context("spawn")
+    context = forking()
     said: Any = context.Queue()
     port = _free_port()
     ranks = [

@@ -1,11 +1,8 @@
 """A traced derivative is the function's own at every call, whatever is written to in place."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from support.forks import run_source
 from torch.func import grad
 from torch.nn import functional as F
 
@@ -113,7 +110,7 @@ def test_a_function_that_writes_to_a_constant_is_refused_or_right():
         trace_derivative(grad(fn), (x,))
 
 
-def test_a_squared_loss_does_not_end_the_process():
+def test_a_squared_loss_does_not_end_the_process(tmp_path):
     # Without care torch 2.13 ends it with a segmentation fault, so it gets a process of its own.
     code = (
         "import torch\n"
@@ -121,9 +118,4 @@ def test_a_squared_loss_does_not_end_the_process():
         "loss = lambda z: torch.nn.functional.mse_loss(z, torch.zeros(3))\n"
         "print(trace_derivative(torch.func.grad(loss), (torch.ones(3),))(torch.ones(3)).tolist())\n"
     )
-    root = Path(__file__).resolve().parents[2]
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("[0.66666")
+    assert run_source(code, cwd=tmp_path).startswith("[0.66666")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "benchmarks"
+FOLDER = Path(__file__).resolve().parents[3] / "examples" / "benchmarks"
 sys.path.append(str(FOLDER))
 
 import operations  # noqa: E402
