@@ -61,6 +61,7 @@ class BlockSize:
         if self._across is not None:
             both = torch.tensor([largest], dtype=torch.float64, device="cpu")
             largest = self._across.max_(both).item()
+            # Each process has some entries of every vector: squares add up, norms do not.
             squares = torch.tensor(norms, dtype=torch.float64, device="cpu").square()
             norms = self._across.sum_(squares).sqrt_().tolist()
         self._read = largest, norms

@@ -47,7 +47,7 @@ def schur_complement(
     # The inner where avoids 1 / 0 = inf, whose product with a zero coupling would be NaN.
     weights_m = torch.where(decoupled, 0.0, 1 / torch.where(gaps_m == 0, 1.0, gaps_m))
     S = (coupling_qm * weights_m) @ coupling_qm.mT
-    return (S + S.mT) / 2
+    return (S + S.mT) / 2  # exactly symmetric: eigvalsh reads one triangle
 
 
 def least_share(count: int, dim: int, probability: float) -> float:
@@ -103,6 +103,7 @@ def is_bounded(
         for factor in (0.0, 0.3, 2.0):
             mu = side * (eta + factor * abs(eta))
             G_nr = torch.linalg.solve(T_nn - mu * eye_nn, R_rn.mT)
+            # z = -G u with |z|^2 + |u|^2 <= 1: u is bounded in the metric I + G^T G.
             gram_rr = G_nr.mT @ G_nr
             gram_rr.diagonal().add_(1)
             first_rc = torch.linalg.solve_triangular(

@@ -442,6 +442,7 @@ def _factor_(
         if turn > 0:
             G_bb = inner_products(P_bD, P_bD, across)
         norms = G_bb.diagonal().clamp(min=0).sqrt()
+        # A direction adds its column of P times its row of R to W.
         keep = norms * R_bn.norm(dim=1) > threshold
         if not keep.any():
             return P_bD[:0], R_bn[:0]
@@ -490,6 +491,7 @@ def _whitening(G: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         return torch.linalg.solve_triangular(
             L, torch.eye(n, dtype=G.dtype, device="cpu"), upper=False
         ), L.mT
+    # Eigenvalues of G are accurate to about sqrt(n) eps of the largest: clip there.
     values, Z = torch.linalg.eigh(G)
     roots = values.clamp(min=math.sqrt(n) * eps * values[-1].item()).sqrt()
     return (Z / roots).mT, (Z * roots).mT
@@ -506,9 +508,10 @@ def _normalize_scale_(
     _require_finite(size)
     largest = size.largest
     exponent = math.frexp(largest)[1]
+    # Squares of usual magnitudes are safe in float32: spare the pass over W.
     if largest == 0 or abs(exponent) <= 16:
         return 1.0, size.norms
-    exponent = max(-100, min(100, exponent))
+    exponent = max(-100, min(100, exponent))  # so that 2^-exponent is a normal float32
     W_bD.mul_(2.0**-exponent)
     return 2.0**exponent, column_norms(W_bD, across).tolist()
 

@@ -181,7 +181,7 @@ class SSRFTMatrix(TestMatrix):
         self._signs = [_signs(dim, self._generator(stream)).to(self.device) for stream in (-3, -4)]
         rows = torch.randperm(dim, generator=self._generator(-5), device="cpu")[:num_columns]
         self._rows = rows.clone().to(self.device)  # a view would keep all D indices alive
-        self._twiddle = dct_twiddle(dim, dtype, self.device)
+        self._twiddle = dct_twiddle(dim, dtype, self.device)  # once for all transforms
 
     def transpose_matmul(self, V_DB: Tensor) -> Tensor:
         """Return ``Omega^T V`` by fast transforms: 2 B FFTs of length D. See `TestMatrix`."""
@@ -312,6 +312,7 @@ def inverse_dct(x: Tensor, twiddle: Tensor | None = None) -> Tensor:
     mirrored = torch.zeros_like(x[..., :half])  # X_{N-k} for k = 0, ..., N/2, with X_N = 0
     mirrored[..., 1:] = x.flip(-1)[..., : half - 1]
     spectrum = torch.complex(x[..., :half], -mirrored) / twiddle
+    # n=n: the spectrum of N // 2 + 1 entries does not tell an odd length from an even one.
     interleaved = torch.fft.irfft(spectrum, n=n)
     out = torch.empty_like(x)
     out[..., ::2] = interleaved[..., : (n + 1) // 2]

@@ -199,6 +199,7 @@ def pipelined(
     try:
         for i in range(len(chunks)):
             for j in range(num_copied, min(i + 2, len(chunks))):
+                # Chunk j overwrites the buffer of chunk j - 2: wait for its last use.
                 copies.wait_event(used[j % 2])
                 copies.copy_(_view(buffers[j % 2], chunks[j]), chunks[j])
                 ready[j % 2] = copies.record_event()

@@ -99,6 +99,7 @@ class KroneckerBlock(Block):
         self._a_cii = covariance if covariance.ndim == 3 else covariance[None]
         # Constant inputs, or one output with all of the curvature, give an eigenvalue so large
         # relative to the damping that rounding makes K indefinite.
+        # The bound is the infinity norm.
         bound = self._a_cii.abs().sum(2).max() * scale_o.max()
         least = _FLOOR * torch.finfo(covariance.dtype).eps * float(bound)
         self._scale_o, self._damping = scale_o, max(damping, least)
@@ -209,7 +210,7 @@ class LowRankPlusBlocks:
                 "expected rows (n, p) for each block of p coordinates, got "
                 f"{[tuple(part.shape) for part in rows]} for blocks of {[n for n, _ in sizes]}"
             )
-        if not all(
+        if not all(  # aminmax propagates NaN, without a mask of the rows' size
             bool(torch.stack(part.aminmax()).isfinite().all()) for part in rows if len(part)
         ):
             raise ValueError("expected finite rows, got NaN or inf; look at the model's gradients")
@@ -294,6 +295,7 @@ class SupportSystem:
             del b_np
             self._B.append(b_ns)
             self._columns.append(columns)
+        # Rounding makes G asymmetric; Cholesky reads one triangle.
         self._G_nn = (self._G_nn + self._G_nn.mT) / 2
         self._y_D = torch.cat(fixed)
         self._diagonal_D = torch.cat(diagonals)
@@ -328,6 +330,7 @@ class SupportSystem:
 
     def inverse_diagonal(self, mu: float) -> Tensor:
         """Return the diagonal of H_SS^-1, shape (D,), zero outside S."""
+        # diag(B^T (L L^T)^-1 B) as column norms of L^-1 B: n numbers per entry, never B^T (...) B.
         factor_nn = self._factor(mu).to(self._B[0].dtype)
         parts = [
             torch.linalg.solve_triangular(factor_nn, b_ns, upper=False).square_().sum(0)

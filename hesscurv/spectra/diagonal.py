@@ -111,6 +111,7 @@ def exact_diagonal(H: LinearOperator, block_size: int) -> Tensor:
         stop = min(start + block_size, dim)
         unit_bD = torch.zeros(stop - start, dim, dtype=H.dtype, device=H.device)
         unit_bD[:, start:stop].fill_diagonal_(1)
+        # Column j of the product is H e_(start + j): its own entry lies on this diagonal.
         out[start:stop] = (H @ unit_bD.mT)[start:stop].diagonal()
     return out
 
@@ -164,6 +165,7 @@ def _xdiag(
             rows = slice(start, start + block_size)
             QG_bD = G_rr[rows].to(Q_rD) @ Q_rD
             for q, z, qg in zip(Q_rD[rows], Z_rD[rows], QG_bD, strict=True):
+                # Row by row in float64: r terms of either sign, without a float64 block.
                 inside += q.double() * (2 * z - qg).double()
         for start in range(0, m, block_size):
             stop = min(start + block_size, m)

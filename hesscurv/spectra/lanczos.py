@@ -87,6 +87,7 @@ def lanczos(
     before = column_norms(current_bD)
     project_out_(current_bD, deflated)
     lengths = column_norms(current_bD)
+    # A vector inside the deflated span leaves rounding errors, not zero.
     if not (lengths > 100 * eps * before).all():
         raise ValueError(
             "expected starting vectors outside of the span of the deflated ones, got one inside; "
@@ -125,9 +126,10 @@ def lanczos(
             # The second pass found a part of alpha that rounding left in the first.
             alphas[i].append(once + again)
             scales[i] = max(scales[i], norm)
-        if step + 1 == num_steps:
+        if step + 1 == num_steps:  # T has no beta after its last alpha
             break
         found = [left for *_, left in numbers]
+        # A beta at rounding level: normalising the rest would continue with noise.
         going = [row for row, i in enumerate(active) if found[row] > 4 * eps * scales[i]]
         for row in going:
             betas[active[row]].append(found[row])

@@ -137,6 +137,7 @@ class SpectralDensity:
         """
         x = torch.as_tensor(x, dtype=torch.float64, device="cpu")
         points = x.flatten().contiguous()
+        # A leading zero for points below all nodes; right=True counts a node at the point itself.
         sums = torch.nn.functional.pad(self.weights.cumsum(dim=1), (1, 0))
         index = torch.searchsorted(self.nodes, points.repeat(len(self.nodes), 1), right=True)
         known = (self.eigenvalues <= points[:, None]).sum(dim=1).double()
@@ -169,6 +170,7 @@ class SpectralDensity:
             bumps = torch.exp(-0.5 * ((t_G[:, None] - x) / sigma) ** 2)
             return bumps @ weights / (sigma * math.sqrt(2 * math.pi))
 
+        # One probe at a time: G n temporaries instead of p G n.
         rows = [smoothed(x, w) for x, w in zip(self.nodes, self.weights, strict=True)]
         known = smoothed(self.eigenvalues, torch.ones_like(self.eigenvalues))
         return self._mean(torch.stack(rows), known)
@@ -220,6 +222,7 @@ class SpectralDensity:
 
     def _mean(self, per_probe: Tensor, known: Tensor) -> Estimate:
         """Average over the probes and add the known part, as a mean over all eigenvalues."""
+        # A unit probe stands for the D - k unknown eigenvalues; the known part has no scatter.
         share = 1 - len(self.eigenvalues) / self.dim
         p = len(per_probe)
         error = per_probe.std(dim=0, correction=1) if p > 1 else per_probe[0] * math.nan
@@ -304,6 +307,8 @@ def spectral_density(
     probes = make_test_matrix(
         measurements, dim, num_probes, draw_seed(generator), H.dtype, H.device
     )
+    # Equal groups instead of full blocks and a remainder: the same number of products, in less
+    # memory.
     groups = math.ceil(num_probes / block_size)
     size = math.ceil(num_probes / groups)
     H.expect(num_probes * num_steps)
@@ -349,6 +354,7 @@ def _padded(results: list[Tridiagonal]) -> tuple[Tensor, Tensor]:
     weights = torch.zeros(len(results), n, dtype=torch.float64, device="cpu")
     for i, T in enumerate(results):
         x, w = T.quadrature()
+        # The last node is repeated, so that rows stay ascending, as searchsorted requires.
         nodes[i, : len(x)], nodes[i, len(x) :] = x, x[-1]
         weights[i, : len(w)] = w
     return nodes, weights

@@ -126,7 +126,9 @@ def _xtrace(
     inside = G_rr.trace() - (S * (G_rr @ S)).sum(dim=0)
     # nu^T H nu, nu = omega - Q u, in small matrices: H omega = Q R, by symmetry Q^T H omega = R.
     outside = (S * R).sum(dim=0) * (S * W).sum(dim=0) - (U * (R - G_rr @ U)).sum(dim=0)
+    # s_i is zero if leaving out omega_i loses no direction; otherwise the rank drops by one.
     rank = len(R) - (S * S).sum(dim=0)
+    # ||nu||^2 = ||omega||^2 - ||P_i omega||^2 by Pythagoras.
     return inside + outside * (dim - rank) / (sketch.norms_squared - (U * U).sum(dim=0))
 
 
@@ -142,6 +144,7 @@ def _hutchpp(
         Y_mD[start:stop] = (H @ omega.columns(start, stop)).mT
     Q_rD, _ = orthonormalize_(Y_mD)
     inside = project(H, Q_rD, block_size, None).trace()
+    # m matvecs span the range and up to m give the trace on it; the rest are samples outside.
     return inside + _samples(H, num_matvecs - 2 * m, generator, block_size, Q_rD)
 
 
@@ -168,6 +171,7 @@ def _samples(
         if Q_rD is not None:
             project_out_(X_bD, [Q_rD])
         Y_bD = (H @ X_bD.mT).mT
+        # Row-wise sums: X Y^T would compute b^2 products for b of them.
         samples.append((X_bD * Y_bD).sum(dim=1, dtype=torch.float64).cpu())
     return torch.cat(samples)
 

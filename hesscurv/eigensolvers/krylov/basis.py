@@ -144,6 +144,7 @@ class Basis:
         if k < n:
             moved = [row for view in self.slabs(stop) for row in view]
             rows = [row for view in self._views(start + k, start + k + len(moved)) for row in view]
+            # Row by row in ascending order, since source and target ranges may overlap.
             for row, source in zip(rows, moved, strict=True):
                 row.copy_(source)
             self.size -= n - k

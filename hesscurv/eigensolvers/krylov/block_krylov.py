@@ -136,6 +136,7 @@ def block_krylov(
     ranks, asked = H.communicator, {"block_size": block_size, "max_basis": max_basis}
     before, journal, state = generator.get_state(), None, None
     given = None if initial is None else tuple(initial.shape)
+    # Ranks with different arguments would wait for each other in different collectives.
     ranks.agree(
         (k, which, tol, max_matvecs, asked, verify, str(storage_dtype), given, checkpoint is None),
         "arguments of the solve",
@@ -156,6 +157,7 @@ def block_krylov(
             state = newest_state(journal, H)
         H.expect(expected_matvecs(k, block_size or min(16, max(4, k // 4))))
         if state is not None:
+            # Resume with the same linearization: another one rounds differently.
             H.adopt(state["operator"])
         block, placement = plan(
             H,
@@ -175,6 +177,7 @@ def block_krylov(
             bar.say(str(placement), unusual=placement.is_unusual(H.dtype))
             most = 20 * k + 1000 if max_matvecs is None else max_matvecs
             run = KrylovRun(space, most, verify, bar, journal)
+            # The basis before the state, which is checked against its size.
             with ranks.together("restoring the basis"):
                 if journal is not None:
                     journal.replay(space.basis)

@@ -196,6 +196,7 @@ class Checkpoint:
         begun = time.perf_counter()
         assert self._file is not None
         rows = sum(op["shape"][0] for op in self._ops if op["kind"] == "append")
+        # Rewriting costs one basis, and is amortised over a journal of more than two.
         if rows > 2 * basis.capacity:
             self._begin_anew(basis)
         # The journal must be on disk before the state that refers to it.

@@ -166,6 +166,7 @@ def newest_state(checkpoint: Checkpoint, H: LinearOperator) -> dict[str, Any] | 
     available = checkpoint.available
     newest = available[-1] if available else 0
     if H.communicator.size > 1:
+        # The minimum over ranks, as the maximum of the negatives.
         newest = -int(H.communicator.max_(torch.tensor([-newest], device="cpu")))
     if newest == 0:
         # Leftovers of a first save that did not complete on all ranks.

@@ -330,6 +330,7 @@ class KrylovRun:
         complete = self._complete()
         values, residuals, V_Dk = space.take()
 
+        # Independent errors add in squares.
         residuals = torch.hypot(residuals, space.rounding * values.abs())
         noise = float("nan")
         # Residual estimates are void if restarts have dropped too much coupling.
@@ -456,6 +457,7 @@ class KrylovRun:
         if self._affordable(2) < 2:
             return 0.0
         H, v_D1 = self.space.H, V_Dk[:, :1].to(self.space.H.device, self.space.H.dtype)
+        # Two equal products: the difference of independent errors is sqrt(2) times one of them.
         gap_D1 = H.product_rows(v_D1) - H.product_rows(v_D1)
         self.space.num_matvecs += 2
         return float(column_norms(gap_D1.mT.contiguous(), self.space.across)[0]) / math.sqrt(2)

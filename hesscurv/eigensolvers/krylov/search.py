@@ -106,6 +106,7 @@ class Search:
         if self.side:
             S = space.schur_complement(self.side, self.last, self.first)
             own = self.side * own + S[:, :size]
+        # Symmetrised: products carry noise.
         return (own[:size] + own[:size].mT) / 2, own[size:]
 
     def _magnitudes(self, T: Tensor) -> Tensor:

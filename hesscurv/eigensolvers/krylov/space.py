@@ -293,7 +293,7 @@ class KrylovSpace:
         W_BD, found = self.multiply(self.basis.block(m, m + size))
         if found.is_read or self.is_full:
             self.require_usable(found, self._scale)
-        if self.is_full:
+        if self.is_full:  # H S lies in the span: there is nothing to orthonormalise
             C, R = (
                 project_out_(W_BD, self.basis.slabs(), across=self.across).cpu(),
                 torch.zeros(0, size, dtype=torch.float64, device="cpu"),
@@ -320,6 +320,7 @@ class KrylovSpace:
             self._append(Q_rD)
         self._scale = max(self._scale, *found.norms)
         self._note_asymmetry(C[:m], self.A[m : m + size])
+        # Rows of the new vectors are zero in old columns: H E was in the span of the old basis.
         A = torch.zeros(self.basis.size, m + size, dtype=torch.float64, device="cpu")
         A[:rows, :m] = self.A
         A[:rows, m:] = C
@@ -430,6 +431,7 @@ class KrylovSpace:
             if spare > 0:
                 extra = self.capacity - self.num_pending - spare - self.k
             keep = min(m - 1, room, self.k + max(0, extra))
+            # In the basis of Ritz vectors T is diagonal; the couplings R rotate with them.
             self.A = torch.cat([torch.diag(values[:keep]), self.A[m:] @ Y[:, :keep]])
             self.num_expanded = keep
             self._rotate(0, m, Y[:, :keep])

@@ -61,6 +61,7 @@ class EigenspaceCurvature(Described):
         if self.diagonal is None:
             damping = 0.0 if self.damping is None else self.damping
             return self.used.new_full((part.stop - part.start,), damping)
+        # An estimated diagonal may fall below the part explained by the pairs.
         difference = self.diagonal[part] - self.weighted_squares(name, self.eigenvalues)
         return difference if self.damping is None else difference.clamp(min=self.damping)
 
@@ -129,6 +130,7 @@ def quadratic_model_of(
     if not curvature.damping:
         raise ValueError("expected a positive damping, got 0; H has to be positive definite")
     shapes, rows, blocks, gradients = [], [], [], []
+    # Rows sqrt|L| V^T, so that R^T R = V |L| V^T.
     scale_k = curvature.used.sqrt()
     for name, weight in curvature.weights.items():
         V_pk = curvature.eigenvectors[curvature.slices[name]].to(scale_k)
@@ -173,6 +175,7 @@ def read_curvature(
     _check_vector("diagonal", diagonal, dim)
     _check_vector("gradient", gradient, dim)
     first = current_parameter(*next(iter(found.values())))
+    # At least float32: sums over k in half precision would lose the small eigenvalues.
     dtype = torch.promote_types(torch.promote_types(basis.dtype, first.dtype), torch.float32)
     values = pairs.eigenvalues.detach().to(first.device, dtype)
     used = values if negative == "keep" else values.abs()

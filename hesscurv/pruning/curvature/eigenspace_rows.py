@@ -38,6 +38,7 @@ def eigenspace_rows(
     """
     for weight in pruned_weights(objective.model).values():
         refresh_(*weight)  # deepcopy refuses a masked weight with an autograd graph
+    # On a copy, since the operator reads its weights from the model, which must not be written.
     model = copy.deepcopy(objective.model)
     found = dict(model.named_parameters())
     with torch.no_grad():

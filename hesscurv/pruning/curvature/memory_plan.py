@@ -50,6 +50,7 @@ class Sizes:
 
     def most_rows(self, limit: float, largest_block: int) -> int:
         """Return how many rows fit into a number of bytes; -1 if not even zero rows fit."""
+        # Doubling, then bisection: the bytes grow monotonically with the rows.
         low, high = -1, 1
         while self.num_bytes(high, largest_block) <= limit:
             low, high = high, 2 * high
@@ -103,6 +104,7 @@ def plan_memory(
     need = sizes.num_bytes(rows, measuring.largest_block)
     free_n = uses_n and gradients is None
     free_k = uses_k and measuring.rank == _DEFAULTS.rank
+    # With a margin first; all of the free memory only if nothing fits otherwise.
     limits = [_SHARE * free, free] if free_n or free_k else [free]
     if need <= limits[0]:
         return MemoryPlan(n, measuring, need)

@@ -77,10 +77,13 @@ def compensate_(
     parameters = {name: current_parameter(*weights[name]) for name in curvature.layout.names}
     w_D = torch.cat([p.detach().flatten().to(like) for p in parameters.values()])
     mask_D = torch.cat([kept[name].flatten().to(like.device) for name in parameters])
+    # The step of the pruned entries is fixed to -w, which makes them zero.
     system = curvature.matrix.restrict(mask_D, -w_D)
     delta_D = system.solve(curvature.mu, curvature.residual, curvature.gradient)
     change = curvature.change(delta_D)
+    # Zero by the mask, not by the sum, which rounds.
     new = curvature.layout.split(torch.where(mask_D, w_D + delta_D, 0))
+    # Checked after the cast, which may overflow in half precision, and before anything is written.
     stored = {name: new[name].to(p.device, p.dtype) for name, p in parameters.items()}
     if not all(bool(value.isfinite().all()) for value in stored.values()):
         raise ValueError(

@@ -235,6 +235,7 @@ def measure_quadratic_model(
         if rows:
             top = [torch.cat([r, t]) for r, t in zip(rows, top, strict=True)]
         rows = [part * share for part in top]
+        # Eigenspace rows have no first-order term: their residuals are zero.
         missing = len(rows[0]) - len(residual)
         residual = torch.cat([residual, residual.new_zeros(missing)]) * share
         cost += 2 * products * n
@@ -256,6 +257,7 @@ def _sample_rows(
     n = count_samples(samples)
     values = tuple(params.values())
     rows = [p.new_empty(n, p.numel()) for p in values]
+    # For Fisher rows r = 1: R^T r is then the weighted sum of the gradients.
     residual = values[0].new_ones(n)
     gradients = SampleGradients(objective)
     stored = dict(zip(objective.layout.names, values, strict=True))
@@ -274,6 +276,7 @@ def _sample_rows(
                 part[start:stop] = found[name].detach().flatten(1)
             start = stop
     weights_n = torch.cat([w for _, w in samples])
+    # Square roots of the shares on rows and residual: R^T R and R^T r are both quadratic in them.
     roots_n = (weights_n / weights_n.sum()).sqrt().to(residual)
     for part in rows:
         part *= roots_n[:, None]
@@ -305,6 +308,7 @@ def _directions(
     directions = (root @ signs)[:, :, 0]
     if target == "outputs":
         return directions, ((here - there).reshape(n, c) * directions).sum(1)
+    # r = e^T S^-1 slope, so that E[a r] = S E[e e^T] S^-1 slope = slope.
     slope = output_slopes(objective.task_parts, here, batch).reshape(n, c, 1)
     return directions, (torch.linalg.solve(root, slope) * signs).sum((1, 2))
 
@@ -317,6 +321,7 @@ def _floor(
         with torch.no_grad():
             out = objective.outputs(tuple(params.values()), batch)
         root = output_roots(objective.task_parts, out, batch)
+        # The mean eigenvalue of S S^T: its trace, the sum of squared entries of S, over c.
         total += float(root.square().mean(1).sum(1).cpu().double() @ weights_n)
         weight += float(weights_n.sum())
     if total == 0:
@@ -363,6 +368,7 @@ def _blocks(
             blocks.append(DiagonalBlock(squares[name] + damping))
             continue
         a_cii = covariances[name]
+        # Scaled by output, so that the diagonal of K sums to that of R^T R over each output.
         trace = float(a_cii.diagonal(dim1=1, dim2=2).sum())
         axes = axes_of(*weights[name], name)
         scale_o = axes.to_matrix(squares[name].view(p.shape)).sum(1) / max(trace, 1e-30)

@@ -135,6 +135,7 @@ def _obs(
     found = find_weights(model, quadratic.layout.names)
     like = quadratic.matrix.rows[0]
     w_D = torch.cat([_values(weight).to(like) for weight in found.values()])
+    # Nothing is masked: the inverse on all scored weights, of which only the diagonal is formed.
     system = quadratic.matrix.restrict(torch.ones_like(w_D, dtype=torch.bool))
     if quadratic.gradient is not None:
         w_D = w_D + system.solve(quadratic.mu, None, quadratic.gradient)  # -H^-1 g
