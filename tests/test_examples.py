@@ -7,8 +7,12 @@ from support.forks import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((ROOT / "examples").glob("*.py"))  # examples/benchmarks/ and reproduce/ measure
-# Those that take half a minute and more even with --quick; other tests do most of what they show.
-SLOW = {"many_processes.py", "measurement_jobs.py", "precondition.py", "prune_resnet20.py"}
+# Those that take half a minute and more even with --quick; other tests do most of what they show,
+# and `make demo` all that overlap.py does.
+SLOW = {
+    *("many_processes.py", "measurement_jobs.py", "overlap.py", "precondition.py"),
+    "prune_resnet20.py",
+}
 
 pytestmark = pytest.mark.skipif(not SCRIPTS, reason="there is no example yet")
 

@@ -135,3 +135,11 @@ def test_a_state_that_two_optimizers_share_is_counted_once():
         optimizer.second_step()
     masks = pruned(model)
     assert mask_optimizer_state_(optimizer, model) == len(masks)
+
+
+def test_averages_that_a_wrapper_shares_with_its_base_are_counted_once():
+    model, base = trained(OPTIMIZERS["momentum"])
+    wrapper = torch.optim.SGD(model.parameters(), 0.01)
+    wrapper.base, wrapper.state = base, base.state
+    masks = pruned(model)
+    assert mask_optimizer_state_(wrapper, model) == len(masks)

@@ -188,6 +188,18 @@ def test_how_samples_are_batched_does_not_matter(monkeypatch, rows):
         torch.testing.assert_close(a, b, **CLOSE)
 
 
+def test_samples_that_are_all_given_twice_change_nothing(monkeypatch):
+    p, objective, weights = setting()
+    ones = lambda shape, like, _: torch.ones(shape).to(like)  # noqa: E731
+    monkeypatch.setattr(quadratic_model, "random_signs", ones)
+    matrices = []
+    for batches in (p.batches, 2 * p.batches):
+        model = measure(objective, weights, batches, Measuring(root_floor=5.0))
+        R = torch.cat(model.matrix.rows, 1)
+        matrices.append(R.T @ R)
+    torch.testing.assert_close(*matrices, **CLOSE)
+
+
 # -- both kinds of rows -----------------------------------------------------------------------
 
 
@@ -271,6 +283,32 @@ def test_the_kronecker_rest_has_the_rows_trace_by_layer_and_output(name, seed):
             + damping * torch.eye(block.numel).double()
         )
         torch.testing.assert_close(block.multiply(unit), dense @ unit, **CLOSE)
+
+
+def with_readers_at_zero(inputs):
+    """The model of a net whose last layer does not read some outputs of the first."""
+    p, objective, weights = setting()
+    params = dict(zip(weights, objective.parameters(), strict=True))
+    params["2.weight"] = params["2.weight"].clone()
+    params["2.weight"][:, inputs] = 0
+    model = measure(objective, weights, p.batches, Measuring(damping=0.1), params, params)
+    return model.matrix.blocks[0], [part.square().sum(0) for part in model.matrix.rows]
+
+
+def test_an_output_without_gradient_has_a_hundredth_of_the_mean_scale():
+    block, (squares, _) = with_readers_at_zero([0])
+    by_output = squares.view(5, 4).sum(1)
+    assert float(by_output[0]) == 0
+    found = (block.diagonal() - 0.1 * squares.mean()).view(5, 4).sum(1)
+    expected = torch.cat([0.01 * by_output.mean()[None], by_output[1:]])
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_a_layer_without_gradient_is_damped_by_a_thousandth_of_the_mean_of_all():
+    block, squares = with_readers_at_zero(slice(None))
+    assert not bool(squares[0].any())
+    expected = 0.1 * 1e-3 * torch.cat(squares).mean()
+    torch.testing.assert_close(block.diagonal(), expected.expand(20), **CLOSE)
 
 
 def test_the_diagonal_rest_is_the_rows_mean_square_and_damping():
