@@ -26,7 +26,7 @@ _AGREEMENT = 1e-3  # of one product both ways, relative; rounding makes far less
 class ClosureHessian(LinearOperator):
     r"""The Hessian :math:`H = \nabla^2 L(w)` at the point where a closure was differentiated.
 
-    ``H v = \nabla (\nabla L \cdot v)``: each vector is pulled back through the graph of the gradient
+    ``H v = \nabla (\nabla L \cdot v)``: each vector is pulled back through the gradient's graph
     (Pearlmutter 1994), which costs about two gradients.
 
     Args:
