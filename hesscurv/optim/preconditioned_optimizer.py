@@ -263,7 +263,7 @@ class PreconditionedOptimizer(Optimizer):
         self.base.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; the eigenspace is computed anew, with it, at the next step.
+        """Add a group to the base; the next step recomputes the eigenspace with it.
 
         Raises:
             ValueError: As the base does.
@@ -279,7 +279,7 @@ class PreconditionedOptimizer(Optimizer):
         """Take a step of the base, preconditioned; refresh the eigenspace before it if it is due.
 
         Args:
-            closure: Evaluates the model anew and returns the loss; called once, before the step.
+            closure: Evaluates the model again and returns the loss; called once, before the step.
                 Sharpness-aware bases (SAM, ...) call it themselves, at the weights that they
                 choose.
 
@@ -370,7 +370,7 @@ class PreconditionedOptimizer(Optimizer):
     # -- the eigenspace -------------------------------------------------------------------------
 
     def _follow_parameters(self) -> None:
-        """Begin anew where parameters were added, frozen, freed, moved or replaced."""
+        """Start over where parameters were added, frozen, freed, moved or replaced."""
         complete_groups(self.param_groups, self._own)
         chosen = trained_parameters(self.model, self.param_groups, self._selection)
         same = self._tracked.flat.are(chosen.values()) and self._tracker.names == list(chosen)

@@ -41,7 +41,7 @@ class NewtonCG(Optimizer):
     A step goes from w to :math:`w + t d` with :math:`(H + \mu I) d = -g` solved roughly by
     conjugate gradients on exact products with the Hessian H, preconditioned by its top eigenspace,
 
-    .. math:: P^{-1} = (|\lambda_{r+1}| + \mu) U (|\Lambda| + \mu I)^{-1} U^T + (I - U U^T),
+    .. math:: P = (|\lambda_{r+1}| + \mu) U (|\Lambda| + \mu I)^{-1} U^T + (I - U U^T),
 
     with t from a backtracking line search (Armijo), so that the loss falls in every step that is
     taken. For ill-conditioned losses over fixed data, such as those of physics-informed networks,

@@ -1,4 +1,4 @@
-"""The eigenspace that preconditions Newton steps: computed, kept parameter by parameter, used."""
+"""Top eigenspace that preconditions Newton steps: warm start, storage by parameter."""
 
 from __future__ import annotations
 

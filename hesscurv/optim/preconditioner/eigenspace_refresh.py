@@ -16,7 +16,7 @@ from hesscurv.optim.preconditioner.tracked_preconditioner import TrackedPrecondi
 
 @dataclass
 class EigenspaceRefresh:
-    """Computes the eigenspace anew when that is due; a failure leaves an identity, and a word.
+    """Recompute the eigenspace when due; after a failure P is the identity, with a warning.
 
     Args:
         tracker: Solves for the eigenspace.

@@ -1,4 +1,4 @@
-"""The top eigenspace of a model in training: solved for, warm-started, checked for drift."""
+"""Top eigenspace of a model in training: warm-started solves, check of drift."""
 
 from __future__ import annotations
 
@@ -73,11 +73,11 @@ class EigenspaceTracker:
         return self.__dict__ | {"_operators": []}
 
     def follow(self, names: list[str]) -> None:
-        """Measure the curvature in these parameters from here on, with operators anew."""
+        """Measure the curvature in these parameters from here on, with new operators."""
         self.names, self._operators = names, []
 
     def start_over(self) -> None:
-        """Build operators anew when they are next needed, after a failure."""
+        """Rebuild operators at their next use, after a failure."""
         self._operators = []
 
     def largest(self, number: float) -> float:
