@@ -19,7 +19,7 @@ from hesscurv.interface.descriptions import describe_object
 from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.metrics import intersection_over_union, leverage_scores, magnitude_mask
 from hesscurv.objective.parameters import unwrap
-from hesscurv.optim.arguments import check_count
+from hesscurv.optim.ranges import check_count
 from hesscurv.pruning import mask_optimizer_state_, masks_of, prune_model
 from hesscurv.pruning.weights import (
     Weight,

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.interface.user_warning import warn_user
+from hesscurv.linalg.random_matrices import draw_seed
 from hesscurv.objective.parameters import ParamSelection
-from hesscurv.optim.arguments import check_measured, check_model, check_preconditioning
 from hesscurv.optim.automatic_rate import AutomaticRate, multiplied_rates
 from hesscurv.optim.base_optimizer import (
     PARTS_OF_A_STEP,
@@ -44,8 +44,9 @@ from hesscurv.optim.group_settings import (
 )
 from hesscurv.optim.preconditioner.damped_steps import DampedUpdate, damp_gradient
 from hesscurv.optim.preconditioner.eigenspace_refresh import EigenspaceRefresh
-from hesscurv.optim.preconditioner.eigenspace_tracker import OPERATORS, EigenspaceTracker
+from hesscurv.optim.preconditioner.eigenspace_tracker import EigenspaceTracker
 from hesscurv.optim.preconditioner.preconditioner_description import describe_wrapper, make_report
+from hesscurv.optim.preconditioner.preconditioner_options import check_arguments
 from hesscurv.optim.preconditioner.preconditioner_report import (
     CurvatureWarning,
     PreconditionerReport,
@@ -85,13 +86,13 @@ class PreconditionedOptimizer(Optimizer):
         batches: Re-iterable batches for the curvature, best others than the gradient's: on the same
             samples eigenvalues come out too large. None for a closure.
         rank: The number r of eigenpairs; default 10, 40 to 60 for PINNs.
-        damping: mu, in the unit of the eigenvalues; default .1 |lambda_r|; never below the pairs'
+        damping: mu, in the unit of the eigenvalues; default 0.1 |lambda_r|; never below the pairs'
             residuals.
         refresh_every: Steps from one refresh of the eigenspace to the next. By default as many as
             keep refreshes within `max_fraction` of the time, with 2 (r + 1) products each at most
             (or 8), where the next goes on from the last; and more while there is little to gain.
         max_fraction: The largest share of the training time for refreshes, without
-            `refresh_every`; default .2.
+            `refresh_every`; default 0.2.
         drift_tol: If given, the eigenspace is also refreshed once
             ``||H v - U Lambda U^T v|| > drift_tol ||U Lambda U^T v||`` for a random v of it.
         check_every: Steps between such checks, of one product each; default 20.
@@ -106,17 +107,17 @@ class PreconditionedOptimizer(Optimizer):
             by the preconditioned Hessian of a second batch, the `samples` that follow, at each
             refresh; at most `max_growth` times the group's own rate. What a scheduler does to the
             group's rate scales it. For bases like SGD. Default None: the rate is the base's.
-        rate_fraction: See `learning_rate`; default .5. With momentum take less, or none: the rate
+        rate_fraction: See `learning_rate`; default 0.5. With momentum take less, or none: the rate
             that is stable on a quadratic is far from safe on a net then.
         max_growth: See `learning_rate`; default 100.
         params: Which of the model's parameters, see `HessianOperator`; default all that the base
             has and that require grad.
-        tol: Of the eigenpairs, residual relative to eigenvalue; default .1: the directions need
+        tol: Of the eigenpairs, residual relative to eigenvalue; default 0.1: the directions need
             not be exact, and each digit costs products.
         training: Mode of the modules in products, see `HessianOperator`; default None: batch norms
             as found, since their batches' statistics are in the loss that is trained, and all else
             as in inference.
-        seed: Of the random numbers of the eigensolver, apart from torch's global ones.
+        generator: Source of the eigensolver's seed; default seed 0. The global one is never used.
         process_group: See `HessianOperator`.
         operator_options: More arguments of the operator: `memory_budget`, `way`, `compute_dtype`.
 
@@ -174,7 +175,7 @@ class PreconditionedOptimizer(Optimizer):
         params: ParamSelection = None,
         tol: float = 0.1,
         training: bool | None = None,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
         process_group: Any = None,
         operator_options: dict[str, Any] | None = None,
     ) -> None:
@@ -185,9 +186,7 @@ class PreconditionedOptimizer(Optimizer):
                 "expected a base that is not preconditioned yet, got a PreconditionedOptimizer; "
                 "pass its `base`, or a larger rank in place of two spaces"
             )
-        check_model(model, task)
-        check_preconditioning(given, tuple(OPERATORS))
-        check_measured(task, batches, OPERATORS[curvature], operator_options or {})
+        check_arguments(given)
         self.base, self.mode = base, resolve_mode(base, mode)
         rate = None
         if learning_rate == "auto":
@@ -209,11 +208,10 @@ class PreconditionedOptimizer(Optimizer):
             samples=samples,
             rate_samples=(samples or 0) if rate else 0,
             tol=tol,
-            seed=seed,
             options=options | (operator_options or {}),
         )
         self._refresh = EigenspaceRefresh(
-            self._tracker, self._schedule, rate, drift_tol, check_every, seed
+            self._tracker, self._schedule, rate, drift_tol, check_every
         )
         self._step_seconds = self._base_seconds = 0.0
         self._said: set[str] = set()
@@ -222,6 +220,8 @@ class PreconditionedOptimizer(Optimizer):
         require_some(chosen)
         self._tracked = self._track(chosen)
         begin_groups(base.param_groups, self._own)
+        if generator is not None:  # last, so that a refused argument draws nothing
+            self._tracker.seed = draw_seed(generator)
 
     # -- what the base has too ------------------------------------------------------------------
 
@@ -263,7 +263,7 @@ class PreconditionedOptimizer(Optimizer):
         self.base.zero_grad(set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base; the eigenspace is computed anew, with it, at the next step.
+        """Add a group to the base; the next step recomputes the eigenspace with it.
 
         Raises:
             ValueError: As the base does.
@@ -279,7 +279,7 @@ class PreconditionedOptimizer(Optimizer):
         """Take a step of the base, preconditioned; refresh the eigenspace before it if it is due.
 
         Args:
-            closure: Evaluates the model anew and returns the loss; called once, before the step.
+            closure: Evaluates the model again and returns the loss; called once, before the step.
                 Sharpness-aware bases (SAM, ...) call it themselves, at the weights that they
                 choose.
 
@@ -370,7 +370,7 @@ class PreconditionedOptimizer(Optimizer):
     # -- the eigenspace -------------------------------------------------------------------------
 
     def _follow_parameters(self) -> None:
-        """Begin anew where parameters were added, frozen, freed, moved or replaced."""
+        """Start over where parameters were added, frozen, freed, moved or replaced."""
         complete_groups(self.param_groups, self._own)
         chosen = trained_parameters(self.model, self.param_groups, self._selection)
         same = self._tracked.flat.are(chosen.values()) and self._tracker.names == list(chosen)
@@ -443,7 +443,3 @@ class PreconditionedOptimizer(Optimizer):
         """Return all there is, model and base among it: a copy's model is its `model`."""
         kept = {k: v for k, v in self.__dict__.items() if k != "step"}  # a scheduler's wrapper
         return {k: v for k, v in kept.items() if not k.startswith("_optimizer_")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take what `__getstate__` returned."""
-        super().__setstate__(state)

@@ -43,7 +43,8 @@ def stepped(steps=1, lr=0.001, spectra=(SPECTRA["positive"], SECOND), seed=0, **
     model = Quadratic(seed=seed)
     of_sgd = {k: options.pop(k) for k in ("momentum", "nesterov") if k in options}
     base = Recording(model.parameters(), lr=lr, **of_sgd)
-    options = {"learning_rate": "auto", "samples": 1, "tol": EXACT, "seed": seed} | options
+    options = {"learning_rate": "auto", "samples": 1, "tol": EXACT} | options
+    options["generator"] = torch.Generator().manual_seed(seed)
     optimizer = precondition(
         base, model, quadratic_loss, quadratic_data(*spectra, seed=seed), **options
     )

@@ -247,7 +247,7 @@ def test_at_a_stationary_point_nothing_moves():
         ({"backtracking": 1.0}, ValueError, "backtracking"),
         ({"max_backtracks": -1}, ValueError, "max_backtracks >= 0"),
         ({"vectorize": None}, ValueError, "vectorize"),
-        ({"seed": 0.5}, TypeError, "seed to be an int"),
+        ({"generator": 0.5}, TypeError, "generator to be a torch.Generator"),
     ],
 )
 def test_bad_arguments_are_refused(options, error, words):

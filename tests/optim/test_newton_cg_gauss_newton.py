@@ -205,7 +205,7 @@ def test_one_step_solves_linear_least_squares(seed, rank):
     b = torch.randn(20, generator=generator, dtype=torch.float64)
     w = nn.Parameter(torch.zeros(8, dtype=torch.float64))
     how = {"damping": 0.0, "damping_bounds": (0.0, 1.0), "cg_tol": 1e-13}
-    optimizer = NewtonCG([w], rank=rank, curvature="gauss_newton", seed=seed, **how)
+    optimizer = NewtonCG([w], rank=rank, curvature="gauss_newton", generator=generator, **how)
     before = optimizer.step(lambda: A @ w - b)
     assert float(before) == pytest.approx(float(b @ b))
     torch.testing.assert_close(w.detach(), torch.linalg.lstsq(A, b).solution)

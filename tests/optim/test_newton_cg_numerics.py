@@ -37,6 +37,10 @@ def identity(dim=12):
     return LowRankPreconditioner.identity(torch.zeros(dim, dtype=torch.float64))
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 # -- products ---------------------------------------------------------------------------------
 
 
@@ -219,7 +223,8 @@ def test_the_preconditioner_cuts_the_iterations_to_those_of_the_spectrum_below(s
     for rank in (0, outliers + 5):
         for p, before in zip(params, start, strict=True):
             p.data.copy_(before)
-        options = {"cg_tol": tol, "refresh_tol": 1e-6, "refresh_matvecs": 500, "seed": seed}
+        options = {"cg_tol": tol, "refresh_tol": 1e-6, "refresh_matvecs": 500}
+        options["generator"] = seeded(seed)
         optimizer = NewtonCG(params, rank=rank, damping=1e-8, max_cg=1000, **options)
         optimizer.step(loss)
         counts[rank] = optimizer.diagnostics()["cg_iterations"]
@@ -342,7 +347,7 @@ def test_one_step_minimises_a_convex_quadratic(seed, rank):
     w = flat(params).detach()
     minimum = w - torch.linalg.solve(H, gradient_of(loss, params))
     optimizer = NewtonCG(
-        params, rank=rank, damping=1e-15, cg_tol=1e-13, max_cg=400, seed=seed, damping_bounds=(0, 1)
+        params, rank=rank, damping=1e-15, cg_tol=1e-13, max_cg=400, damping_bounds=(0, 1)
     )
     optimizer.step(loss)
     got = flat(params).detach()
@@ -357,7 +362,8 @@ def test_a_step_of_the_optimizer_is_that_of_the_dense_damped_system(seed):
     params, H, loss = quadratic(indefinite(12), seed=seed)
     mu, lr = 20.0, 0.5  # H + mu I is positive definite
     before, g = flat(params).detach(), gradient_of(loss, params)
-    optimizer = NewtonCG(params, rank=4, damping=mu, lr=lr, cg_tol=1e-12, max_cg=100, seed=seed)
+    options = {"cg_tol": 1e-12, "max_cg": 100, "generator": seeded(seed)}
+    optimizer = NewtonCG(params, rank=4, damping=mu, lr=lr, **options)
     optimizer.step(loss)
     expected = before - lr * torch.linalg.solve(H + mu * EYE, g)
     torch.testing.assert_close(flat(params).detach(), expected, rtol=1e-9, atol=1e-9)
@@ -392,7 +398,8 @@ def test_a_refresh_goes_on_from_the_last_eigenvectors(seed):
     spectrum = torch.cat([torch.linspace(100, 60, 6), torch.linspace(40, 1, 54)])
     params, H, loss = quadratic(spectrum, 60, seed)
     # Few products each, and steps so short that there is always another.
-    optimizer = NewtonCG(params, rank=6, refresh_every=1, refresh_matvecs=12, lr=1e-3, seed=seed)
+    options = {"refresh_every": 1, "refresh_matvecs": 12, "generator": seeded(seed)}
+    optimizer = NewtonCG(params, rank=6, lr=1e-3, **options)
     residuals = []
     for _ in range(6):
         optimizer.step(loss)
@@ -412,7 +419,7 @@ def test_a_saddle_is_left_and_the_loss_falls_at_every_step(seed, rank):
     def loss():  # the minimum of w^4/4 - a w^2/2 is -a^2/4
         return (signs * w**2).sum() / 2 + (w**4).sum() / 4
 
-    losses = take_steps(NewtonCG([w], rank=rank, seed=seed), loss, 40)
+    losses = take_steps(NewtonCG([w], rank=rank, generator=generator), loss, 40)
     assert all(after < before for before, after in itertools.pairwise(losses) if before > -2.4999)
     assert losses[-1] == pytest.approx(-(1 + 9) / 4, abs=1e-8)
 

@@ -173,7 +173,8 @@ def test_what_did_not_converge_raises_the_damping(seed):
     H = planted(torch.linspace(-10, 10, 300), 300, seed).matrix
     model = Quadratic(shapes=[(300,)], seed=seed)
     base = torch.optim.SGD(model.parameters(), lr=0.01)
-    options = {"rank": 2, "tol": 1e-6, "damping": 1e-6, "seed": seed}
+    options = {"rank": 2, "tol": 1e-6, "damping": 1e-6}
+    options["generator"] = torch.Generator().manual_seed(seed)
     optimizer = precondition(base, model, quadratic_loss, [H[None]], **options)
     set_gradients(model, weights(model))
     quietly(optimizer.step)  # there is little to gain, but no word of convergence

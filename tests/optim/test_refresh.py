@@ -214,7 +214,8 @@ def test_a_warm_start_takes_fewer_products_than_a_cold_one(seed):
         """Products of the second refresh, after a few small steps."""
         model = net(seed=seed)
         base = torch.optim.SGD(model.parameters(), lr=1e-3)
-        optimizer = precondition(base, model, refresh_every=5, seed=seed, tol=0.01)
+        generator = torch.Generator().manual_seed(seed)
+        optimizer = precondition(base, model, refresh_every=5, generator=generator, tol=0.01)
         train(model, optimizer, 5)
         before = optimizer.report().num_matvecs
         if not warm:
@@ -247,7 +248,8 @@ def test_within_a_share_of_time_a_refresh_is_short_and_the_next_goes_on_from_it(
         set_gradients(model, torch.ones(60, dtype=torch.float64))
         base = torch.optim.SGD(model.parameters(), lr=0.0)
         H = [matrix]
-        options = {"refresh_every": every, "tol": 1e-3, "seed": seed}
+        options = {"refresh_every": every, "tol": 1e-3}
+        options["generator"] = torch.Generator().manual_seed(seed)
         optimizer = precondition(base, model, quadratic_loss, H, **options)
         products, residuals = [0], []
         for _ in range(6):

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from hesscurv.hooks.monitoring.curvature_probe import OPERATORS
 from hesscurv.linalg.precision import require_float64
 from hesscurv.objective.data.batches import check_source
 from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.optim.arguments import check_count
+from hesscurv.optim.preconditioner.eigenspace_tracker import OPERATORS
+from hesscurv.optim.ranges import check_count
 
 
 def check_model(model: Any, task: Any, curvature: Any, batches: Any) -> None:

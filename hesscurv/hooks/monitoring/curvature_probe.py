@@ -24,18 +24,12 @@ from hesscurv.objective.parameters import (
     select_parameters,
     unwrap,
 )
-from hesscurv.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.loss_gradient import loss_and_gradient
 from hesscurv.operators.summed_operator import device_of
 from hesscurv.optim.preconditioner.curvature_samples import take_samples
-
-OPERATORS: dict[str, type[CurvatureOperator]] = {
-    "hessian": HessianOperator,
-    "ggn": GGNOperator,
-    "fisher": EmpiricalFisherOperator,
-}
+from hesscurv.optim.preconditioner.eigenspace_tracker import OPERATORS
 
 # Limit on the matvecs of the first solve, from random vectors, as a multiple of a refresh's.
 FIRST = 4

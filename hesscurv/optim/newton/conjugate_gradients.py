@@ -1,4 +1,4 @@
-"""Preconditioned conjugate gradients for a Newton direction, which stop at negative curvature."""
+"""Preconditioned conjugate gradients for Newton directions, stopped at negative curvature."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPrecond
 
 @dataclass(frozen=True)
 class NewtonDirection:
-    """What conjugate gradients came to.
+    """Result of conjugate gradients.
 
     Args:
         direction: d, shape (D,).
@@ -54,7 +54,7 @@ def newton_direction(
         H: The Hessian, D x D.
         gradient_D: g, shape (D,), not zero.
         damping: mu, not negative.
-        precondition: P^-1, positive definite.
+        precondition: P, positive definite, about a multiple of the inverse of H + mu I.
         tol: On the residual relative to ||g||.
         max_iterations: The most products.
 
@@ -86,12 +86,7 @@ def newton_direction(
         curvature, p_norm, Ap_norm = torch.stack(
             [p_D @ Ap_D, torch.linalg.vector_norm(p_D), torch.linalg.vector_norm(Ap_D)]
         ).tolist()
-        if not Ap_norm < float("inf"):
-            raise ValueError(
-                f"Hessian product {products} has NaN or inf entries, though loss and gradient are "
-                "finite; the weights are left as they were; look for a square root or a norm at "
-                "zero, or compute in float64"
-            )
+        require_finite(Ap_norm, products)
         # What is not above the rounding of this sum has no sign.
         negative = curvature <= eps * p_norm * Ap_norm
         least = max(damping * p_norm**2, eps * p_norm * Ap_norm)
@@ -118,13 +113,13 @@ def ensure_descent(
     """Replace a direction that rounding has spoiled by the preconditioned, or the plain gradient.
 
     Args:
-        solved: What `newton_direction` came to.
+        solved: The result of `newton_direction`.
         gradient_D: g, shape (D,).
-        precondition: P^-1.
+        precondition: P.
 
     Returns:
         A descent direction, with a curvature of NaN if it is another one, and which one it is:
-        0 for the one given, 1 for -P^-1 g over |lambda_{r+1}| + mu, 2 for -g.
+        0 for the one given, 1 for -P g over |lambda_{r+1}| + mu, 2 for -g.
     """
     if _is_descent(solved.direction, solved.slope, gradient_D):
         return solved, 0
@@ -134,6 +129,20 @@ def ensure_descent(
     direction_D = preconditioned_D if kind == 1 else -gradient_D
     slope = float(gradient_D @ direction_D)
     return replace(solved, direction=direction_D, slope=slope, curvature=math.nan), kind
+
+
+def require_finite(norm: float, number: int) -> None:
+    """Refuse a Hessian product with NaN or inf entries, by its norm and number in the solve.
+
+    Raises:
+        ValueError: If the norm is not finite.
+    """
+    if not math.isfinite(norm):
+        raise ValueError(
+            f"Hessian product {number} has NaN or inf entries, though loss and gradient are "
+            "finite; the weights are left as they were; look for a square root or a norm at zero, "
+            "or compute in float64"
+        )
 
 
 def _is_descent(direction_D: Tensor, slope: float, gradient_D: Tensor) -> bool:

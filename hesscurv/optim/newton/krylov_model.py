@@ -1,4 +1,4 @@
-"""A quadratic model of the loss on a Krylov space, which knows the step of every damping."""
+"""Quadratic model of the loss on a Krylov space: one space has the steps of all dampings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.operators.linear_operator import LinearOperator
+from hesscurv.optim.newton.conjugate_gradients import require_finite
 from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
 
 _FIRST_ROOM = 16
@@ -17,24 +18,24 @@ _FIRST_ROOM = 16
 
 @dataclass(frozen=True)
 class KrylovModel:
-    r"""The loss near w on the Krylov space of :math:`A = P^{-1/2} H P^{-1/2}` and the gradient.
+    r"""The loss near w on the Krylov space of :math:`A = P^{1/2} H P^{1/2}` and the gradient.
 
     With :math:`V^T A V = S \Theta S^T` the step of a damping is
 
-    .. math:: d(\mu) = -P^{-1/2} V S (|\Theta| + \mu I)^{-1} S^T V^T P^{-1/2} g,
+    .. math:: d(\mu) = -P^{1/2} V S (|\Theta| + \mu I)^{-1} S^T V^T P^{1/2} g,
 
     so that, once V is there, another damping costs k D operations and no product. As in conjugate
     gradients, d(mu) minimises the damped model over the whole space, if H is positive; magnitudes
-    make it a descent direction for any H. The damping is by P: mu in the bulk, mu times the
-    preconditioner's gain on the eigenspace.
+    make it a descent direction for any H. The damping is mu P^{-1}: mu in the bulk, mu over
+    the preconditioner's gain on the eigenspace.
 
     Args:
         basis: V, shape (k, D), a vector a row.
         values: Theta, shape (k,), float64 on the CPU, as what follows.
         vectors: S, shape (k, k).
-        gradient: S^T V^T P^{-1/2} g, shape (k,).
+        gradient: S^T V^T P^{1/2} g, shape (k,).
         precondition: P.
-        converged: Whether ``||(A + mu I) y + P^{-1/2} g|| <= tol ||P^{-1/2} g||`` at the damping
+        converged: Whether ``||(A + mu I) y + P^{1/2} g|| <= tol ||P^{1/2} g||`` at the damping
             that was asked for.
     """
 
@@ -118,12 +119,7 @@ def krylov_model(
         size = float(torch.linalg.vector_norm(inside_k))
         image_D -= kept_kD.mT @ (kept_kD @ image_D)  # once more, for what rounding has left
         rest = float(torch.linalg.vector_norm(image_D))
-        if not math.isfinite(rest + size):
-            raise ValueError(
-                f"Hessian product {k + 1} has NaN or inf entries, though loss and gradient are "
-                "finite; the weights are left as they were; look for a square root or a norm at "
-                "zero, or compute in float64"
-            )
+        require_finite(rest + size, k + 1)
         diagonal.append(float(inside_k[k]))
         k += 1
         exhausted = rest <= 10 * eps * max(size, rest) or rest == 0

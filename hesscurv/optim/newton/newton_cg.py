@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from hesscurv.interface.uncompiled import uncompiled
+from hesscurv.linalg.random_matrices import draw_seed
 from hesscurv.optim.newton.closure_gauss_newton import ClosureGaussNewton
 from hesscurv.optim.newton.closure_hessian import ClosureHessian
 from hesscurv.optim.newton.closure_loss import Closure, ClosureLoss, LossGraph
@@ -30,6 +31,7 @@ from hesscurv.optim.newton.newton_eigenspace import (
 from hesscurv.optim.newton.newton_options import check_options, check_parameters
 from hesscurv.optim.newton.newton_steps import take_step
 from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
+from hesscurv.optim.ranges import check_generator
 from hesscurv.optim.snapshot import Snapshot
 
 
@@ -39,7 +41,7 @@ class NewtonCG(Optimizer):
     A step goes from w to :math:`w + t d` with :math:`(H + \mu I) d = -g` solved roughly by
     conjugate gradients on exact products with the Hessian H, preconditioned by its top eigenspace,
 
-    .. math:: P^{-1} = (|\lambda_{r+1}| + \mu) U (|\Lambda| + \mu I)^{-1} U^T + (I - U U^T),
+    .. math:: P = (|\lambda_{r+1}| + \mu) U (|\Lambda| + \mu I)^{-1} U^T + (I - U U^T),
 
     with t from a backtracking line search (Armijo), so that the loss falls in every step that is
     taken. For ill-conditioned losses over fixed data, such as those of physics-informed networks,
@@ -98,7 +100,7 @@ class NewtonCG(Optimizer):
         vectorize: Whether the products of a refresh are computed 8 at once where that works (vmap):
             two to four times faster for small networks, as fast for large ones, in more memory.
             Default True.
-        seed: Of the random vectors that a refresh starts from; default 0.
+        generator: Source of the seed of the vectors that a refresh starts from; default seed 0.
 
     Raises:
         TypeError: If an argument or a parameter has another type.
@@ -162,7 +164,7 @@ class NewtonCG(Optimizer):
         curvature: str = "hessian",
         damping_search: bool | None = None,
         vectorize: bool = True,
-        seed: int = 0,
+        generator: torch.Generator | None = None,
     ) -> None:
         defaults = {
             "rank": rank,
@@ -181,10 +183,15 @@ class NewtonCG(Optimizer):
             "curvature": curvature,
             "damping_search": damping_search,
             "vectorize": vectorize,
-            "seed": seed,
+            "seed": 0,
         }
         check_options(defaults)
+        check_generator(generator)
         super().__init__(params, defaults)
+        if generator is not None:  # last, so that a refused argument draws nothing
+            seed = {"seed": draw_seed(generator)}
+            for values in (self.defaults, *self.param_groups):
+                values.update(seed)
 
     def __repr__(self) -> str:
         """Tell what is minimised how, and how far it has come."""
@@ -351,7 +358,7 @@ class NewtonCG(Optimizer):
                 self.state,
                 tol=options["refresh_tol"],
                 max_matvecs=options["refresh_matvecs"],
-                seed=options["seed"],
+                generator=torch.Generator().manual_seed(options["seed"]),
             )
             numbers["refreshed_at"] = numbers["step"]
             numbers["next_eigenvalue"] = -1.0 if space.left is None else space.left

@@ -1,4 +1,4 @@
-"""The eigenspace that preconditions Newton steps: computed, kept parameter by parameter, used."""
+"""Top eigenspace that preconditions Newton steps: warm start, storage by parameter."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def compute_eigenspace(
     *,
     tol: float,
     max_matvecs: int | None,
-    seed: int,
+    generator: torch.Generator,
 ) -> NewtonEigenspace:
     """Compute top eigenpairs roughly, from the vectors that an optimizer's state holds.
 
@@ -92,7 +92,7 @@ def compute_eigenspace(
         tol: Relative residual at which all pairs are good enough.
         max_matvecs: The most products; None for 2 r, or 1.3 r where there are vectors to start
             from.
-        seed: Of the random starting vectors.
+        generator: Of the random starting vectors.
 
     Raises:
         ValueError: If a product has NaN or inf entries.
@@ -109,7 +109,7 @@ def compute_eigenspace(
             count,
             tol=tol,
             max_matvecs=max(max_matvecs, count),
-            generator=torch.Generator().manual_seed(seed),
+            generator=generator,
             initial=initial,
             verify=False,
         )

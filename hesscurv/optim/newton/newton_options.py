@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from hesscurv.distributed.sharded import is_sharded
 from hesscurv.linalg.precision import require_float64
-from hesscurv.optim.arguments import check_choice, check_count, check_positive
+from hesscurv.optim.ranges import check_choice, check_count, check_positive
 
 _COUNTS = {"rank": 0, "refresh_every": 1, "max_cg": 1, "max_backtracks": 0, "seed": 0}
 

@@ -16,13 +16,13 @@ from hesscurv.optim.preconditioner.tracked_preconditioner import TrackedPrecondi
 
 @dataclass
 class EigenspaceRefresh:
-    """Computes the eigenspace anew when that is due; a failure leaves an identity, and a word.
+    """Recompute the eigenspace when due; after a failure P is the identity, with a warning.
 
     Args:
         tracker: Solves for the eigenspace.
         schedule: When.
         rate: Of the automatic learning rate, or None.
-        drift_tol: See `PreconditionedOptimizer`, as `check_every` and `seed`.
+        drift_tol: See `PreconditionedOptimizer`, as `check_every`.
 
     Attributes:
         num_refreshes: Times that it was computed.
@@ -35,7 +35,6 @@ class EigenspaceRefresh:
     rate: AutomaticRate | None
     drift_tol: float | None
     check_every: int
-    seed: int
     num_refreshes: int = field(default=0, init=False)
     num_failures: int = field(default=0, init=False)
     last_failure: str = field(default="", init=False)
@@ -69,9 +68,10 @@ class EigenspaceRefresh:
         start, factor, little = schedule.clock(), 1.0, None
         self.tracker.thrifty = group[EVERY] is None
         try:
-            tracked.solve(group[RANK], group[DAMPING], group[STEP])
+            tracked.solve(group[RANK], group[DAMPING], self.tracker.generator(group[STEP]))
             if self.rate:
-                factor = self.rate.factor(tracked.largest_curvature(group[STEP]), groups)
+                largest = tracked.largest_curvature(self.tracker.generator(group[STEP]))
+                factor = self.rate.factor(largest, groups)
         except Exception as error:
             # Training goes on: curvature that cannot be had is no reason to end it.
             tracked.forget(group[RANK])
@@ -97,7 +97,7 @@ class EigenspaceRefresh:
             return False
         start = self.schedule.clock()
         try:
-            return not tracked.drift(self.seed + step) <= self.drift_tol
+            return not tracked.drift(self.tracker.generator(step)) <= self.drift_tol
         except Exception:
             return True  # the refresh meets it too, and says so
         finally:

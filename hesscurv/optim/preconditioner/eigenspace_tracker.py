@@ -1,4 +1,4 @@
-"""The top eigenspace of a model in training: solved for, warm-started, checked for drift."""
+"""Top eigenspace of a model in training: warm-started solves, check of drift."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class EigenspaceTracker:
         samples: At most so many samples, from the front of the batches; None takes all.
         rate_samples: As many of the samples that follow are a second, independent batch.
         tol: Of the eigenpairs, relative to the eigenvalue.
-        seed: Of starting blocks and of the order of a loader that shuffles.
         options: Further arguments of the operator.
 
     Attributes:
         num_matvecs: Products so far.
+        seed: Of starting blocks, and of the order of a loader that shuffles; 0 at first.
         thrifty: Whether a solve ends after about two products for each pair, converged or not: the
             next one goes on from there.
     """
@@ -58,14 +58,13 @@ class EigenspaceTracker:
         samples: int | None,
         rate_samples: int,
         tol: float,
-        seed: int,
         options: dict[str, Any],
     ) -> None:
         self.model, self.task, self.batches = model, task, batches
         self.names: list[str] = []
         self.curvature, self.samples, self.rate_samples = curvature, samples, rate_samples
-        self.tol, self.seed, self.options = tol, seed, options
-        self.num_matvecs, self.thrifty = 0, False
+        self.tol, self.options = tol, options
+        self.num_matvecs, self.thrifty, self.seed = 0, False, 0
         self._operators: list[CurvatureOperator] = []
         _ = self._ranks  # refuses what is no process group
 
@@ -74,16 +73,20 @@ class EigenspaceTracker:
         return self.__dict__ | {"_operators": []}
 
     def follow(self, names: list[str]) -> None:
-        """Measure the curvature in these parameters from here on, with operators anew."""
+        """Measure the curvature in these parameters from here on, with new operators."""
         self.names, self._operators = names, []
 
     def start_over(self) -> None:
-        """Build operators anew when they are next needed, after a failure."""
+        """Rebuild operators at their next use, after a failure."""
         self._operators = []
 
     def largest(self, number: float) -> float:
         """Return the largest of a number over all processes that share the curvature."""
         return float(self._ranks.max_(torch.tensor(number, dtype=torch.float64, device="cpu")))
+
+    def generator(self, step: int) -> torch.Generator:
+        """Return the random numbers of a step, the same in a resumed run."""
+        return torch.Generator().manual_seed(self.seed + step)
 
     @property
     def operator(self) -> CurvatureOperator:
@@ -95,12 +98,12 @@ class EigenspaceTracker:
         """The same on other samples, where there are some."""
         return self._all()[-1]
 
-    def solve(self, count: int, seed: int, initial: Tensor | None) -> Eigenpairs:
+    def solve(self, count: int, generator: torch.Generator, initial: Tensor | None) -> Eigenpairs:
         """Return the top `count` pairs at the present weights.
 
         Args:
             count: Their number; fewer where D is smaller.
-            seed: Told apart from other solves' by it.
+            generator: Of the starting block.
             initial: The last solution's vectors, columns, or None.
 
         Cost: `count` products where the space is still within `tol`, and a block, of 4 to 16, that
@@ -115,7 +118,7 @@ class EigenspaceTracker:
                 count,
                 tol=self.tol,
                 max_matvecs=max(_FEWEST, most * count),
-                generator=torch.Generator().manual_seed(self.seed + seed),
+                generator=generator,
                 initial=initial,
                 block_size=min(count, max(least, min(16, count // 4))),
                 verify=False,
@@ -127,12 +130,14 @@ class EigenspaceTracker:
             product = self.operator @ vector.to(self.operator.dtype)
         return float((product - expected).norm() / expected.norm())
 
-    def largest_preconditioned(self, scale: Callable[[Tensor], Tensor], seed: int) -> float:
+    def largest_preconditioned(
+        self, scale: Callable[[Tensor], Tensor], generator: torch.Generator
+    ) -> float:
         """Return the largest |eigenvalue| of S H S on the second batch, a dozen products.
 
         Args:
             scale: Multiplies columns (D, b) by S, the preconditioner's square root.
-            seed: Of the starting block.
+            generator: Of the starting block.
         """
         with self._measuring():
             pairs = eigsh(
@@ -140,7 +145,7 @@ class EigenspaceTracker:
                 1,
                 tol=0.05,
                 max_matvecs=40,
-                generator=torch.Generator().manual_seed(self.seed + seed),
+                generator=generator,
                 block_size=2,
                 verify=False,
             )

@@ -68,7 +68,8 @@ class LowRankPreconditioner:
         trust: float = _TRUST,
     ) -> None:
         m = len(basis_mD)
-        residuals = torch.zeros_like(eigenvalues) if residuals is None else residuals
+        if residuals is None:
+            residuals = torch.zeros(m, dtype=torch.float64, device="cpu")
         for name, values in (("eigenvalues", eigenvalues), ("residuals", residuals)):
             if tuple(values.shape) != (m,):
                 raise ValueError(f"expected {name} of shape ({m},), got {tuple(values.shape)}")

@@ -1,4 +1,4 @@
-"""When to compute the eigenspace anew: every so many steps, or within a share of the time."""
+"""Refresh schedule of the eigenspace: a fixed interval, or a share of the training time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _MOST_DOUBLINGS = 4
 
 @dataclass
 class RefreshSchedule:
-    """The next step at which the eigenspace is computed anew.
+    """The next step at which the eigenspace is recomputed.
 
     With an interval given, every so many steps. Without one, so often that refreshes take at most
     a share of the training time: after each, some steps are timed, and the next one comes when the

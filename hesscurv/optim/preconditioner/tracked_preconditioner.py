@@ -60,7 +60,7 @@ class TrackedPreconditioner:
         self.current = None
         self.allocate(rank)
 
-    def solve(self, rank: int, damping: float | None, seed: int) -> None:
+    def solve(self, rank: int, damping: float | None, generator: torch.Generator) -> None:
         """Compute the eigenspace at the present weights, from the last one if there is one.
 
         Raises:
@@ -70,24 +70,24 @@ class TrackedPreconditioner:
         if self.current is not None and not self.current.is_identity:
             initial = self.flat.whole_basis(self.current.basis_mD)
         # One pair more than is damped, to know what is left.
-        pairs = self.tracker.solve(self._count(rank), seed, initial)
+        pairs = self.tracker.solve(self._count(rank), generator, initial)
         basis_mD = self.flat.basis_of(pairs.eigenvectors)
         self._install(basis_mD, pairs.eigenvalues, pairs.residuals, rank, damping)
 
-    def drift(self, seed: int) -> float:
+    def drift(self, generator: torch.Generator) -> float:
         """Return ||H v - U Lambda U^T v|| / ||U Lambda U^T v|| for a random v of the eigenspace."""
         P = self._known()
-        signs = torch.Generator().manual_seed(seed)
-        c = (2.0 * torch.randint(2, (P.rank,), generator=signs, device="cpu") - 1).to(P.basis_mD)
+        signs = 2.0 * torch.randint(2, (P.rank,), generator=generator, device="cpu") - 1
+        c = signs.to(P.basis_mD)
         values = _numbers(P.eigenvalues[: P.rank]).to(c)
         vectors_Dr = self.flat.whole_basis(P.basis_mD)[:, : P.rank]
         return self.tracker.drift(vectors_Dr @ c, vectors_Dr @ (values * c))
 
-    def largest_curvature(self, seed: int) -> float:
+    def largest_curvature(self, generator: torch.Generator) -> float:
         """Return the largest |eigenvalue| of the second batch's curvature, preconditioned."""
         P = self._known()
         whole = P.over(self.flat.whole_basis(P.basis_mD).mT)
-        return self.tracker.largest_preconditioned(whole.root, seed)
+        return self.tracker.largest_preconditioned(whole.root, generator)
 
     # -- state ----------------------------------------------------------------------------------
 
