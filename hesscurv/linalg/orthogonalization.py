@@ -1,4 +1,4 @@
-"""Block orthonormalisation by matrix products: CholeskyQR2, SVQB, block Gram-Schmidt.
+"""Block orthonormalisation by matrix products: CholeskyQR2 and SVQB.
 
 Shapes: b vectors in a block, r <= b independent ones, m vectors in the basis, D the length of a
 vector. Blocks and bases are row-contiguous, (b, D), one vector per row: the columns of the
@@ -9,20 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import closing
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hesscurv.linalg.block_norms import BlockSize, Reduction, block_size, column_norms
-from hesscurv.linalg.device_memory import chunk_entries
 from hesscurv.linalg.precision import full_precision
+from hesscurv.linalg.projections import (
+    check_slabs,
+    inner_products,
+    products,
+    subtract_known_,
+    subtract_projection_,
+)
 from hesscurv.linalg.ritz import rotate_
-from hesscurv.linalg.transfers import prefetched, to_device_of
 
-_CHUNK_NUMEL = 2**23  # entries of one chunk of a basis: bounds the memory of casts to W's dtype
-_SUM_LENGTH = 4096  # products summed in W's dtype; partial sums are added in float64
 _MAX_PASSES = 12  # a block of condition 1/eps takes 4 or 5
 _SAFE_PIVOT = 0.1  # least pivot of a Gram matrix of unit diagonal
 
@@ -113,7 +115,7 @@ def orthonormalize_against_(
     """
     if W_bD.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"expected float32 or float64 vectors, got {W_bD.dtype}; cast them first")
-    _check_slabs(W_bD, slabs)
+    check_slabs(W_bD, slabs)
     size = size or block_size(W_bD, across)
     if known_nb is None:
         known_nb = torch.zeros(0, W_bD.shape[0], dtype=torch.float64, device="cpu")
@@ -125,8 +127,8 @@ def orthonormalize_against_(
         if C_mb.shape[0] == 0 or Q_rD.shape[0] == 0:
             break
         with full_precision(Q_rD.device):
-            correction_mr = _subtract_projection_(Q_rD, slabs, across)
-        correction_mr, G_rr = _read(correction_mr, _products(Q_rD, Q_rD), across)
+            correction_mr = subtract_projection_(Q_rD, slabs, across)
+        correction_mr, G_rr = _read(correction_mr, products(Q_rD, Q_rD), across)
         C_mb += correction_mr @ R_rb
         Q_rD, R_rb = _factor_(Q_rD, G_rr, R_rb, threshold, across)
         # What remains in the basis' span is eps times what was just found there.
@@ -163,9 +165,9 @@ def _begin_(
     scale, norms = _normalize_scale_(W_bD, size, across)
     largest = max(norms, default=0.0)
     negligible = torch.finfo(W_bD.dtype).eps * largest
-    taken_nb, measured_pb = _subtract_known_(W_bD, slabs, known_nb / scale, negligible, across)
+    taken_nb, measured_pb = subtract_known_(W_bD, slabs, known_nb / scale, negligible, across)
     # Coefficients and Gram matrix are read together, so that a GPU is synchronised once.
-    measured_pb, G_bb = _read(measured_pb, _products(W_bD, W_bD), across)
+    measured_pb, G_bb = _read(measured_pb, products(W_bD, W_bD), across)
     C_mb = torch.cat([taken_nb, measured_pb])
     threshold = max(floor / scale, _noise(len(C_mb), W_bD.dtype) * largest)
     start_bb = torch.eye(W_bD.shape[0], dtype=torch.float64, device="cpu")
@@ -193,8 +195,8 @@ def _begin_ahead_(
     W_bD.mul_(shrink.to(W_bD.dtype))
     # The norm of the known part bounds that of W from below; W's own is still on the device.
     negligible = eps * float(known_nb.norm(dim=0).max()) if known_nb.numel() else 0.0
-    taken_nb, measured_pb = _subtract_known_(W_bD, slabs, known_nb, negligible, None, shrink)
-    G_bb = _products(W_bD, W_bD)
+    taken_nb, measured_pb = subtract_known_(W_bD, slabs, known_nb, negligible, None, shrink)
+    G_bb = products(W_bD, W_bD)
     noise = _noise(sum(map(len, slabs)), W_bD.dtype) * size.numbers[2:].max()
     eye_bb = torch.eye(b, dtype=torch.float64, device=device)
     norms_b = G_bb.diagonal().clamp(min=0).sqrt()
@@ -210,8 +212,8 @@ def _begin_ahead_(
     correction_mb = measured_pb[:0]
     if slabs:
         with full_precision(device):
-            correction_mb = _subtract_projection_(W_bD, slabs, None)
-    small = [measured_pb, R_bb, correction_mb, _products(W_bD, W_bD)]
+            correction_mb = subtract_projection_(W_bD, slabs, None)
+    small = [measured_pb, R_bb, correction_mb, products(W_bD, W_bD)]
     decided = torch.stack([exponent.double(), safe.double()])
     numbers = torch.cat([size.numbers, decided, *(t.flatten() for t in small)]).cpu()
     size.take(numbers[: 2 + b])
@@ -233,87 +235,6 @@ def _begin_ahead_(
         G_bb,
         not enough,
     )
-
-
-def project_out_(
-    W_bD: Tensor,
-    slabs: Sequence[Tensor],
-    *,
-    passes: int = 2,
-    across: Reduction | None = None,
-) -> Tensor:
-    """Remove the span of an orthonormal basis from a block, in place (block Gram-Schmidt).
-
-    ``W <- W - B (B^T W)``, `passes` times. After two passes ``|B^T w| <= few eps ||w||`` holds for
-    the projected w, but not for combinations in which the columns of W cancel: use
-    `orthonormalize_against_` for a block that is to be orthonormal.
-
-    Args:
-        W_bD: Shape (b, D), row-contiguous, float32 or float64; overwritten.
-        slabs: The basis in pieces of shape (m_i, D), row-contiguous, orthonormal together; another
-            dtype or device is cast chunk by chunk. An empty sequence is a basis of m = 0 vectors.
-        passes: The number of projections, 2 by default.
-        across: As in `orthonormalize_against_`.
-
-    Returns:
-        C, shape (m, b), float64: the coefficients of all passes, ``W_before = B C + W_after``. On
-        W's device, without synchronisation, or on the CPU if summed over processes.
-
-    Raises:
-        ValueError: If W is not a matrix, or a slab does not fit it.
-
-    Cost: 2 m b D multiply-adds and two reads of the basis for each pass.
-    """
-    _check_slabs(W_bD, slabs)
-    device = W_bD.device if across is None else "cpu"
-    C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64, device=device)
-    with full_precision(W_bD.device):
-        for _ in range(passes if slabs else 0):
-            C_mb += _subtract_projection_(W_bD, slabs, across)
-    return C_mb
-
-
-def inner_products(A_mD: Tensor, B_bD: Tensor, across: Reduction | None = None) -> Tensor:
-    """Return the small matrix ``A^T B`` of two sets of long vectors, summed accurately.
-
-    A plain float32 product over D = 1e6 entries is off by 2e-6 to 6e-5 of the norms (MKL; worse
-    for fewer vectors). Here sums of 4096 terms, a batched product in B's dtype, are added in
-    float64: 1e-7, in the same time.
-
-    Args:
-        A_mD: Shape (m, D), row-contiguous; another dtype or device is cast chunk by chunk.
-        B_bD: Shape (b, D), row-contiguous; its dtype and device are those of the computation.
-        across: As in `orthonormalize_against_`.
-
-    Returns:
-        Shape (m, b), float64 on the CPU.
-
-    Cost: m b D multiply-adds.
-    """
-    total_mb = _products(A_mD, B_bD).cpu()
-    return total_mb if across is None else across.sum_(total_mb)
-
-
-def _products(A_mD: Tensor, B_bD: Tensor) -> Tensor:
-    """Return `inner_products` on B's device, unsynchronised."""
-    (m, dim), b = A_mD.shape, B_bD.shape[0]
-    total_mb = torch.zeros(m, b, dtype=torch.float64, device=B_bD.device)
-    entries = chunk_entries(B_bD.device, _CHUNK_NUMEL)
-    per_chunk = max(1, entries // (_SUM_LENGTH * max(m, b, 1)))
-    whole = dim - dim % _SUM_LENGTH
-    ranges = [
-        slice(start, min(start + per_chunk * _SUM_LENGTH, whole))
-        for start in range(0, whole, per_chunk * _SUM_LENGTH)
-    ]
-    ranges.append(slice(whole, dim))
-    read = prefetched((A_mD[:, columns] for columns in ranges), B_bD.device, B_bD.dtype)
-    with full_precision(B_bD.device), closing(read):
-        for columns in ranges[:-1]:
-            A_nms = next(read).unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
-            B_nbs = B_bD[:, columns].unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
-            total_mb += (A_nms @ B_nbs.mT).sum(dim=0, dtype=torch.float64)
-        total_mb += next(read) @ B_bD[:, whole:].mT
-    return total_mb
 
 
 def complete_(basis_mD: Tensor, rank: int, generator: torch.Generator) -> None:
@@ -350,66 +271,6 @@ def _identity_like(G_bb: Tensor) -> Tensor:
     return torch.eye(len(G_bb), dtype=G_bb.dtype, device=G_bb.device)
 
 
-def _subtract_projection_(
-    W_bD: Tensor, slabs: Sequence[Tensor], across: Reduction | None
-) -> Tensor:
-    """Subtract ``B B^T W`` and return ``B^T W``, (m, b), float64.
-
-    On W's device, or on the CPU if summed over processes.
-    """
-    # All coefficients before any subtraction: classical, not modified, Gram-Schmidt.
-    C_mb = torch.cat([_products(slab, W_bD) for slab in slabs])
-    if across is not None:
-        C_mb = across.sum_(C_mb.cpu())
-    for slab_mD, C_part in zip(slabs, C_mb.split(list(map(len, slabs))), strict=True):
-        _subtract_(W_bD, slab_mD, C_part)
-    return C_mb
-
-
-def _subtract_(W_bD: Tensor, slab_mD: Tensor, C_mb: Tensor, factor: Tensor | None = None) -> None:
-    C_bm = to_device_of(C_mb.mT, W_bD)
-    if factor is not None:
-        C_bm = C_bm * factor.to(C_bm.dtype)
-    entries = chunk_entries(W_bD.device, _CHUNK_NUMEL)
-    chunk = max(_SUM_LENGTH, entries // max(slab_mD.shape[0], 1))
-    ranges = [slice(start, start + chunk) for start in range(0, W_bD.shape[1], chunk)]
-    read = prefetched((slab_mD[:, columns] for columns in ranges), W_bD.device, W_bD.dtype)
-    with closing(read):
-        for columns in ranges:
-            W_bD[:, columns].addmm_(C_bm, next(read), alpha=-1)
-
-
-def _subtract_known_(
-    W_bD: Tensor,
-    slabs: Sequence[Tensor],
-    known_nb: Tensor,
-    negligible: float,
-    across: Reduction | None,
-    factor: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Subtract the basis times coefficients, given for its first n vectors, computed for the rest.
-
-    A `factor` on W's device multiplies the given coefficients.
-
-    Returns:
-        The subtracted coefficients: of the first n vectors, (n, b), float64 on the CPU, and of the
-        others, see `_subtract_projection_`.
-    """
-    taken_nb, start, rest = torch.zeros_like(known_nb), 0, []
-    with full_precision(W_bD.device):
-        for slab_mD in slabs:
-            known = known_nb[start : start + len(slab_mD)]
-            for low, high in _runs((known.abs() > negligible).any(dim=1)):
-                _subtract_(W_bD, slab_mD[low:high], known[low:high], factor)
-                taken_nb[start + low : start + high] = known[low:high]
-            if len(known) < len(slab_mD):
-                rest.append(slab_mD[len(known) :])
-            start += len(slab_mD)
-        if rest:
-            return taken_nb, _subtract_projection_(W_bD, rest, across)
-    return taken_nb, known_nb.new_zeros(0, W_bD.shape[0])
-
-
 def _read(C_mb: Tensor, G_bb: Tensor, across: Reduction | None) -> tuple[Tensor, Tensor]:
     """Return two small matrices on the CPU in one transfer; the second summed over processes."""
     if C_mb.device == G_bb.device and C_mb.device.type != "cpu":
@@ -417,17 +278,6 @@ def _read(C_mb: Tensor, G_bb: Tensor, across: Reduction | None) -> tuple[Tensor,
         C_mb, G_bb = both[: C_mb.numel()].view_as(C_mb), both[C_mb.numel() :].view_as(G_bb)
     G_bb = G_bb.cpu()
     return C_mb.cpu(), G_bb if across is None else across.sum_(G_bb)
-
-
-def _runs(marked: Tensor) -> list[tuple[int, int]]:
-    """Cover the marked entries by few ranges, bridging gaps shorter than a block."""
-    ranges: list[tuple[int, int]] = []
-    for i in marked.nonzero().flatten().tolist():
-        if ranges and i - ranges[-1][1] < 16:
-            ranges[-1] = ranges[-1][0], i + 1
-        else:
-            ranges.append((i, i + 1))
-    return ranges
 
 
 def _factor_(
@@ -521,14 +371,3 @@ def _require_finite(size: BlockSize) -> None:
         raise ValueError(
             "expected finite vectors, got NaN or inf entries; check the operator's products"
         )
-
-
-def _check_slabs(W_bD: Tensor, slabs: Sequence[Tensor]) -> None:
-    if W_bD.ndim != 2:
-        raise ValueError(f"expected a block of shape (b, D), got {tuple(W_bD.shape)}")
-    for slab in slabs:
-        if slab.ndim != 2 or slab.shape[1] != W_bD.shape[1]:
-            raise ValueError(
-                f"expected slabs of shape (m, {W_bD.shape[1]}), one vector in each row, "
-                f"got {tuple(slab.shape)}"
-            )

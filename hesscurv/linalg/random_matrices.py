@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from hesscurv.linalg.orthogonalization import inner_products
+from hesscurv.linalg.projections import inner_products
 
 _BLOCK_NUMEL = 2**23  # entries drawn or transformed at once: 32 MiB in float32
 _MASK = 2**32 - 1

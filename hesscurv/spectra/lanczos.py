@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hesscurv.interface.descriptions import Described
 from hesscurv.linalg.block_norms import column_norms, norms_on_device
-from hesscurv.linalg.orthogonalization import project_out_
+from hesscurv.linalg.projections import project_out_
 from hesscurv.linalg.transfers import to_device_of
 from hesscurv.operators.linear_operator import LinearOperator
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from hesscurv.interface.descriptions import Described
 from hesscurv.linalg.block_norms import column_norms
-from hesscurv.linalg.orthogonalization import inner_products, orthonormalize_
+from hesscurv.linalg.orthogonalization import orthonormalize_
+from hesscurv.linalg.projections import inner_products
 from hesscurv.linalg.random_matrices import TestMatrix
 from hesscurv.operators.linear_operator import LinearOperator
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from hesscurv.eigensolvers.counted_operator import CountedOperator
-from hesscurv.linalg.orthogonalization import orthonormalize_, project_out_
+from hesscurv.linalg.orthogonalization import orthonormalize_
+from hesscurv.linalg.projections import project_out_
 from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.spectra.arguments import check_estimate

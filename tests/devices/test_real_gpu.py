@@ -134,7 +134,7 @@ def test_a_basis_on_the_host_gives_the_pairs_of_one_on_the_device(
             lambda shape, dtype, **_: torch.empty(shape, dtype=dtype),
         )
     # Many chunks: usually one is of 2^27 entries.
-    monkeypatch.setattr("hesscurv.linalg.orthogonalization.chunk_entries", lambda *_: 2**17)
+    monkeypatch.setattr("hesscurv.linalg.projections.chunk_entries", lambda *_: 2**17)
     monkeypatch.setattr("hesscurv.eigensolvers.krylov.basis.chunk_entries", lambda *_: 2**17)
     H, options = SlowDiagonal(300_000), {"tol": 1e-9, "max_basis": max_basis, "block_size": 8}
     near = hesscurv.eigsh(H, 30, storage="device", **options)

@@ -16,8 +16,9 @@ from support.pretended_cuda import torch_cuda
 
 import hesscurv
 from hesscurv.eigensolvers.krylov.basis import Basis
-from hesscurv.linalg import orthogonalization
-from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_out_
+from hesscurv.linalg import projections as projecting
+from hesscurv.linalg.orthogonalization import orthonormalize_against_
+from hesscurv.linalg.projections import project_out_
 from hesscurv.linalg.transfers import copy_stream, prefetched
 from hesscurv.storage.placement import Placement
 
@@ -30,9 +31,9 @@ def small_chunks() -> Iterator[None]:
     """Several chunks of a basis of `DIM` columns: on a GPU these are of 2^27 entries."""
     few = lambda device, on_host: 6000  # noqa: E731
     with (
-        mock.patch.object(orthogonalization, "chunk_entries", few),
+        mock.patch.object(projecting, "chunk_entries", few),
         mock.patch("hesscurv.eigensolvers.krylov.basis.chunk_entries", few),
-        mock.patch.object(orthogonalization, "_SUM_LENGTH", 64),
+        mock.patch.object(projecting, "_SUM_LENGTH", 64),
     ):
         yield
 

@@ -2,13 +2,8 @@ import pytest
 import torch
 
 from hesscurv.linalg.block_norms import BlockSize
-from hesscurv.linalg.orthogonalization import (
-    complete_,
-    inner_products,
-    orthonormalize_,
-    orthonormalize_against_,
-    project_out_,
-)
+from hesscurv.linalg.orthogonalization import complete_, orthonormalize_, orthonormalize_against_
+from hesscurv.linalg.projections import inner_products, project_out_
 
 DTYPES = [torch.float32, torch.float64]
 # Rounding of entries, of sums and of the transformation: a few eps each.

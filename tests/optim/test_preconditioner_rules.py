@@ -372,6 +372,26 @@ def test_a_report_tells_in_words_what_it_has_in_numbers():
     assert "stable learning rate 0.02 -> 0.267" in text
 
 
+# -- one formula for both uses ----------------------------------------------------------------
+
+
+def test_the_root_applied_twice_is_the_product_for_vectors_and_columns():
+    P = a_preconditioner([30.0, -8.0, 2.0, 1.0], 3)
+    X = torch.randn(DIM, 2, dtype=torch.float64)
+    close(P.root(P.root(X)), torch.stack([P(x) for x in X.unbind(1)], dim=1), 1e-14)
+    close(P.root(X[:, 0]), P.root(X)[:, 0], 1e-14)
+
+
+@pytest.mark.parametrize("next_eigenvalue", [-1.0, 0.0])
+def test_an_approximate_inverse_has_the_gains_of_the_pairs_with_their_next_one(next_eigenvalue):
+    values = torch.tensor([30.0, -8.0, 2.0, next_eigenvalue], dtype=torch.float64)
+    basis = torch.eye(DIM, dtype=torch.float64)[:4]
+    wrapper = LowRankPreconditioner(basis, values, None, 3, damping=0.5)
+    newton = LowRankPreconditioner.inverse(basis[:3].mT, values[:3], 0.5, next_eigenvalue)
+    assert newton.gains == wrapper.gains
+    assert newton.bulk == abs(next_eigenvalue) + 0.5
+
+
 # -- one pair ---------------------------------------------------------------------------------
 
 

@@ -7,7 +7,7 @@ import torch
 from optim.training import TASK, data, net, sgd
 from torch import nn
 
-from hesscurv.optim import PreconditionedOptimizer
+from hesscurv.optim import NewtonCG, PreconditionedOptimizer
 
 
 class OwnKey(torch.optim.SGD):
@@ -105,3 +105,14 @@ def test_a_refused_base_is_as_before():
         with pytest.raises((TypeError, ValueError)):
             wrap(base, model, **options)
     assert base.state_dict() == before
+
+
+@pytest.mark.parametrize("kind", [wrap, lambda **o: NewtonCG(net().parameters(), **o)])
+def test_a_generator_is_drawn_from_once_and_not_where_an_argument_is_refused(kind):
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+    with pytest.raises(ValueError, match="damping"):
+        kind(damping=-1.0, generator=generator)
+    assert torch.equal(generator.get_state(), before)
+    kind(generator=generator)
+    assert not torch.equal(generator.get_state(), before)

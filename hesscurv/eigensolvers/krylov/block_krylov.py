@@ -58,7 +58,7 @@ def block_krylov(
     residual is small and all eigenvalues before it are shown to be in the space: there are no
     others beyond ``x = |theta_i| + max(tol |theta_i|, 10 eps |lambda_1|)``. By Haynsworth's theorem
     that holds if H' + S(x) has no eigenvalue beyond x, with H' the compression of H outside the
-    expanded vectors and S(x) known: see `hesscurv.linalg.eigenvalue_bounds`. A Krylov process of
+    expanded vectors and S(x) known: see `krylov.eigenvalue_bounds`. A Krylov process of
     that matrix from one random vector runs until it finds an eigenvalue beyond x, or until the
     eigenvector would have to hold less than a share tau of that vector, which has probability
     0.001. So for every symmetric H, whatever its spectrum, multiplicities and gaps, a search

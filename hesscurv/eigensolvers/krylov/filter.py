@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor
 
+from hesscurv.eigensolvers.krylov.eigenvalue_bounds import least_share
 from hesscurv.eigensolvers.krylov.search import ESCAPES, LEAST_STEPS
 from hesscurv.eigensolvers.krylov.space import KrylovSpace
 from hesscurv.linalg.block_norms import column_norms
-from hesscurv.linalg.eigenvalue_bounds import least_share
-from hesscurv.linalg.orthogonalization import inner_products, project_out_
+from hesscurv.linalg.projections import inner_products, project_out_
 from hesscurv.linalg.transfers import to_device_of
 
 
@@ -20,7 +20,7 @@ def is_bounded_by_filter(
 ) -> bool:
     r"""Whether all eigenvalues beyond `space.bound(last)` at one end are in the space.
 
-    True if B = H' + S of `hesscurv.linalg.eigenvalue_bounds` has none there. A random vector y
+    True if B = H' + S of `krylov.eigenvalue_bounds` has none there. A random vector y
     outside is multiplied by the Chebyshev polynomial T_n of B, mapped so that [-1, 1] covers its
     spectrum: then ||T_n(B) y|| <= ||y||, while the component of an eigenvector beyond x grows by
     T_n(x). It stores three vectors instead of one per step as `Search`, but takes more steps and

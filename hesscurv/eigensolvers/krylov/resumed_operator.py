@@ -18,8 +18,8 @@ from torch import Tensor
 
 from hesscurv.eigensolvers.krylov.space import KrylovSpace
 from hesscurv.linalg.block_norms import block_size
-from hesscurv.linalg.orthogonalization import inner_products
 from hesscurv.linalg.precision import full_precision
+from hesscurv.linalg.projections import inner_products
 
 _ROWS = 32  # stored vectors cast to the operator's dtype at once
 # Accepted difference, as a multiple of the asymmetry of T plus the rounding of stored vectors.

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hesscurv.eigensolvers.krylov.eigenvalue_bounds import is_bounded, least_bound, least_share
 from hesscurv.eigensolvers.krylov.space import KrylovSpace
-from hesscurv.linalg.eigenvalue_bounds import is_bounded, least_bound, least_share
 
 # Bound on the probability that a missed eigenvector escapes one search.
 ESCAPES = 1e-3
@@ -23,7 +23,7 @@ _WIDE = 0.8
 class Search:
     """A block Krylov process from random vectors outside the expanded ones, and its outcome.
 
-    With H' and S as in `hesscurv.linalg.eigenvalue_bounds`, the space has all eigenvectors beyond
+    With H' and S as in `krylov.eigenvalue_bounds`, the space has all eigenvectors beyond
     the bound x at one end if H' + S(x) has no eigenvalue beyond x, and at both if H' has none
     beyond x - ||S(x)||. The process runs on B = H' + S or, for both ends at once, on B = H'.
 

@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from hesscurv.eigensolvers.krylov.basis import Basis
+from hesscurv.eigensolvers.krylov.eigenvalue_bounds import schur_complement
 from hesscurv.eigensolvers.residuals import convergence_threshold
 from hesscurv.linalg.block_norms import BlockSize, block_size
-from hesscurv.linalg.eigenvalue_bounds import schur_complement
 from hesscurv.linalg.floating_range import SAFE_RANGE, require_range
-from hesscurv.linalg.orthogonalization import orthonormalize_against_, project_out_
+from hesscurv.linalg.orthogonalization import orthonormalize_against_
+from hesscurv.linalg.projections import project_out_
 from hesscurv.linalg.ritz import sides_of, wanted_first
 from hesscurv.linalg.small_eigenproblems import eigh
 from hesscurv.operators.linear_operator import LinearOperator
@@ -212,7 +213,7 @@ class KrylovSpace:
     def schur_complement(self, side: int, index: int, first: int | None = None) -> Tensor:
         """Return S(x) for x = `bound(index)`, (q, q), in the vectors after the first expanded ones.
 
-        See `hesscurv.linalg.eigenvalue_bounds`.
+        See `krylov.eigenvalue_bounds`.
 
         Args:
             side: +1 or -1.

@@ -12,7 +12,8 @@ from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.sketch.ritz_result import ritz_result
 from hesscurv.interface.integers import as_int
-from hesscurv.linalg.orthogonalization import inner_products, orthonormalize_
+from hesscurv.linalg.orthogonalization import orthonormalize_
+from hesscurv.linalg.projections import inner_products
 from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.matrix_operators import as_linear_operator

@@ -15,7 +15,7 @@ from hesscurv.distributed import Communicator
 from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers import ConvergenceWarning, Eigenpairs, eigsh
 from hesscurv.hooks.monitoring.layouts import carry_over, dense_layout, dense_names
-from hesscurv.linalg.orthogonalization import project_out_
+from hesscurv.linalg.projections import project_out_
 from hesscurv.objective.data.samples import map_tensors
 from hesscurv.objective.parameters import (
     ParameterLayout,
