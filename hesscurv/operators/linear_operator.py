@@ -404,12 +404,14 @@ class OperatorSum(LinearOperator):
 
     def settings(self) -> dict[str, Any]:
         """Return what decides the rounding of products, of each operator."""
+        if len(self.terms) == 1:  # a multiple goes on from the operator's own settings
+            return self.terms[0][1].settings()
         return {str(i): H.settings() for i, (_, H) in enumerate(self.terms)}
 
     def adopt(self, settings: dict[str, Any]) -> None:
         """Compute from here on as the operators did whose `settings` these are."""
         for i, (_, H) in enumerate(self.terms):
-            H.adopt(settings[str(i)])
+            H.adopt(settings if len(self.terms) == 1 else settings[str(i)])
 
 
 def require_finite(vectors: Tensor) -> None:
