@@ -18,6 +18,7 @@ from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.krylov.block_krylov import block_krylov
 from hesscurv.eigensolvers.residuals import ConvergenceWarning, evenly_spaced
+from hesscurv.eigensolvers.residuals import converged as is_converged
 from hesscurv.eigensolvers.sketch.single_pass import single_pass
 from hesscurv.eigensolvers.sketch.two_pass import rayleigh_ritz
 from hesscurv.interface.integers import as_int
@@ -145,13 +146,14 @@ def eigsh(
     left = None if max_matvecs is None else max(k, max_matvecs - lost)
     pairs = solver(operator * factor, k, max_matvecs=left, **options)
     operator.confirm()
-    return replace(
+    pairs = replace(
         pairs,
         eigenvalues=pairs.eigenvalues / factor,
         residuals=pairs.residuals / factor,
         num_matvecs=pairs.num_matvecs + lost,
         info={n: v / factor if n == "noise" else v for n, v in pairs.info.items()},
     )
+    return _with_product_errors(operator, pairs, tol)
 
 
 def _with_product_errors(operator: LinearOperator, pairs: Eigenpairs, tol: float) -> Eigenpairs:
@@ -166,7 +168,8 @@ def _with_product_errors(operator: LinearOperator, pairs: Eigenpairs, tol: float
         return pairs
     error = float(errors.max())
     residuals = pairs.residuals + error
-    converged = pairs.converged & (residuals <= tol * pairs.eigenvalues.abs())
+    eps = torch.finfo(operator.dtype).eps
+    converged = pairs.converged & is_converged(residuals, pairs.eigenvalues, tol, eps)
     lost = int(pairs.converged.sum() - converged.sum())
     if lost:
         warnings.warn(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from hesscurv.interface.moved_arguments import moved
 from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.interface.user_warning import warn_user
 from hesscurv.linalg.random_matrices import draw_seed
@@ -153,6 +154,7 @@ class PreconditionedOptimizer(Optimizer):
         >>> optimizer = PreconditionedOptimizer(sgd, model, task, curvature_batches)
     """
 
+    @moved(seed="generator=torch.Generator().manual_seed(seed)")
     def __init__(
         self,
         base: Optimizer,

@@ -34,6 +34,12 @@ def twice():
 
 
 REFUSED = {
+    "moved": (lambda: wrap(seed=3), TypeError, "seed= has moved: pass generator="),
+    "moved in NewtonCG": (
+        lambda: NewtonCG(net().parameters(), seed=3),
+        TypeError,
+        "seed= has moved: pass generator=",
+    ),
     "class": (lambda: wrap(torch.optim.SGD), TypeError, "got the class SGD; pass an instance"),
     "no optimizer": (lambda: wrap(3), TypeError, "expected base to be a torch.optim.Optimizer"),
     "LBFGS": (

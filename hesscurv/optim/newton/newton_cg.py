@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
+from hesscurv.interface.moved_arguments import moved
 from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.linalg.random_matrices import draw_seed
 from hesscurv.optim.newton.closure_gauss_newton import ClosureGaussNewton
@@ -144,6 +145,7 @@ class NewtonCG(Optimizer):
         True
     """
 
+    @moved(seed="generator=torch.Generator().manual_seed(seed)")
     def __init__(
         self,
         params: ParamsT,
