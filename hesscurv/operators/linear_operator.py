@@ -161,7 +161,7 @@ class LinearOperator(ABC):
 
     def __rsub__(self, other: float) -> OperatorSum:
         """Return a number times the identity, minus the operator."""
-        return self * -1.0 + other
+        return self * -1.0 + other if _is_number(other) else NotImplemented
 
     def _terms(self) -> tuple[list[tuple[float, LinearOperator]], float]:
         """Return factors and operators that add up to this one, and a multiple of the identity."""

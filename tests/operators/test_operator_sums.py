@@ -83,6 +83,8 @@ def test_operators_that_do_not_fit_are_refused(H):
             small * wrong
         with pytest.raises(TypeError):
             small + wrong
+        with pytest.raises(TypeError):
+            wrong - small
 
 
 def test_a_restriction_is_the_principal_submatrix(H, G):
