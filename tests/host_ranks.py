@@ -48,7 +48,7 @@ def run_lightning():
     watch = CurvatureCallback(k=2, samples=8, schedule=every(2), loggers=[logger])
     states = []
     for callbacks in ([], [watch]):
-        seed_everything(1, verbose=False)
+        seed_everything(1)
         module = Net()
         trainer = Trainer(
             max_epochs=1,

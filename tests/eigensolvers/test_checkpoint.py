@@ -143,7 +143,8 @@ def test_cut_off_at_any_call_that_changes_files_it_ends_with_the_same_bits(tmp_p
     cuts = [[count] for count in (*range(1, 24), *range(24, 150, 14))] + [[9, 14, 23, 31, 57]]
     for counts in cuts:
         folder = tmp_path / str(counts[0]) / str(len(counts))
-        assert all(cut_off(A, folder, count, monkeypatch, **options) for count in counts), counts
+        cut = all(cut_off(A, folder, count, monkeypatch, **options) for count in counts)
+        assert cut or counts[0] > 60, counts  # how many calls there are depends on the rounding
         pairs = solve(A, folder, **options)
         assert torch.equal(pairs.eigenvalues, expected.eigenvalues), counts
         assert torch.equal(pairs.eigenvectors, expected.eigenvectors), counts

@@ -93,7 +93,7 @@ def fit(callbacks, folder, build=Net, data=None, epochs=2, **options):
     """Train, from the same random numbers every time."""
     given = {"logger": False, "enable_checkpointing": False, "log_every_n_steps": 1, **options}
     checkpoint = given.pop("ckpt_path", None)
-    seed_everything(1, verbose=False)
+    seed_everything(1)
     module = build()
     trainer = Trainer(
         max_epochs=epochs,
@@ -272,7 +272,7 @@ def test_in_ddp_the_wrapped_module_is_measured(tmp_path):
     expected = everything(*fit([], tmp_path, strategy="ddp"))
     assert_equal(everything(*fit([callback], tmp_path, strategy="ddp")), expected)
     assert isinstance(callback.monitor.model, nn.parallel.DistributedDataParallel)
-    seed_everything(1, verbose=False)
+    seed_everything(1)
     with torch.no_grad():
         loss = float(nn.functional.cross_entropy(Net().eval()(x), y))
     assert callback.records[0]["loss"] == pytest.approx(loss, rel=1e-6)
