@@ -119,8 +119,10 @@ def orthonormalize_against_(
     size = size or block_size(W_bD, across)
     if known_nb is None:
         known_nb = torch.zeros(0, W_bD.shape[0], dtype=torch.float64, device="cpu")
-    begin_ = _begin_ if size.is_read or across is not None or len(W_bD) == 0 else _begin_ahead_
-    begun = begin_(W_bD, slabs, floor, known_nb, size, across)
+    if size.is_read or across is not None or len(W_bD) == 0:
+        begun = _begin_(W_bD, slabs, floor, known_nb, size, across)
+    else:
+        begun = _begin_ahead_(W_bD, slabs, floor, known_nb, size)
     scale, threshold, C_mb, R_rb, G_bb, again = begun
     Q_rD, R_rb = _factor_(W_bD, G_bb, R_rb, threshold, across)
     for _ in range(_MAX_PASSES if again else 0):
@@ -180,7 +182,6 @@ def _begin_ahead_(
     floor: float,
     known_nb: Tensor,
     size: BlockSize,
-    across: Reduction | None,
 ) -> _Begun:
     """Project, orthonormalise by Cholesky and project again, synchronising a GPU only once.
 
@@ -230,7 +231,8 @@ def _begin_ahead_(
     return _Begun(
         scale,
         max(floor / scale, _noise(len(C_mb), W_bD.dtype) * largest),
-        C_mb + correction_mb @ R_bb if slabs else C_mb,
+        # Without a basis, both have no rows.
+        C_mb + correction_mb @ R_bb,
         R_bb,
         G_bb,
         not enough,

@@ -48,8 +48,8 @@ class ComparedProducts:
         self.local, self.way = local, way
         self._checking, self._late = checking, late
         self._comparing = checking or way == "auto"
-        looped = [way.name for way in local.curvature.ways if way.looped]
-        looped += [way.name for way in local.curvature.fallbacks if way.looped]
+        known = (*local.curvature.ways, *local.curvature.fallbacks)
+        looped = [known_way.name for known_way in known if known_way.looped]
         self._agreement = Agreement(local.reference, looped)
         self.choice = WayChoice(local, self._agreement, way)
         self._record: Combination | None = None  # of all products that the reference has not given

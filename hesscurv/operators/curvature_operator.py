@@ -254,7 +254,7 @@ class CurvatureOperator(SummedOperator):
         """Choose from here on as the operator did whose `settings` these are."""
         self.products.choice.load(settings)
 
-    def seconds_per_vector(self, block: int) -> float | None:
+    def seconds_per_vector(self, block: int) -> float:
         """Return the predicted seconds per vector and pass over the data, in blocks of `block`.
 
         On many ranks the slowest one's, the same on all of them, and to be called on all.
@@ -318,7 +318,3 @@ class CurvatureOperator(SummedOperator):
                 self._look_at_data()
         else:
             super()._count()
-
-    def _count_together(self, what: str) -> None:
-        super()._count_together(what)
-        self._local.own_weight, self._local.total_weight = self.own_weight, self.total_weight

@@ -35,10 +35,6 @@ class SummedOperator(LinearOperator):
         objective: What is measured, with this rank's batches; its values are not yet taken.
         communicator: The ranks.
 
-    Attributes:
-        own_weight: The weight of this rank's batches.
-        total_weight: The weight of all ranks' batches.
-
     Raises:
         ValueError: On all ranks, if they build different operators.
     """
@@ -49,7 +45,6 @@ class SummedOperator(LinearOperator):
         super().__init__(objective.layout.numel, objective.dtype, objective.device)
         self.objective = objective
         self.communicator = communicator
-        self.own_weight = self.total_weight = 0.0
         self._solving = False  # whether a solver looks at every product itself
         self._counted = 0  # how often the batches had been read when they were last counted
         if communicator.size > 1:
@@ -73,6 +68,16 @@ class SummedOperator(LinearOperator):
             **({"way": self.way} if hasattr(self, "way") else {}),
             **({"ranks": ranks} if ranks > 1 else {}),
         }
+
+    @property
+    def own_weight(self) -> float:
+        """The weight of this rank's batches."""
+        return self.products.local.own_weight
+
+    @property
+    def total_weight(self) -> float:
+        """The weight of all ranks' batches."""
+        return self.products.local.total_weight
 
     @abstractmethod
     def _forget(self) -> None:
@@ -154,28 +159,28 @@ class SummedOperator(LinearOperator):
         weight = self.objective.weight(batch)
         if not 0 <= weight < math.inf:
             raise ValueError(f"expected a batch weight >= 0, got {weight} for batch {index}")
-        self.own_weight += weight
+        self.products.local.own_weight += weight
         return weight
 
     def _count_together(self, what: str) -> None:
         """Count this rank's batches if they were read again, and add up all ranks' weights."""
-        batches = self.objective.batches
+        batches, local = self.objective.batches, self.products.local
         with (
             self.communicator.together(what) as step,
             torch.inference_mode(False),
             torch.no_grad(),
         ):
             if batches.reads == 0 or batches.reads != self._counted:
-                self.own_weight = 0.0
+                local.own_weight = 0.0
                 self._count()
                 self._counted, step.note = batches.reads, 1
         if not any(step.notes):
             return
-        own = torch.tensor(self.own_weight, dtype=torch.float64, device="cpu")
-        self.total_weight = float(self.communicator.sum_(own))
-        if not self.total_weight > 0:
+        own = torch.tensor(local.own_weight, dtype=torch.float64, device="cpu")
+        local.total_weight = float(self.communicator.sum_(own))
+        if not local.total_weight > 0:
             raise ValueError(
-                f"expected a positive total weight, got {self.total_weight}: "
+                f"expected a positive total weight, got {local.total_weight}: "
                 f"{_why_nothing_counts(self.objective.task)}"
             )
 

@@ -34,7 +34,9 @@ def choose_block_size(H: LinearOperator, k: int) -> int:
     grows more slowly: see `expected_matvecs`.
     """
     dim = H.shape[0]
-    if H.seconds_per_vector(4) is None:
+    widths = [b for b in (4, 8, 16, 32, 64) if b <= max(4, k // 4)]
+    product = {b: cost for b in widths if (cost := H.seconds_per_vector(b)) is not None}
+    if not product:
         return max(1, min(16, k // 4 if k > 16 else 4, dim))
     # Orders of magnitude suffice: entries read, and multiply-adds, per second.
     read, multiplied = (2.5e9, 5e10) if H.device.type == "cpu" else (4e11, 1e13)
@@ -42,9 +44,9 @@ def choose_block_size(H: LinearOperator, k: int) -> int:
     def seconds(b: int) -> float:
         # A projection reads the basis, of k vectors on average, twice per block.
         gram_schmidt = 2 * k * dim * (1 / (b * read) + 1 / multiplied)
-        return ((H.seconds_per_vector(b) or 0.0) + gram_schmidt) * expected_matvecs(k, b)
+        return (product[b] + gram_schmidt) * expected_matvecs(k, b)
 
-    return min(dim, min((b for b in (4, 8, 16, 32, 64) if b <= max(4, k // 4)), key=seconds))
+    return min(dim, min(product, key=seconds))
 
 
 def plan(

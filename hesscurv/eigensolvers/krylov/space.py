@@ -300,7 +300,8 @@ class KrylovSpace:
                 torch.zeros(0, size, dtype=torch.float64, device="cpu"),
             )
         else:
-            floor = self.eps * (max(self._scale, *found.norms) if found.is_read else self._scale)
+            # Of the norms before; these vectors' own count in the orthonormalisation.
+            floor = self.eps * self._scale
             # By symmetry E^T H S = (S^T H E)^T, which is part of A: no projection is computed.
             known = self.A[m : m + size].mT
             try:
