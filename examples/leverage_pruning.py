@@ -1,4 +1,4 @@
-"""What is the overlap with the top eigenspace worth for pruning? Masks by four scores, compared.
+"""Worth of the overlap with the top eigenspace for pruning: masks by four scores, compared.
 
 The leverage score of a weight, ``sum_j V_ij^2`` over the top k Hessian eigenvectors, says how much
 of it lies in their space. The mask of the largest leverages overlaps most with the eigenspace, of

@@ -1,4 +1,4 @@
-"""What the comparisons with independent references cost, of a whole eigsh.
+"""Cost of the comparisons with independent references, as a share of a whole eigsh.
 
     python examples/benchmarks/checks.py [--data DIR] [--quick]
 

@@ -1,4 +1,4 @@
-"""What gpu.py measures: the networks and their data on a device, at full size or at a tenth.
+"""Networks and data of gpu.py on a device, at full size or at a tenth.
 
 Import it; it is not run. `make_problem` gives, in eval mode:
 

@@ -1,4 +1,4 @@
-"""Which operations of torch the Hessian, the GGN and the Fisher work on, and what is refused.
+"""Operations of torch under the Hessian, the GGN and the Fisher: working, refused, wrong.
 
     python examples/benchmarks/operations.py [--ways] [NAME ...]
 

@@ -1,4 +1,4 @@
-"""When to prune in training: as soon as mask and eigenspace are stable, early, late, or never.
+"""Pruning in training: once mask and eigenspace are stable, early, late, or never.
 
     python examples/benchmarks/prune_when_stable.py --data DIR     # CIFAR-10; about half an hour
     python examples/benchmarks/prune_when_stable.py --quick        # digits

@@ -1,4 +1,4 @@
-"""What the benchmarks share in reporting: options, tables, verdicts, and the file of results.
+"""Common reporting of the benchmarks: options, tables, verdicts, and the file of results.
 
 Import it; it is not run. Every run appends one line of JSON to `results.jsonl` beside this file:
 

@@ -1,4 +1,4 @@
-"""What it costs to keep the basis elsewhere or in half precision: accuracy, seconds, memory.
+"""Cost of keeping the basis elsewhere or in half precision: accuracy, seconds, memory.
 
     python examples/benchmarks/storage.py [--quick] [--data DIR] [--folder DIR]
 

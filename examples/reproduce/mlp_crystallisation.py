@@ -1,4 +1,4 @@
-"""When do the largest weights, and the top eigenspace, stop changing? The paper's MLP, all steps.
+"""Settling of the largest weights and of the top eigenspace of the paper's MLP, at all steps.
 
     python examples/reproduce/mlp_crystallisation.py                # digits, a minute on a core
     python examples/reproduce/mlp_crystallisation.py --data DIR     # MNIST, DIR/MNIST/raw

@@ -1,4 +1,4 @@
-"""Which distance tells a mask and an eigenspace from chance? All seven metrics on the paper's MLP.
+"""All seven metrics between mask and eigenspace beside chance, on the paper's MLP.
 
     python examples/reproduce/mlp_metrics.py                # digits, a minute on a core
     python examples/reproduce/mlp_metrics.py --data DIR     # MNIST, DIR/MNIST/raw

@@ -1,4 +1,4 @@
-"""How much do masks overlap with the top eigenspace, by k and by step? The paper's MLP.
+"""Overlap of masks with the top eigenspace, by k and by step, of the paper's MLP.
 
     python examples/reproduce/mlp_overlap.py                # digits, two minutes on a core
     python examples/reproduce/mlp_overlap.py --data DIR     # MNIST, DIR/MNIST/raw

@@ -1,4 +1,4 @@
-"""What the figures of this folder share; import it, it is not run."""
+"""Common parts of the figures of this folder; imported, not run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is asked of an optimizer that is wrapped, and where its steps can be preconditioned."""
+"""Requirements on a wrapped optimizer, and the places where its steps can be preconditioned."""
 
 from __future__ import annotations
 

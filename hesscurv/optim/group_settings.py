@@ -1,4 +1,4 @@
-"""What a preconditioned optimizer keeps in its base's parameter groups: settings and counters.
+"""Settings and counters of a preconditioned optimizer in its base's parameter groups.
 
 A state dict has a place for tensors by parameter and for plain values by group, and none for more;
 so what a run needs to go on is in every group, and the same in all. Names carry a prefix: a base

@@ -1,4 +1,4 @@
-"""What a step may change, as it was before it."""
+"""Snapshots of the state that a step may change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which parameters both a model and an optimizer have, and a Hessian can be taken of."""
+"""Parameters that a model and an optimizer share, and that a Hessian can be taken of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How far to go along a direction, and how far to trust the quadratic model the next time."""
+"""Step length along a direction, and trust in the quadratic model for the next step."""
 
 from __future__ import annotations
 

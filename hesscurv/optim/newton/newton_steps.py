@@ -1,4 +1,4 @@
-"""How a Newton direction, or a model of many, becomes a step, and what is noted of it."""
+"""Steps along a Newton direction, or to the minimum of a model of many, and their records."""
 
 from __future__ import annotations
 

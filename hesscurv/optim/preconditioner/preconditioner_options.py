@@ -1,4 +1,4 @@
-"""What PreconditionedOptimizer takes: ranges of hyperparameters, model, task, batches."""
+"""Argument checks of `PreconditionedOptimizer`."""
 
 from __future__ import annotations
 

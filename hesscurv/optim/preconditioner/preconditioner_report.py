@@ -1,4 +1,4 @@
-"""What a preconditioned optimizer has done and found, in numbers and in words."""
+"""Report of a preconditioned optimizer: refreshes, costs and findings."""
 
 from __future__ import annotations
 
