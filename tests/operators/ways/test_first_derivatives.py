@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from networks import Once
+from networks import Once, Sine
 from torch import nn
 from torch.nn import functional as F
 
@@ -14,26 +14,16 @@ TASK = hesscurv.supervised(nn.CrossEntropyLoss())
 KINDS = {"ggn": GGNOperator, "fisher": EmpiricalFisherOperator}
 
 
-class Numpy(torch.autograd.Function):
+class Numpy(Sine):
     """Leaves torch on the way back: no derivative of the backward pass, and no forward mode."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
 
     @staticmethod
     def backward(ctx, slope):
         return torch.from_numpy(slope.numpy() * np.cos(ctx.saved_tensors[0].numpy()))
 
 
-class Detached(torch.autograd.Function):
+class Detached(Sine):
     """A right first derivative whose own derivative is silently cut."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
 
     @staticmethod
     def backward(ctx, slope):
@@ -57,13 +47,8 @@ class WithForwardMode(torch.autograd.Function):
         return tangent * ctx.saved_tensors[0].cos()
 
 
-class Wrong(torch.autograd.Function):
+class Wrong(Sine):
     """A backward that is not the derivative, without a derivative of its own."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
