@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from dataclasses import asdict
 from typing import Any
 
@@ -23,8 +22,9 @@ from hesscurv.eigensolvers.krylov.search import (
     sides_to_search,
 )
 from hesscurv.eigensolvers.krylov.space import KrylovSpace
+from hesscurv.eigensolvers.krylov.unconverged import warn_unconverged
 from hesscurv.eigensolvers.progress import Progress
-from hesscurv.eigensolvers.residuals import ConvergenceWarning, evenly_spaced, measured_residuals
+from hesscurv.eigensolvers.residuals import evenly_spaced, measured_residuals
 from hesscurv.linalg.block_norms import column_norms
 
 # Maximal number of starting vectors of a search.
@@ -33,8 +33,6 @@ _MOST_WIDTH = 16
 _MOST_MEASURED = 8
 # Coupling lost in restarts, relative to the thresholds, beyond which all residuals are measured.
 _MOST_LOST = 0.3
-# Asymmetry of products, relative to the norm of the operator, that rounding does not explain.
-_ASYMMETRIC = 1e-3
 # Consecutive inconclusive searches after which no more are started.
 _MOST_STALLS = 20
 # Maximal number of matvecs of a Chebyshev filter.
@@ -358,7 +356,10 @@ class KrylovRun:
         if not bool(done.all()):
             noise_seen = max(space.noise, 0.0 if math.isnan(noise) else noise)
             repeated = self._repeated_noise(V_Dk) if not bool(within.all()) else 0.0
-            self._warn(values, residuals, within, complete, max(noise_seen, repeated), repeated)
+            noise_seen = max(noise_seen, repeated)
+            warn_unconverged(
+                space, self.max_matvecs, values, residuals, within, complete, noise_seen, repeated
+            )
         return Eigenpairs(
             eigenvalues=values.to(H.device, H.dtype),
             eigenvectors=as_rows(V_Dk, H.communicator, space.dim),
@@ -390,67 +391,6 @@ class KrylovRun:
         if space.num_expanded < space.k:
             return 0
         return sum(map(self._is_known, range(space.k)))
-
-    def _warn(
-        self,
-        values: Tensor,
-        residuals: Tensor,
-        within: Tensor,
-        complete: int,
-        noise: float,
-        repeated: float,
-    ) -> None:
-        space, k, told = self.space, self.space.k, []
-        done = within & (torch.arange(k, device="cpu") < complete)
-        if not bool(within.all()):
-            worst = int((residuals / values.abs().clamp(min=1e-300)).argmax())
-            told.append(
-                f"pair {worst} has eigenvalue {values[worst]:.3g} and residual "
-                f"{residuals[worst]:.2g}; "
-                + self._reason(values, residuals[~within], noise, repeated)
-            )
-        if bool((within & ~done).any()):
-            told.append(
-                f"{int((within & ~done).sum())} pairs have residuals within tol, but larger ones "
-                "may have been missed before them, since no search for these was conclusive; raise "
-                f"max_matvecs (now {self.max_matvecs}) or max_basis (now {space.capacity})"
-            )
-        warnings.warn(
-            f"{int(done.sum())} of {k} eigenpairs have converged to tol={space.tol:g} after "
-            f"{space.num_matvecs} products; {'; '.join(told)}. See `converged` and `residuals`",
-            ConvergenceWarning,
-            stacklevel=4,
-        )
-
-    def _reason(self, values: Tensor, residuals: Tensor, noise: float, repeated: float) -> str:
-        """Return the cause and remedy for residuals above tol."""
-        space = self.space
-        # Errors of norm s in random directions differ by s sqrt(2 m / D) in m of D directions.
-        random = repeated * math.sqrt(2 * space.num_expanded / space.dim) / space.scale
-        if space.asymmetry > max(_ASYMMETRIC, 5 * random):
-            return (
-                "the products are not those of a symmetric operator: v^T (H w) and w^T (H v) "
-                f"differ by {space.asymmetry:.1g} of its norm; look for a wrong backward pass in "
-                "custom functions, or symmetrise it; where the loss is nearly 0, its curvature is "
-                "below rounding: compute in float64 (compute_dtype=torch.float64)"
-            )
-        if float(residuals.min()) > 5 * noise:
-            if space.num_restarts > 2 and space.capacity < 2 * space.k + 10 * space.block:
-                return (
-                    f"the basis is small: raise max_basis (now {space.capacity}), max_matvecs (now "
-                    f"{self.max_matvecs}) or tol"
-                )
-            return f"raise max_matvecs (now {self.max_matvecs}), max_basis or tol"
-        if space.rounding * float(values.abs().max()) > 0.2 * noise:
-            return (
-                f"the rounding of the stored vectors is a noise of {noise:.2g}: store them in "
-                f"{space.H.dtype} (storage_dtype) or raise tol"
-            )
-        cause = "differ from call to call: fix their randomness (dropout), or" if repeated else ""
-        return (
-            f"the products' noise is {noise:.2g}: {cause + ' ' if cause else ''}compute them in "
-            "float64 (compute_dtype=torch.float64) or raise tol"
-        )
 
     def _repeated_noise(self, V_Dk: Tensor) -> float:
         """Return the norm of the non-reproducible error of a product."""
