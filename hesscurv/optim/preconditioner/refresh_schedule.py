@@ -64,14 +64,14 @@ class RefreshSchedule:
         return self.due is not None and step >= self.due
 
     def refreshed(self, step: int, seconds: float, *, worth_it: bool = True) -> None:
-        """Take note of a refresh before this step that took so long, and whether it paid."""
+        """Record the cost of a refresh before this step, and whether it paid."""
         self._in_vain = 0 if worth_it else min(self._in_vain + 1, _MOST_DOUBLINGS)
         self._last_seconds = seconds
         self.refresh_seconds += seconds
         self.last, self.due, self._watching = step, None, (step, self.clock())
 
     def spent(self, seconds: float) -> None:
-        """Take note of time that went into something else than training."""
+        """Record time that went into something else than training."""
         self.refresh_seconds += seconds
 
     def elapsed(self) -> float:
