@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from hesscurv.hooks import CurvatureMonitor
 from hesscurv.hooks.monitoring.unchanged import unchanged_random_states
 from hesscurv.objective.data.batches import check_source
+from hesscurv.objective.data.curvature_samples import take_samples
 from hesscurv.objective.data.samples import describe, num_samples
-from hesscurv.optim.preconditioner.curvature_samples import take_samples
 
 _BATCHES = 4  # of the training loader, by default
 

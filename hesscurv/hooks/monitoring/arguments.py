@@ -12,7 +12,7 @@ from torch import nn
 from hesscurv.linalg.precision import require_float64
 from hesscurv.objective.data.batches import check_source
 from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.optim.preconditioner.eigenspace_tracker import OPERATORS
+from hesscurv.operators.kinds import OPERATORS
 from hesscurv.optim.ranges import check_count
 
 

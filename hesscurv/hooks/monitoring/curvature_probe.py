@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -13,9 +12,15 @@ from torch import Tensor, nn
 from hesscurv import spectra
 from hesscurv.distributed import Communicator
 from hesscurv.distributed.sharded import whole
-from hesscurv.eigensolvers import ConvergenceWarning, Eigenpairs, eigsh
+from hesscurv.eigensolvers import Eigenpairs
+from hesscurv.eigensolvers.tracked_eigenspace import (
+    RefreshLimit,
+    narrow_block,
+    refresh_eigenspace,
+)
 from hesscurv.hooks.monitoring.layouts import carry_over, dense_layout, dense_names
 from hesscurv.linalg.projections import project_out_
+from hesscurv.objective.data.curvature_samples import take_samples
 from hesscurv.objective.data.samples import map_tensors
 from hesscurv.objective.parameters import (
     ParameterLayout,
@@ -25,16 +30,15 @@ from hesscurv.objective.parameters import (
     unwrap,
 )
 from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.kinds import OPERATORS
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.loss_gradient import loss_and_gradient
 from hesscurv.operators.summed_operator import device_of
-from hesscurv.optim.preconditioner.curvature_samples import take_samples
-from hesscurv.optim.preconditioner.eigenspace_tracker import OPERATORS
 
-# Limit on the matvecs of the first solve, from random vectors, as a multiple of a refresh's.
-FIRST = 4
-# Maximal number of matvecs of a search for the largest eigenvalue by value.
-SEARCHED = 150
+# Bounded from random vectors too: at initialisation, clustered eigenvalues converge slowly.
+_COLD = 4  # a cold solve's limit, as a multiple of a refresh's
+_LIMIT = RefreshLimit(cold=3 * _COLD, warm=3)
+_SEARCH = RefreshLimit(cold=150, warm=50)  # of the largest eigenvalue by value
 
 
 class Probe:
@@ -155,23 +159,11 @@ class Probe:
         count = min(count, H.shape[0])
         if initial is not None and source is not None:
             initial = self._start(initial, source)
-        block = min(count, max(4, min(16, count // 4)))
-        most = max(count, self.max_matvecs or 3 * count)
-        if initial is None:
-            most *= FIRST  # bounded: at initialisation, clustered eigenvalues converge slowly
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the record says so
-            pairs = eigsh(
-                H,
-                count,
-                tol=self.tol,
-                generator=torch.Generator().manual_seed(self.seed + seed),
-                block_size=block,
-                max_matvecs=most,
-                verify=initial is None,
-                initial=initial,
-            ).gather()
-        return pairs
+        is_warm = initial is not None
+        most = _LIMIT.matvecs(count, is_warm)
+        if self.max_matvecs is not None:
+            most = max(count, self.max_matvecs) * (1 if is_warm else _COLD)
+        return self._refresh(count, seed, initial, most, block_size=narrow_block(count))
 
     def largest(
         self, pairs: Eigenpairs, seed: int, initial: Tensor | None, source: ParameterLayout | None
@@ -190,27 +182,15 @@ class Probe:
         Returns:
             None if it is among the top pairs; otherwise a single pair.
 
-        Cost: where it is looked for, at most `SEARCHED` products, with a vector to start from a
-        third of it.
+        Cost: where it is looked for, at most 150 matvecs, 50 with a vector to start from.
         """
         H = self.operator
         if len(pairs) == H.shape[0] or float(pairs.eigenvalues.max()) >= 0:
             return None
         if initial is not None and source is not None:
             initial = self._start(initial, source)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # the record says so
-            return eigsh(
-                H,
-                1,
-                which="LA",
-                tol=self.tol,
-                generator=torch.Generator().manual_seed(self.seed + seed),
-                block_size=min(4, H.shape[0]),
-                max_matvecs=SEARCHED if initial is None else SEARCHED // 3,
-                verify=initial is None,
-                initial=initial,
-            ).gather()
+        most = _SEARCH.matvecs(1, initial is not None)
+        return self._refresh(1, seed, initial, most, which="LA", block_size=min(4, H.shape[0]))
 
     def trace(self, pairs: Eigenpairs, num_matvecs: int, seed: int) -> tuple[float, float]:
         """Return an estimate of the trace and its standard error.
@@ -243,6 +223,20 @@ class Probe:
     def forget(self) -> None:
         """Rebuild the operator on its next use."""
         self._operator = None
+
+    def _refresh(
+        self, count: int, seed: int, initial: Tensor | None, most: int, **options: Any
+    ) -> Eigenpairs:
+        return refresh_eigenspace(
+            self.operator,
+            count,
+            max_matvecs=most,
+            tol=self.tol,
+            generator=torch.Generator().manual_seed(self.seed + seed),
+            initial=initial,
+            verify_cold=True,
+            **options,
+        )
 
     def _start(self, initial: Tensor, source: ParameterLayout) -> Tensor | None:
         """Return warm-start vectors over the present parameters, zero where pruned or new."""

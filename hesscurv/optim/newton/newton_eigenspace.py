@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,16 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hesscurv.eigensolvers.eigsh import eigsh
-from hesscurv.eigensolvers.residuals import ConvergenceWarning
+from hesscurv.eigensolvers.tracked_eigenspace import RefreshLimit, refresh_eigenspace
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
 
 BASIS, EIGENVALUES = "basis", "eigenvalues"
 
-# Products of a refresh, relative to the rank: of the first, and of one that starts from the last
-# basis, each vector of which is multiplied once. More products gave no better steps.
-_FIRST, _AGAIN = 2.0, 1.3
+# More matvecs gave no better steps. Rough vectors serve as well: the preconditioner is positive
+# definite with any.
+_LIMIT = RefreshLimit(cold=2.0, warm=1.3)
 _LEAST_NORM = 0.1  # of what is left of a unit vector on fewer parameters
 
 
@@ -99,20 +96,11 @@ def compute_eigenspace(
     """
     initial = _join(state, params, H.dtype)
     if max_matvecs is None:
-        max_matvecs = math.ceil((_FIRST if initial is None else _AGAIN) * rank)
+        max_matvecs = _LIMIT.matvecs(rank, initial is not None)
     count = min(rank + 1, H.shape[0])
-    with warnings.catch_warnings():
-        # Rough vectors serve as well: the preconditioner is positive definite with any.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        pairs = eigsh(
-            H,
-            count,
-            tol=tol,
-            max_matvecs=max(max_matvecs, count),
-            generator=generator,
-            initial=initial,
-            verify=False,
-        )
+    pairs = refresh_eigenspace(
+        H, count, max_matvecs=max_matvecs, tol=tol, generator=generator, initial=initial
+    )
     pieces = [
         part.reshape(*p.shape, rank).to(p.dtype, copy=True, memory_format=torch.contiguous_format)
         for part, p in zip(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,19 +10,18 @@ import torch
 from torch import Tensor, nn
 
 from hesscurv.distributed import Communicator
-from hesscurv.eigensolvers import ConvergenceWarning, Eigenpairs, eigsh
+from hesscurv.eigensolvers import Eigenpairs
+from hesscurv.eigensolvers.tracked_eigenspace import (
+    RefreshLimit,
+    narrow_block,
+    refresh_eigenspace,
+)
+from hesscurv.objective.data.curvature_samples import take_samples
 from hesscurv.objective.parameters import unwrap
-from hesscurv.operators import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.kinds import OPERATORS
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.summed_operator import device_of
-from hesscurv.optim.preconditioner.curvature_samples import take_samples
-
-OPERATORS: dict[str, type[CurvatureOperator]] = {
-    "hessian": HessianOperator,
-    "ggn": GGNOperator,
-    "fisher": EmpiricalFisherOperator,
-}
 
 
 class EigenspaceTracker:
@@ -111,18 +109,17 @@ class EigenspaceTracker:
         or 8 at most.
         """
         # Small blocks get further with few products, where eigenvalues lie apart.
-        most, least = (_FEW_PER_PAIR, 2) if self.thrifty else (_MOST_PER_PAIR, 4)
+        limit, least = (_THRIFTY, 2) if self.thrifty else (_LIMIT, 4)
         with self._measuring():
-            return eigsh(
+            return refresh_eigenspace(
                 self.operator,
                 count,
+                max_matvecs=limit.matvecs(count, initial is not None),
                 tol=self.tol,
-                max_matvecs=max(_FEWEST, most * count),
                 generator=generator,
                 initial=initial,
-                block_size=min(count, max(least, min(16, count // 4))),
-                verify=False,
-            ).gather()
+                block_size=narrow_block(count, least),
+            )
 
     def drift(self, vector: Tensor, expected: Tensor) -> float:
         """Return ||H v - expected|| / ||expected|| at the present weights; one product."""
@@ -140,14 +137,13 @@ class EigenspaceTracker:
             generator: Of the starting block.
         """
         with self._measuring():
-            pairs = eigsh(
+            pairs = refresh_eigenspace(
                 _Scaled(self.second_operator, scale),
                 1,
-                tol=0.05,
                 max_matvecs=40,
+                tol=0.05,
                 generator=generator,
                 block_size=2,
-                verify=False,
             )
         return float(pairs.eigenvalues[0].abs())
 
@@ -171,10 +167,7 @@ class EigenspaceTracker:
             for m in modules:
                 m.training = m.training and isinstance(m, nn.modules.batchnorm._NormBase)
             before = sum(H.num_matvecs for H in self._all())
-            with warnings.catch_warnings():
-                # What has not converged enters the damping by its residual.
-                warnings.simplefilter("ignore", ConvergenceWarning)
-                yield
+            yield
         finally:
             for m, flag in zip(modules, flags, strict=True):
                 m.training = flag
@@ -220,5 +213,6 @@ class _Scaled(LinearOperator):
         return self._scale(self._H @ self._scale(vectors_DB))
 
 
-_MOST_PER_PAIR, _FEW_PER_PAIR = 12, 2
-_FEWEST = 8  # with fewer, one or two pairs are hardly more than random directions
+# What has not converged by then enters the damping by its residual. With fewer than 8 matvecs, one
+# or two pairs are hardly more than random directions.
+_LIMIT, _THRIFTY = RefreshLimit(12, 12, least=8), RefreshLimit(2, 2, least=8)

@@ -12,7 +12,7 @@ from hesscurv.linalg.precision import require_float64
 from hesscurv.objective.data.batches import Batches
 from hesscurv.objective.tasks import as_loss
 from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.optim.preconditioner.eigenspace_tracker import OPERATORS
+from hesscurv.operators.kinds import OPERATORS
 from hesscurv.optim.ranges import check_choice, check_count, check_generator, check_positive
 
 _OPTIONS = ("memory_budget", "way", "compute_dtype", "precision", "check")

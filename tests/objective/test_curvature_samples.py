@@ -18,7 +18,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from hesscurv.optim.preconditioner.curvature_samples import take_samples
+from hesscurv.objective.data.curvature_samples import take_samples
 
 
 def numbered(count=40):
