@@ -22,7 +22,7 @@ from hesscurv.operators.checks.references import with_reference
 from hesscurv.operators.linear_operator import require_finite
 from hesscurv.operators.local_product import LocalProduct
 from hesscurv.operators.timing.way_choice import WayChoice
-from hesscurv.operators.ways.linearizations import Linearization
+from hesscurv.operators.ways.linearization import Linearization
 from hesscurv.operators.ways.way import on_batch
 
 logger = logging.getLogger(__name__)

@@ -13,7 +13,8 @@ from hesscurv.operators.checks.derivative_check import Slope, random_sum
 from hesscurv.operators.checks.missing_derivatives import Differentiation
 from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.operators.ggn import GaussNewtonCurvature
-from hesscurv.operators.ways.linearizations import LinearMap, Params, scaled_identity
+from hesscurv.operators.ways.linearization import LinearMap, Params
+from hesscurv.operators.ways.output_curvature import scaled_identity
 
 
 class FisherCurvature(GaussNewtonCurvature):

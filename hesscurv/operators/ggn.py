@@ -12,16 +12,11 @@ from hesscurv.operators.checks.derivative_check import Slope, random_sum
 from hesscurv.operators.checks.missing_derivatives import Differentiation, of_ggn
 from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.operators.ways.first_derivatives import gauss_newton_forward, gauss_newton_rows
-from hesscurv.operators.ways.linearizations import (
-    Linearization,
-    LinearMap,
-    Params,
-    gauss_newton_batched,
-    gauss_newton_linearized,
-    gauss_newton_retained,
-    gauss_newton_vmapped,
-    output_hessian,
-)
+from hesscurv.operators.ways.linearization import Linearization, LinearMap, Params
+from hesscurv.operators.ways.linearized import gauss_newton_linearized
+from hesscurv.operators.ways.output_curvature import output_hessian
+from hesscurv.operators.ways.retained import gauss_newton_batched, gauss_newton_retained
+from hesscurv.operators.ways.vmapped import gauss_newton_vmapped
 from hesscurv.operators.ways.way import Curvature, Way
 
 

@@ -14,18 +14,11 @@ from hesscurv.objective.tasks import map_tensors, tensors_of
 from hesscurv.operators.checks.derivative_check import Slope
 from hesscurv.operators.checks.missing_derivatives import Differentiation, of_hessian
 from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.operators.ways.linearizations import (
-    Block,
-    Linearization,
-    Params,
-    Product,
-    hessian_batched,
-    hessian_linearized,
-    hessian_linearized_batched,
-    hessian_retained,
-    hessian_vmapped,
-)
+from hesscurv.operators.ways.linearization import Block, Linearization, Params, Product
+from hesscurv.operators.ways.linearized import hessian_linearized, hessian_linearized_batched
+from hesscurv.operators.ways.retained import hessian_batched, hessian_retained
 from hesscurv.operators.ways.tracing import PlainZeros
+from hesscurv.operators.ways.vmapped import hessian_vmapped
 from hesscurv.operators.ways.way import Curvature, Way
 
 

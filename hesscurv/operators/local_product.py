@@ -16,7 +16,7 @@ from hesscurv.objective.micro_batches import MicroBatches
 from hesscurv.objective.running.environment import differentiable
 from hesscurv.operators.blocks import BlockCutter, put_block
 from hesscurv.operators.checks.agreement import Combination
-from hesscurv.operators.ways.linearizations import Linearization
+from hesscurv.operators.ways.linearization import Linearization
 from hesscurv.operators.ways.way import Curvature, Way, on_batch
 
 logger = logging.getLogger(__name__)

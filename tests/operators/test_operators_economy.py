@@ -15,7 +15,7 @@ from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from hesscurv.operators.local_product import LocalProduct
 from hesscurv.operators.timing import calibration
 from hesscurv.operators.timing.way_timing import WayTiming
-from hesscurv.operators.ways import linearizations as ways
+from hesscurv.operators.ways import retained as ways
 
 KINDS = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": EmpiricalFisherOperator}
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())

@@ -14,7 +14,7 @@ from hesscurv.operators.checks.embedding_gradients import cause_of_wrong_gradien
 from hesscurv.operators.checks.references import AsymmetryError
 from hesscurv.operators.checks.rounding_floor import rounding_floor
 from hesscurv.operators.local_product import LocalProduct
-from hesscurv.operators.ways.linearizations import NonFiniteLossError
+from hesscurv.operators.ways.linearization import NonFiniteLossError
 from hesscurv.operators.ways.way import WayError
 
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hesscurv.objective.objective import Objective
 from hesscurv.objective.running.plain_embeddings import dense
 from hesscurv.objective.tasks import map_tensors
-from hesscurv.operators.ways.linearizations import require_whole
+from hesscurv.operators.ways.linearization import require_whole
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from hesscurv.operators.checks.embedding_gradients import cause_of_wrong_gradients
 from hesscurv.operators.checks.missing_derivatives import MissingDerivativeError, explain
 from hesscurv.operators.local_product import LocalProduct
-from hesscurv.operators.ways.linearizations import LinearMap
+from hesscurv.operators.ways.linearization import LinearMap
 from hesscurv.operators.ways.way import WayError
 
 logger = logging.getLogger(__name__)

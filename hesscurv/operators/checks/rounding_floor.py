@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.operators.local_product import LocalProduct
-from hesscurv.operators.ways.linearizations import output_hessian
+from hesscurv.operators.ways.output_curvature import output_hessian
 
 logger = logging.getLogger(__name__)
 

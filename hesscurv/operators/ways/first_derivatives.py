@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from hesscurv.objective.running.plain_embeddings import dense
-from hesscurv.operators.ways.linearizations import Block, Linearization, LinearMap, Params, Product
+from hesscurv.operators.ways.linearization import Block, Linearization, LinearMap, Params, Product
 from hesscurv.operators.ways.tracing import load_forward_rules
 
 

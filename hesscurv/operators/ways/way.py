@@ -14,7 +14,7 @@ from torch import Tensor
 from hesscurv.objective.objective import Objective
 from hesscurv.operators.checks.derivative_check import Slope
 from hesscurv.operators.checks.missing_derivatives import Differentiation
-from hesscurv.operators.ways.linearizations import (
+from hesscurv.operators.ways.linearization import (
     Linearization,
     LinearMap,
     NonFiniteLossError,

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from hesscurv.objective.running.environment import compilation_suspended, differentiable
 from hesscurv.objective.running.plain_embeddings import with_plain_arguments
-from hesscurv.operators.ways.linearizations import NonFiniteLossError, require_whole
+from hesscurv.operators.ways.linearization import NonFiniteLossError, require_whole
 from hesscurv.optim.flat_parameters import FlatParameters
 from hesscurv.optim.newton.closure_derivatives import explain_closure, may_lack_derivative
 from hesscurv.optim.snapshot import RandomState

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 import hesscurv
 from hesscurv import EmpiricalFisherOperator, GGNOperator, HessianOperator
 from hesscurv.operators.checks.agreement import Combination
-from hesscurv.operators.ways import linearizations as ways
+from hesscurv.operators.ways import retained as ways
 
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())
 KINDS = {"hessian": HessianOperator, "ggn": GGNOperator, "fisher": EmpiricalFisherOperator}
