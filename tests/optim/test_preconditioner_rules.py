@@ -22,6 +22,8 @@ from optim.training import (
 from planted import planted
 
 from hesscurv.optim import LowRankPreconditioner
+from hesscurv.optim.flat_parameters import FlatParameters
+from hesscurv.optim.preconditioner.damped_steps import DampedUpdate
 
 # Eigenvectors within EXACT of the true ones enter twice, times gradients of norm 1e2 to 1e3.
 CLOSE = 1e-7
@@ -41,6 +43,21 @@ def a_preconditioner(values, rank, damping=None, residuals=None):
     basis = torch.linalg.qr(torch.randn(DIM, len(values), dtype=torch.float64)).Q.mT.contiguous()
     residuals = torch.zeros(len(values)) if residuals is None else torch.tensor(residuals)
     return LowRankPreconditioner(basis, values, residuals, rank, damping)
+
+
+def test_an_update_taken_within_a_step_leaves_parameters_without_a_gradient_alone():
+    torch.manual_seed(0)
+    params = [torch.nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (5, DIM - 5)]
+    P = a_preconditioner([9.0, 4.0, 1.0], rank=2)
+    before, moved = [p.detach().clone() for p in params], torch.randn(5, dtype=torch.float64)
+    update = DampedUpdate(FlatParameters(params), within=True)
+    params[0].grad = torch.ones_like(params[0])  # the step computes it; the other one is not used
+    with torch.no_grad():
+        params[0] += moved
+        update.finish(P)
+    full = torch.cat([moved, torch.zeros(DIM - 5, dtype=torch.float64)])
+    close(params[0].detach(), (before[0] + P.multiply_(full.clone())[:5]))
+    assert torch.equal(params[1].detach(), before[1])
 
 
 # -- a step of SGD ----------------------------------------------------------------------------
