@@ -4,7 +4,7 @@ Names of tensors end in the letters of their axes, rows first, in the whole libr
 
 - D: all selected parameters, flattened in the model's order; R: this rank's rows of them
 - k: eigenpairs that were asked for; r: rank of a preconditioner; m: vectors of a basis, or rows
-- B: vectors of a block; b: batches; n: samples; s: measurements of a sketch
+- B: vectors of a block; c: of a chunk of a sketch; n: samples, or the size of a small matrix
 
 So ``V_Dk`` has eigenvectors as columns, as a user sees them, and ``V_kD`` the same as rows, as they
 lie in memory while a basis grows. A digit is a length: ``out_1D`` is a block of one vector.

@@ -79,17 +79,17 @@ def work(job: dict[str, Any]) -> dict[str, float]:
         seconds[part] = float(ranks.max_(own))
 
     generator = torch.Generator().manual_seed(0)
-    V_Db = torch.randn(BLOCK, D, generator=generator)[:, rows].mT
-    timed("products", lambda: H.product_rows(V_Db))
+    V_DB = torch.randn(BLOCK, D, generator=generator)[:, rows].mT
+    timed("products", lambda: H.product_rows(V_DB))
     place = Placement("device", torch.float32, torch.device("cpu"), m, rows.stop - rows.start)
     basis = Basis(place, m // 2, m // 2, torch.float32)
     for _ in range(0, m, 50):
-        part_bD = torch.randn(50, rows.stop - rows.start, generator=generator)
-        basis.append(orthonormalize_(part_bD)[0][: m - basis.size])
-    W_bD = V_Db.mT.contiguous()
+        part_BD = torch.randn(50, rows.stop - rows.start, generator=generator)
+        basis.append(orthonormalize_(part_BD)[0][: m - basis.size])
+    W_BD = V_DB.mT.contiguous()
     timed(
         "projection",
-        lambda: orthonormalize_against_(W_bD.clone(), basis.slabs(), across=across),
+        lambda: orthonormalize_against_(W_BD.clone(), basis.slabs(), across=across),
     )
     Y_mk = torch.linalg.qr(torch.randn(m, m // 2, generator=generator, dtype=torch.float64)).Q
 

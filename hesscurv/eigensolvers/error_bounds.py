@@ -160,11 +160,11 @@ def a_posteriori_error(
     counted = CountedOperator(H, num_probes, "a_posteriori_error", progress=False)
     sums = torch.zeros(3, dtype=torch.float64, device="cpu")
     for start in range(0, num_probes, block_size):
-        Z_Db = probes.columns(start, min(start + block_size, num_probes))
-        exact_Db = counted @ Z_Db
+        Z_DB = probes.columns(start, min(start + block_size, num_probes))
+        exact_DB = counted @ Z_DB
         with full_precision(H.device):
-            approximate_Db = V_Dk @ (eigenvalues_k1 * (V_Dk.mT @ Z_Db))
-        for i, block in enumerate((exact_Db, approximate_Db, exact_Db - approximate_Db)):
+            approximate_DB = V_Dk @ (eigenvalues_k1 * (V_Dk.mT @ Z_DB))
+        for i, block in enumerate((exact_DB, approximate_DB, exact_DB - approximate_DB)):
             sums[i] += torch.linalg.vector_norm(block, dtype=torch.float64).cpu() ** 2
     return ErrorEstimate(num_probes, *(sums / num_probes).tolist())
 

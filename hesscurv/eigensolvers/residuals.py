@@ -38,8 +38,8 @@ def measured_residuals(
     out = torch.empty(V_Dk.shape[1], dtype=torch.float64, device="cpu")
     for start in range(0, len(out), block_size):
         part = slice(start, start + block_size)
-        part_Db = V_Dk[:, part].to(H.device, H.dtype)
-        gap = H.product_rows(part_Db) - part_Db * eigenvalues[part].to(part_Db)
+        part_DB = V_Dk[:, part].to(H.device, H.dtype)
+        gap = H.product_rows(part_DB) - part_DB * eigenvalues[part].to(part_DB)
         out[part] = column_norms(gap.mT, across)
     return out
 

@@ -73,33 +73,33 @@ class BlockSize:
         return self._read
 
 
-def block_size(W_bD: Tensor, across: Reduction | None = None) -> BlockSize:
+def block_size(W_BD: Tensor, across: Reduction | None = None) -> BlockSize:
     """Return largest entry and norms of a block of long vectors.
 
     Args:
-        W_bD: Shape (b, D).
+        W_BD: Shape (b, D).
         across: Reduction over processes that each hold some entries of all vectors.
     """
-    if W_bD.numel() == 0:
-        zeros = torch.zeros(2 + len(W_bD), dtype=torch.float64, device="cpu")
+    if W_BD.numel() == 0:
+        zeros = torch.zeros(2 + len(W_BD), dtype=torch.float64, device="cpu")
         return BlockSize(zeros, across)
-    bounds = torch.stack(W_bD.aminmax()).double()
-    return BlockSize(torch.cat([bounds, norms_on_device(W_bD)]), across)
+    bounds = torch.stack(W_BD.aminmax()).double()
+    return BlockSize(torch.cat([bounds, norms_on_device(W_BD)]), across)
 
 
-def column_norms(W_bD: Tensor, across: Reduction | None = None) -> Tensor:
+def column_norms(W_BD: Tensor, across: Reduction | None = None) -> Tensor:
     """Return the norms of long vectors, shape (b,), float64 on the CPU.
 
     Args:
-        W_bD: Shape (b, D).
+        W_BD: Shape (b, D).
         across: Reduction over processes that each hold some entries of all vectors.
     """
-    norms = norms_on_device(W_bD).cpu()
+    norms = norms_on_device(W_BD).cpu()
     return norms if across is None else across.sum_(norms.square_()).sqrt_()
 
 
-def norms_on_device(W_bD: Tensor) -> Tensor:
+def norms_on_device(W_BD: Tensor) -> Tensor:
     """Return the norms of long vectors, shape (b,), float64 on their device, unsynchronised."""
     # One at a time: a norm in another dtype than its input casts a copy of the whole input.
-    rows = [torch.linalg.vector_norm(w_D, dtype=torch.float64) for w_D in W_bD]
-    return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.float64, device=W_bD.device)
+    rows = [torch.linalg.vector_norm(w_D, dtype=torch.float64) for w_D in W_BD]
+    return torch.stack(rows) if rows else torch.zeros(0, dtype=torch.float64, device=W_BD.device)

@@ -29,10 +29,10 @@ _MAX_PASSES = 12  # a block of condition 1/eps takes 4 or 5
 _SAFE_PIVOT = 0.1  # least pivot of a Gram matrix of unit diagonal
 
 
-def orthonormalize_(W_bD: Tensor, *, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+def orthonormalize_(W_BD: Tensor, *, floor: float = 0.0) -> tuple[Tensor, Tensor]:
     """Orthonormalise a block in place, dropping numerically dependent directions.
 
-    ``W_Db = Q_Dr R_rb``, ``Q^T Q = I``. The block is multiplied by the inverse Cholesky factor of
+    ``W_DB = Q_Dr R_rb``, ``Q^T Q = I``. The block is multiplied by the inverse Cholesky factor of
     its Gram matrix, scaled to unit diagonal, until that is the identity: twice for a well
     conditioned block (CholeskyQR2). If the Cholesky factorisation is unsafe, the inverse square
     root with eigenvalues clipped from below replaces it (SVQB); repetition resolves the directions
@@ -40,12 +40,12 @@ def orthonormalize_(W_bD: Tensor, *, floor: float = 0.0) -> tuple[Tensor, Tensor
     ``max(floor, 4 eps ||W||_2)`` count as zero.
 
     Args:
-        W_bD: Shape (b, D), row-contiguous, float32 or float64, any device. Overwritten: the first
+        W_BD: Shape (b, D), row-contiguous, float32 or float64, any device. Overwritten: the first
             r rows hold Q, the others are undefined.
         floor: Norm at or below which a direction is noise: absolute, in the units of W.
 
     Returns:
-        Q, the view ``W_bD[:r]`` of shape (r, D), orthonormal to a few eps; and R, shape (r, b),
+        Q, the view ``W_BD[:r]`` of shape (r, D), orthonormal to a few eps; and R, shape (r, b),
         float64 on the CPU, upper triangular if the block is well conditioned. r = 0 for zero W.
 
     Raises:
@@ -60,12 +60,12 @@ def orthonormalize_(W_bD: Tensor, *, floor: float = 0.0) -> tuple[Tensor, Tensor
         Stathopoulos, Wu, "A block orthogonalization procedure with constant synchronization
         requirements", SIAM J. Sci. Comput. 23 (2002).
     """
-    Q_rD, _, R_rb = orthonormalize_against_(W_bD, (), floor=floor)
+    Q_rD, _, R_rb = orthonormalize_against_(W_BD, (), floor=floor)
     return Q_rD, R_rb
 
 
 def orthonormalize_against_(
-    W_bD: Tensor,
+    W_BD: Tensor,
     slabs: Sequence[Tensor],
     *,
     floor: float = 0.0,
@@ -75,7 +75,7 @@ def orthonormalize_against_(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Orthonormalise a block against a basis and within itself, in place.
 
-    ``W_Db = B_Dm C_mb + Q_Dr R_rb``, ``B^T Q = 0``, ``Q^T Q = I``: projection, orthonormalisation,
+    ``W_DB = B_Dm C_mb + Q_Dr R_rb``, ``B^T Q = 0``, ``Q^T Q = I``: projection, orthonormalisation,
     and both again on the result. The second projection acts on unit vectors and so removes what
     the first orthonormalisation amplified: a direction that keeps only 1e-6 of its norm carries
     1e6 times the rounding error of the first projection. It is repeated while its coefficients are
@@ -84,7 +84,7 @@ def orthonormalize_against_(
     the projection, count as zero: such a direction lies in the span of the basis.
 
     Args:
-        W_bD: Shape (b, D), row-contiguous, float32 or float64. Overwritten, as in
+        W_BD: Shape (b, D), row-contiguous, float32 or float64. Overwritten, as in
             `orthonormalize_`.
         slabs: The basis B in pieces of shape (m_i, D), row-contiguous, orthonormal together;
             another dtype or device is cast chunk by chunk.
@@ -98,7 +98,7 @@ def orthonormalize_against_(
             get the same coefficients. None: this process holds all entries.
 
     Returns:
-        Q, the view ``W_bD[:r]``, shape (r, D); C, shape (m, b), the coefficients of all
+        Q, the view ``W_BD[:r]``, shape (r, D); C, shape (m, b), the coefficients of all
         projections together; R, shape (r, b). C and R are float64 on the CPU.
 
     Raises:
@@ -113,18 +113,18 @@ def orthonormalize_against_(
         Giraud, Langou, Rozloznik, "The loss of orthogonality in the Gram-Schmidt orthogonalization
         process", Comput. Math. Appl. 50 (2005): twice is enough, unless W is numerically singular.
     """
-    if W_bD.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"expected float32 or float64 vectors, got {W_bD.dtype}; cast them first")
-    check_slabs(W_bD, slabs)
-    size = size or block_size(W_bD, across)
+    if W_BD.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"expected float32 or float64 vectors, got {W_BD.dtype}; cast them first")
+    check_slabs(W_BD, slabs)
+    size = size or block_size(W_BD, across)
     if known_nb is None:
-        known_nb = torch.zeros(0, W_bD.shape[0], dtype=torch.float64, device="cpu")
-    if size.is_read or across is not None or len(W_bD) == 0:
-        begun = _begin_(W_bD, slabs, floor, known_nb, size, across)
+        known_nb = torch.zeros(0, W_BD.shape[0], dtype=torch.float64, device="cpu")
+    if size.is_read or across is not None or len(W_BD) == 0:
+        begun = _begin_(W_BD, slabs, floor, known_nb, size, across)
     else:
-        begun = _begin_ahead_(W_bD, slabs, floor, known_nb, size)
+        begun = _begin_ahead_(W_BD, slabs, floor, known_nb, size)
     scale, threshold, C_mb, R_rb, G_bb, again = begun
-    Q_rD, R_rb = _factor_(W_bD, G_bb, R_rb, threshold, across)
+    Q_rD, R_rb = _factor_(W_BD, G_bb, R_rb, threshold, across)
     for _ in range(_MAX_PASSES if again else 0):
         if C_mb.shape[0] == 0 or Q_rD.shape[0] == 0:
             break
@@ -156,7 +156,7 @@ def _noise(m: int, dtype: torch.dtype) -> float:
 
 
 def _begin_(
-    W_bD: Tensor,
+    W_BD: Tensor,
     slabs: Sequence[Tensor],
     floor: float,
     known_nb: Tensor,
@@ -164,20 +164,20 @@ def _begin_(
     across: Reduction | None,
 ) -> _Begun:
     """Project a block once: P = W - B C."""
-    scale, norms = _normalize_scale_(W_bD, size, across)
+    scale, norms = _normalize_scale_(W_BD, size, across)
     largest = max(norms, default=0.0)
-    negligible = torch.finfo(W_bD.dtype).eps * largest
-    taken_nb, measured_pb = subtract_known_(W_bD, slabs, known_nb / scale, negligible, across)
+    negligible = torch.finfo(W_BD.dtype).eps * largest
+    taken_nb, measured_pb = subtract_known_(W_BD, slabs, known_nb / scale, negligible, across)
     # Coefficients and Gram matrix are read together, so that a GPU is synchronised once.
-    measured_pb, G_bb = _read(measured_pb, products(W_bD, W_bD), across)
+    measured_pb, G_bb = _read(measured_pb, products(W_BD, W_BD), across)
     C_mb = torch.cat([taken_nb, measured_pb])
-    threshold = max(floor / scale, _noise(len(C_mb), W_bD.dtype) * largest)
-    start_bb = torch.eye(W_bD.shape[0], dtype=torch.float64, device="cpu")
+    threshold = max(floor / scale, _noise(len(C_mb), W_BD.dtype) * largest)
+    start_bb = torch.eye(W_BD.shape[0], dtype=torch.float64, device="cpu")
     return _Begun(scale, threshold, C_mb, start_bb, G_bb, True)
 
 
 def _begin_ahead_(
-    W_bD: Tensor,
+    W_BD: Tensor,
     slabs: Sequence[Tensor],
     floor: float,
     known_nb: Tensor,
@@ -188,17 +188,17 @@ def _begin_ahead_(
     The device decides whether the Cholesky factor is safe; if not, the block is projected twice
     and not orthonormalised.
     """
-    eps, (b, device) = torch.finfo(W_bD.dtype).eps, (len(W_bD), W_bD.device)
+    eps, (b, device) = torch.finfo(W_BD.dtype).eps, (len(W_BD), W_BD.device)
     # A power of two as in `_normalize_scale_`, so that scaling does not round.
     exponent = torch.frexp(size.numbers[:2].abs().max()).exponent.clamp(-100, 100)
     exponent = torch.where(exponent.abs() <= 16, 0, exponent)
     shrink = torch.ldexp(torch.ones((), dtype=torch.float64, device=device), -exponent)
-    W_bD.mul_(shrink.to(W_bD.dtype))
+    W_BD.mul_(shrink.to(W_BD.dtype))
     # The norm of the known part bounds that of W from below; W's own is still on the device.
     negligible = eps * float(known_nb.norm(dim=0).max()) if known_nb.numel() else 0.0
-    taken_nb, measured_pb = subtract_known_(W_bD, slabs, known_nb, negligible, None, shrink)
-    G_bb = products(W_bD, W_bD)
-    noise = _noise(sum(map(len, slabs)), W_bD.dtype) * size.numbers[2:].max()
+    taken_nb, measured_pb = subtract_known_(W_BD, slabs, known_nb, negligible, None, shrink)
+    G_bb = products(W_BD, W_BD)
+    noise = _noise(sum(map(len, slabs)), W_BD.dtype) * size.numbers[2:].max()
     eye_bb = torch.eye(b, dtype=torch.float64, device=device)
     norms_b = G_bb.diagonal().clamp(min=0).sqrt()
     kept = (norms_b > noise.clamp(min=floor) * shrink).all()
@@ -207,14 +207,14 @@ def _begin_ahead_(
     L_bb, info = torch.linalg.cholesky_ex(G_bb / torch.outer(norms_b, norms_b))
     safe = kept & (info == 0) & (L_bb.diagonal().min() > _SAFE_PIVOT)
     T_bb = torch.linalg.solve_triangular(L_bb, eye_bb, upper=False) / norms_b
-    rotate_(W_bD, torch.where(safe, T_bb, eye_bb).mT)
+    rotate_(W_BD, torch.where(safe, T_bb, eye_bb).mT)
     R_bb = torch.where(safe, L_bb.mT * norms_b, eye_bb)
     measured_pb = measured_pb.to(device)
     correction_mb = measured_pb[:0]
     if slabs:
         with full_precision(device):
-            correction_mb = subtract_projection_(W_bD, slabs, None)
-    small = [measured_pb, R_bb, correction_mb, products(W_bD, W_bD)]
+            correction_mb = subtract_projection_(W_BD, slabs, None)
+    small = [measured_pb, R_bb, correction_mb, products(W_BD, W_BD)]
     decided = torch.stack([exponent.double(), safe.double()])
     numbers = torch.cat([size.numbers, decided, *(t.flatten() for t in small)]).cpu()
     size.take(numbers[: 2 + b])
@@ -230,7 +230,7 @@ def _begin_ahead_(
     enough = numbers[3 + b] > 0 and bool((correction_mb.norm(dim=0) < 0.1).all())
     return _Begun(
         scale,
-        max(floor / scale, _noise(len(C_mb), W_bD.dtype) * largest),
+        max(floor / scale, _noise(len(C_mb), W_BD.dtype) * largest),
         # Without a basis, both have no rows.
         C_mb + correction_mb @ R_bb,
         R_bb,
@@ -283,21 +283,21 @@ def _read(C_mb: Tensor, G_bb: Tensor, across: Reduction | None) -> tuple[Tensor,
 
 
 def _factor_(
-    P_bD: Tensor, G_bb: Tensor, R_bn: Tensor, threshold: float, across: Reduction | None
+    P_BD: Tensor, G_bb: Tensor, R_bn: Tensor, threshold: float, across: Reduction | None
 ) -> tuple[Tensor, Tensor]:
-    """Orthonormalise P in place, keeping ``W_Dn = P_Db R_bn``; G is its Gram matrix.
+    """Orthonormalise P in place, keeping ``W_Dn = P_DB R_bn``; G is its Gram matrix.
 
     Directions that contribute at most `threshold` to W are dropped.
     """
-    eps = torch.finfo(P_bD.dtype).eps
+    eps = torch.finfo(P_BD.dtype).eps
     for turn in range(_MAX_PASSES):
         if turn > 0:
-            G_bb = inner_products(P_bD, P_bD, across)
+            G_bb = inner_products(P_BD, P_BD, across)
         norms = G_bb.diagonal().clamp(min=0).sqrt()
         # A direction adds its column of P times its row of R to W.
         keep = norms * R_bn.norm(dim=1) > threshold
         if not keep.any():
-            return P_bD[:0], R_bn[:0]
+            return P_BD[:0], R_bn[:0]
         if keep.all() and (G_bb - _identity_like(G_bb)).abs().max() <= 8 * eps:
             break
         # Unit diagonal, so that pivots measure dependence and not the scale of the columns.
@@ -309,25 +309,25 @@ def _factor_(
         R_bn = F_rr @ (norms[:, None] * R_bn[keep])
         T_rb = torch.zeros(len(norms), len(keep), dtype=torch.float64, device="cpu")
         T_rb[:, keep] = T_rr / norms
-        P_bD = rotate_(P_bD, T_rb.mT)
+        P_BD = rotate_(P_BD, T_rb.mT)
         # Gershgorin: the condition is below 3, after which one pass reaches eps.
         if (scaled - _identity_like(scaled)).abs().sum(dim=1).max() < 0.5:
             break
     else:
         raise ArithmeticError(
-            f"a block of {len(P_bD)} vectors did not become orthonormal in {_MAX_PASSES} passes; "
+            f"a block of {len(P_BD)} vectors did not become orthonormal in {_MAX_PASSES} passes; "
             "check that nothing else writes to it meanwhile"
         )
     # R is not rank-revealing: only its singular values tell which directions are noise.
     sigma = torch.linalg.svdvals(R_bn)
     threshold = max(threshold, 4 * eps * sigma[0].item())
     if sigma[-1] > threshold:
-        return P_bD, R_bn
+        return P_BD, R_bn
     U_br, sigma, Vh = torch.linalg.svd(R_bn, full_matrices=False)
     if across is not None:
         U_br, Vh = across.broadcast_(U_br.contiguous()), across.broadcast_(Vh.contiguous())
     rank = int((sigma > threshold).sum())
-    return rotate_(P_bD, U_br[:, :rank]), sigma[:rank, None] * Vh[:rank]
+    return rotate_(P_BD, U_br[:, :rank]), sigma[:rank, None] * Vh[:rank]
 
 
 def _whitening(G: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -350,7 +350,7 @@ def _whitening(G: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def _normalize_scale_(
-    W_bD: Tensor, size: BlockSize, across: Reduction | None
+    W_BD: Tensor, size: BlockSize, across: Reduction | None
 ) -> tuple[float, list[float]]:
     """Divide W by a power of two, without rounding, if its squares could over- or underflow.
 
@@ -364,8 +364,8 @@ def _normalize_scale_(
     if largest == 0 or abs(exponent) <= 16:
         return 1.0, size.norms
     exponent = max(-100, min(100, exponent))  # so that 2^-exponent is a normal float32
-    W_bD.mul_(2.0**-exponent)
-    return 2.0**exponent, column_norms(W_bD, across).tolist()
+    W_BD.mul_(2.0**-exponent)
+    return 2.0**exponent, column_norms(W_BD, across).tolist()
 
 
 def _require_finite(size: BlockSize) -> None:

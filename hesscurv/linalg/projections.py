@@ -22,7 +22,7 @@ _SUM_LENGTH = 4096  # products summed in W's dtype; partial sums are added in fl
 
 
 def project_out_(
-    W_bD: Tensor,
+    W_BD: Tensor,
     slabs: Sequence[Tensor],
     *,
     passes: int = 2,
@@ -35,7 +35,7 @@ def project_out_(
     `orthonormalize_against_` for a block that is to be orthonormal.
 
     Args:
-        W_bD: Shape (b, D), row-contiguous, float32 or float64; overwritten.
+        W_BD: Shape (b, D), row-contiguous, float32 or float64; overwritten.
         slabs: The basis in pieces of shape (m_i, D), row-contiguous, orthonormal together; another
             dtype or device is cast chunk by chunk. An empty sequence is a basis of m = 0 vectors.
         passes: The number of projections, 2 by default.
@@ -50,16 +50,16 @@ def project_out_(
 
     Cost: 2 m b D multiply-adds and two reads of the basis for each pass.
     """
-    check_slabs(W_bD, slabs)
-    device = W_bD.device if across is None else "cpu"
-    C_mb = torch.zeros(sum(map(len, slabs)), W_bD.shape[0], dtype=torch.float64, device=device)
-    with full_precision(W_bD.device):
+    check_slabs(W_BD, slabs)
+    device = W_BD.device if across is None else "cpu"
+    C_mb = torch.zeros(sum(map(len, slabs)), W_BD.shape[0], dtype=torch.float64, device=device)
+    with full_precision(W_BD.device):
         for _ in range(passes if slabs else 0):
-            C_mb += subtract_projection_(W_bD, slabs, across)
+            C_mb += subtract_projection_(W_BD, slabs, across)
     return C_mb
 
 
-def inner_products(A_mD: Tensor, B_bD: Tensor, across: Reduction | None = None) -> Tensor:
+def inner_products(A_mD: Tensor, B_BD: Tensor, across: Reduction | None = None) -> Tensor:
     """Return the small matrix ``A^T B`` of two sets of long vectors, summed accurately.
 
     A plain float32 product over D = 1e6 entries is off by 2e-6 to 6e-5 of the norms (MKL; worse
@@ -68,7 +68,7 @@ def inner_products(A_mD: Tensor, B_bD: Tensor, across: Reduction | None = None) 
 
     Args:
         A_mD: Shape (m, D), row-contiguous; another dtype or device is cast chunk by chunk.
-        B_bD: Shape (b, D), row-contiguous; its dtype and device are those of the computation.
+        B_BD: Shape (b, D), row-contiguous; its dtype and device are those of the computation.
         across: As in `orthonormalize_against_`.
 
     Returns:
@@ -76,15 +76,15 @@ def inner_products(A_mD: Tensor, B_bD: Tensor, across: Reduction | None = None) 
 
     Cost: m b D multiply-adds.
     """
-    total_mb = products(A_mD, B_bD).cpu()
+    total_mb = products(A_mD, B_BD).cpu()
     return total_mb if across is None else across.sum_(total_mb)
 
 
-def products(A_mD: Tensor, B_bD: Tensor) -> Tensor:
+def products(A_mD: Tensor, B_BD: Tensor) -> Tensor:
     """Return `inner_products` on B's device, unsynchronised."""
-    (m, dim), b = A_mD.shape, B_bD.shape[0]
-    total_mb = torch.zeros(m, b, dtype=torch.float64, device=B_bD.device)
-    entries = chunk_entries(B_bD.device, _CHUNK_NUMEL)
+    (m, dim), b = A_mD.shape, B_BD.shape[0]
+    total_mb = torch.zeros(m, b, dtype=torch.float64, device=B_BD.device)
+    entries = chunk_entries(B_BD.device, _CHUNK_NUMEL)
     per_chunk = max(1, entries // (_SUM_LENGTH * max(m, b, 1)))
     whole = dim - dim % _SUM_LENGTH
     ranges = [
@@ -92,45 +92,45 @@ def products(A_mD: Tensor, B_bD: Tensor) -> Tensor:
         for start in range(0, whole, per_chunk * _SUM_LENGTH)
     ]
     ranges.append(slice(whole, dim))
-    read = prefetched((A_mD[:, columns] for columns in ranges), B_bD.device, B_bD.dtype)
-    with full_precision(B_bD.device), closing(read):
+    read = prefetched((A_mD[:, columns] for columns in ranges), B_BD.device, B_BD.dtype)
+    with full_precision(B_BD.device), closing(read):
         for columns in ranges[:-1]:
             A_nms = next(read).unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
-            B_nbs = B_bD[:, columns].unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
+            B_nbs = B_BD[:, columns].unflatten(1, (-1, _SUM_LENGTH)).transpose(0, 1)
             total_mb += (A_nms @ B_nbs.mT).sum(dim=0, dtype=torch.float64)
-        total_mb += next(read) @ B_bD[:, whole:].mT
+        total_mb += next(read) @ B_BD[:, whole:].mT
     return total_mb
 
 
-def subtract_projection_(W_bD: Tensor, slabs: Sequence[Tensor], across: Reduction | None) -> Tensor:
+def subtract_projection_(W_BD: Tensor, slabs: Sequence[Tensor], across: Reduction | None) -> Tensor:
     """Subtract ``B B^T W`` and return ``B^T W``, (m, b), float64.
 
     On W's device, or on the CPU if summed over processes.
     """
     # All coefficients before any subtraction: classical, not modified, Gram-Schmidt.
-    C_mb = torch.cat([products(slab, W_bD) for slab in slabs])
+    C_mb = torch.cat([products(slab, W_BD) for slab in slabs])
     if across is not None:
         C_mb = across.sum_(C_mb.cpu())
     for slab_mD, C_part in zip(slabs, C_mb.split(list(map(len, slabs))), strict=True):
-        _subtract_(W_bD, slab_mD, C_part)
+        _subtract_(W_BD, slab_mD, C_part)
     return C_mb
 
 
-def _subtract_(W_bD: Tensor, slab_mD: Tensor, C_mb: Tensor, factor: Tensor | None = None) -> None:
-    C_bm = to_device_of(C_mb.mT, W_bD)
+def _subtract_(W_BD: Tensor, slab_mD: Tensor, C_mb: Tensor, factor: Tensor | None = None) -> None:
+    C_bm = to_device_of(C_mb.mT, W_BD)
     if factor is not None:
         C_bm = C_bm * factor.to(C_bm.dtype)
-    entries = chunk_entries(W_bD.device, _CHUNK_NUMEL)
+    entries = chunk_entries(W_BD.device, _CHUNK_NUMEL)
     chunk = max(_SUM_LENGTH, entries // max(slab_mD.shape[0], 1))
-    ranges = [slice(start, start + chunk) for start in range(0, W_bD.shape[1], chunk)]
-    read = prefetched((slab_mD[:, columns] for columns in ranges), W_bD.device, W_bD.dtype)
+    ranges = [slice(start, start + chunk) for start in range(0, W_BD.shape[1], chunk)]
+    read = prefetched((slab_mD[:, columns] for columns in ranges), W_BD.device, W_BD.dtype)
     with closing(read):
         for columns in ranges:
-            W_bD[:, columns].addmm_(C_bm, next(read), alpha=-1)
+            W_BD[:, columns].addmm_(C_bm, next(read), alpha=-1)
 
 
 def subtract_known_(
-    W_bD: Tensor,
+    W_BD: Tensor,
     slabs: Sequence[Tensor],
     known_nb: Tensor,
     negligible: float,
@@ -146,18 +146,18 @@ def subtract_known_(
         others, see `subtract_projection_`.
     """
     taken_nb, start, rest = torch.zeros_like(known_nb), 0, []
-    with full_precision(W_bD.device):
+    with full_precision(W_BD.device):
         for slab_mD in slabs:
             known = known_nb[start : start + len(slab_mD)]
             for low, high in _runs((known.abs() > negligible).any(dim=1)):
-                _subtract_(W_bD, slab_mD[low:high], known[low:high], factor)
+                _subtract_(W_BD, slab_mD[low:high], known[low:high], factor)
                 taken_nb[start + low : start + high] = known[low:high]
             if len(known) < len(slab_mD):
                 rest.append(slab_mD[len(known) :])
             start += len(slab_mD)
         if rest:
-            return taken_nb, subtract_projection_(W_bD, rest, across)
-    return taken_nb, known_nb.new_zeros(0, W_bD.shape[0])
+            return taken_nb, subtract_projection_(W_BD, rest, across)
+    return taken_nb, known_nb.new_zeros(0, W_BD.shape[0])
 
 
 def _runs(marked: Tensor) -> list[tuple[int, int]]:
@@ -171,17 +171,17 @@ def _runs(marked: Tensor) -> list[tuple[int, int]]:
     return ranges
 
 
-def check_slabs(W_bD: Tensor, slabs: Sequence[Tensor]) -> None:
+def check_slabs(W_BD: Tensor, slabs: Sequence[Tensor]) -> None:
     """Refuse a block that is no matrix, or a slab of vectors of another length.
 
     Raises:
         ValueError: If there is one.
     """
-    if W_bD.ndim != 2:
-        raise ValueError(f"expected a block of shape (b, D), got {tuple(W_bD.shape)}")
+    if W_BD.ndim != 2:
+        raise ValueError(f"expected a block of shape (b, D), got {tuple(W_BD.shape)}")
     for slab in slabs:
-        if slab.ndim != 2 or slab.shape[1] != W_bD.shape[1]:
+        if slab.ndim != 2 or slab.shape[1] != W_BD.shape[1]:
             raise ValueError(
-                f"expected slabs of shape (m, {W_bD.shape[1]}), one vector in each row, "
+                f"expected slabs of shape (m, {W_BD.shape[1]}), one vector in each row, "
                 f"got {tuple(slab.shape)}"
             )

@@ -73,10 +73,10 @@ class TestMatrix(ABC):
         dim, n = self.shape
         if not 0 <= start <= stop <= n:
             raise ValueError(f"expected 0 <= start <= stop <= {n}, got [{start}, {stop})")
-        block_bD = torch.empty(stop - start, dim, dtype=self.dtype, device=self.device)
+        block_BD = torch.empty(stop - start, dim, dtype=self.dtype, device=self.device)
         for row, j in enumerate(range(start, stop)):
-            self._fill(block_bD[row], j)
-        return block_bD.mT
+            self._fill(block_BD[row], j)
+        return block_BD.mT
 
     def transpose_matmul(self, V_DB: Tensor) -> Tensor:
         """Return ``Omega^T V``, drawing Omega block by block.
@@ -190,10 +190,10 @@ class SSRFTMatrix(TestMatrix):
         out = torch.empty(n, V_DB.shape[1], dtype=torch.float64, device="cpu")
         block = max(1, _BLOCK_NUMEL // (4 * dim))  # a transform holds about four copies
         for start in range(0, V_DB.shape[1], block):
-            x_bD = V_DB[:, start : start + block].mT
+            x_BD = V_DB[:, start : start + block].mT
             for permutation, signs in zip(self._permutations, self._signs, strict=True):
-                x_bD = dct(x_bD[:, permutation].mul_(signs), self._twiddle)
-            out[:, start : start + block] = x_bD[:, self._rows].mT
+                x_BD = dct(x_BD[:, permutation].mul_(signs), self._twiddle)
+            out[:, start : start + block] = x_BD[:, self._rows].mT
         return out.mul_(math.sqrt(dim))
 
     def _fill(self, out_D: Tensor, j: int) -> None:

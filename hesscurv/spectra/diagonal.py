@@ -109,10 +109,10 @@ def exact_diagonal(H: LinearOperator, block_size: int) -> Tensor:
     out = torch.empty(dim, dtype=H.dtype, device=H.device)
     for start in range(0, dim, block_size):
         stop = min(start + block_size, dim)
-        unit_bD = torch.zeros(stop - start, dim, dtype=H.dtype, device=H.device)
-        unit_bD[:, start:stop].fill_diagonal_(1)
+        unit_BD = torch.zeros(stop - start, dim, dtype=H.dtype, device=H.device)
+        unit_BD[:, start:stop].fill_diagonal_(1)
         # Column j of the product is H e_(start + j): its own entry lies on this diagonal.
-        out[start:stop] = (H @ unit_bD.mT)[start:stop].diagonal()
+        out[start:stop] = (H @ unit_BD.mT)[start:stop].diagonal()
     return out
 
 
@@ -123,13 +123,13 @@ class _Moments:
         self._sums = torch.zeros(2, dim, dtype=torch.float64, device=device)
         self._count = 0
 
-    def add(self, samples_bD: Tensor) -> None:
+    def add(self, samples_BD: Tensor) -> None:
         # Row by row: a float64 copy of a float32 block would triple its memory.
-        for sample in samples_bD:
+        for sample in samples_BD:
             sample = sample.double()
             self._sums[0] += sample
             self._sums[1].addcmul_(sample, sample)
-        self._count += len(samples_bD)
+        self._count += len(samples_BD)
 
     def result(self) -> tuple[Tensor, Tensor]:
         n, (total, squares) = self._count, self._sums
@@ -163,16 +163,16 @@ def _xdiag(
     with full_precision(H.device):
         for start in range(0, len(Q_rD), block_size):
             rows = slice(start, start + block_size)
-            QG_bD = G_rr[rows].to(Q_rD) @ Q_rD
-            for q, z, qg in zip(Q_rD[rows], Z_rD[rows], QG_bD, strict=True):
+            QG_BD = G_rr[rows].to(Q_rD) @ Q_rD
+            for q, z, qg in zip(Q_rD[rows], Z_rD[rows], QG_BD, strict=True):
                 # Row by row in float64: r terms of either sign, without a float64 block.
                 inside += q.double() * (2 * z - qg).double()
         for start in range(0, m, block_size):
             stop = min(start + block_size, m)
             A_br, C_br, S_br, U_br = (X[:, start:stop].mT.to(Q_rD) for X in (A, C, S, U))
-            samples_bD = (C_br @ Q_rD).sub_(U_br @ Z_rD).mul_(omega.columns(start, stop).mT)
-            samples_bD += (A_br @ Q_rD).sub_(S_br @ Z_rD, alpha=2).mul_(S_br @ Q_rD)
-            moments.add(samples_bD)
+            samples_BD = (C_br @ Q_rD).sub_(U_br @ Z_rD).mul_(omega.columns(start, stop).mT)
+            samples_BD += (A_br @ Q_rD).sub_(S_br @ Z_rD, alpha=2).mul_(S_br @ Q_rD)
+            moments.add(samples_BD)
     outside, errors = moments.result()
     return inside + outside, errors
 
@@ -186,6 +186,6 @@ def _hutchinson(
     )
     moments = _Moments(dim, H.device)
     for start in range(0, num_matvecs, block_size):
-        X_Db = omega.columns(start, min(start + block_size, num_matvecs))
-        moments.add((X_Db * (H @ X_Db)).mT)
+        X_DB = omega.columns(start, min(start + block_size, num_matvecs))
+        moments.add((X_DB * (H @ X_DB)).mT)
     return moments.result()

@@ -45,7 +45,7 @@ class Tridiagonal(Described):
 
 def lanczos(
     H: LinearOperator,
-    start_bD: Tensor,
+    start_BD: Tensor,
     num_steps: int,
     *,
     basis_bnD: Tensor | None = None,
@@ -59,7 +59,7 @@ def lanczos(
 
     Args:
         H: The symmetric operator, D x D.
-        start_bD: Shape (b, D), row-contiguous, float32 or float64: nonzero vectors, one per row.
+        start_BD: Shape (b, D), row-contiguous, float32 or float64: nonzero vectors, one per row.
             Overwritten.
         num_steps: n, the maximal number of steps, at least 1.
         basis_bnD: Shape (at least b, n, D), storage for all vectors, against which each new one is
@@ -82,20 +82,20 @@ def lanczos(
         Lanczos (1950); full reorthogonalisation as in Golub, Van Loan, "Matrix computations",
         section 10.3; Cullum, Willoughby (1985) on ghosts.
     """
-    eps = torch.finfo(start_bD.dtype).eps
-    current_bD = start_bD
-    before = column_norms(current_bD)
-    project_out_(current_bD, deflated)
-    lengths = column_norms(current_bD)
+    eps = torch.finfo(start_BD.dtype).eps
+    current_BD = start_BD
+    before = column_norms(current_BD)
+    project_out_(current_BD, deflated)
+    lengths = column_norms(current_BD)
     # A vector inside the deflated span leaves rounding errors, not zero.
     if not (lengths > 100 * eps * before).all():
         raise ValueError(
             "expected starting vectors outside of the span of the deflated ones, got one inside; "
             "deflate fewer, or start from Gaussian vectors"
         )
-    current_bD /= to_device_of(lengths, current_bD)[:, None]
-    previous_bD = torch.zeros_like(current_bD)
-    active = list(range(len(current_bD)))
+    current_BD /= to_device_of(lengths, current_BD)[:, None]
+    previous_BD = torch.zeros_like(current_BD)
+    active = list(range(len(current_BD)))
     alphas: list[list[float]] = [[] for _ in active]
     betas: list[list[float]] = [[] for _ in active]
     scales = [0.0] * len(active)  # largest norm of a product so far: the unit for a negligible beta
@@ -103,25 +103,25 @@ def lanczos(
         if basis_bnD is not None:
             # Indexing by a list copies it to the device, which synchronises.
             rows_active = slice(None) if len(active) == len(basis_bnD) else active
-            basis_bnD[rows_active, step] = current_bD
+            basis_bnD[rows_active, step] = current_BD
         # A copy, since it is modified: an operator may return its own storage.
-        W_bD = (H @ current_bD.mT).mT.clone(memory_format=torch.contiguous_format)
-        norms_b = norms_on_device(W_bD)
-        project_out_(W_bD, deflated, passes=1)
+        W_BD = (H @ current_BD.mT).mT.clone(memory_format=torch.contiguous_format)
+        norms_b = norms_on_device(W_BD)
+        project_out_(W_BD, deflated, passes=1)
         if step > 0:
             last = torch.tensor([betas[i][-1] for i in active], dtype=torch.float64, device="cpu")
-            W_bD.addcmul_(previous_bD, to_device_of(last, W_bD)[:, None], value=-1)
-        first = _project_out_rows_(W_bD, current_bD)
+            W_BD.addcmul_(previous_BD, to_device_of(last, W_BD)[:, None], value=-1)
+        first = _project_out_rows_(W_BD, current_BD)
         # The second pass removes rounding residue and, with a basis, all earlier vectors.
         if basis_bnD is None:
-            second = _project_out_rows_(W_bD, current_bD)
+            second = _project_out_rows_(W_BD, current_BD)
         else:
             slabs = [basis_bnD[i, : step + 1] for i in active]
-            rows = zip(W_bD.split(1), slabs, strict=True)
+            rows = zip(W_BD.split(1), slabs, strict=True)
             second = torch.cat([project_out_(w, [slab], passes=1)[-1] for w, slab in rows])
-        project_out_(W_bD, deflated, passes=1)
+        project_out_(W_BD, deflated, passes=1)
         # All numbers of a step in one transfer, so that a GPU is synchronised once.
-        numbers = torch.stack([first, second, norms_b, norms_on_device(W_bD)]).cpu().T.tolist()
+        numbers = torch.stack([first, second, norms_b, norms_on_device(W_BD)]).cpu().T.tolist()
         for i, (once, again, norm, _) in zip(active, numbers, strict=True):
             # The second pass found a part of alpha that rounding left in the first.
             alphas[i].append(once + again)
@@ -136,12 +136,12 @@ def lanczos(
         if not going:
             break
         if len(going) < len(active):
-            W_bD, current_bD = W_bD[going], current_bD[going]
+            W_BD, current_BD = W_BD[going], current_BD[going]
             active = [active[row] for row in going]
         lengths_b1 = torch.tensor(
             [[betas[i][-1]] for i in active], dtype=torch.float64, device="cpu"
         )
-        previous_bD, current_bD = current_bD, W_bD.div_(to_device_of(lengths_b1, W_bD))
+        previous_BD, current_BD = current_BD, W_BD.div_(to_device_of(lengths_b1, W_BD))
     return [
         Tridiagonal(
             torch.tensor(alpha, dtype=torch.float64, device="cpu"),
@@ -151,8 +151,8 @@ def lanczos(
     ]
 
 
-def _project_out_rows_(W_bD: Tensor, Q_bD: Tensor) -> Tensor:
+def _project_out_rows_(W_BD: Tensor, Q_BD: Tensor) -> Tensor:
     """Project the unit vector in each row of Q out of that row of W; return coefficients (b,)."""
-    coefficients = (W_bD * Q_bD).sum(dim=1, dtype=torch.float64)
-    W_bD.addcmul_(Q_bD, coefficients.to(W_bD)[:, None], value=-1)
+    coefficients = (W_BD * Q_BD).sum(dim=1, dtype=torch.float64)
+    W_BD.addcmul_(Q_BD, coefficients.to(W_BD)[:, None], value=-1)
     return coefficients

@@ -66,9 +66,9 @@ def sketch_range(H: LinearOperator, omega: TestMatrix, block_size: int) -> Sketc
     norms = []
     for start in range(0, m, block_size):
         stop = min(start + block_size, m)
-        X_Db = omega.columns(start, stop)
-        norms.append(column_norms(X_Db.mT))
-        Y_mD[start:stop] = (H @ X_Db).mT
+        X_DB = omega.columns(start, stop)
+        norms.append(column_norms(X_DB.mT))
+        Y_mD[start:stop] = (H @ X_DB).mT
     Q_rD, R_rm = orthonormalize_(Y_mD)
     S_rm = left_out_directions(R_rm)
     W_rm = omega.transpose_matmul(Q_rD.mT).mT
@@ -120,10 +120,10 @@ def project(H: LinearOperator, Q_rD: Tensor, block_size: int, out_rD: Tensor | N
     columns = []
     for start in range(0, len(Q_rD), block_size):
         rows = slice(start, start + block_size)
-        Z_bD = (H @ Q_rD[rows].mT).mT
+        Z_BD = (H @ Q_rD[rows].mT).mT
         if out_rD is not None:
-            out_rD[rows] = Z_bD
-        columns.append(inner_products(Q_rD, Z_bD))
+            out_rD[rows] = Z_BD
+        columns.append(inner_products(Q_rD, Z_BD))
     if not columns:  # the zero operator
         return torch.zeros(0, 0, dtype=torch.float64, device="cpu")
     G_rr = torch.cat(columns, dim=1)

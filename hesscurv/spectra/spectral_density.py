@@ -318,8 +318,8 @@ def spectral_density(
         if reorthogonalize:
             basis_bnD = torch.empty(size, num_steps, dim, dtype=H.dtype, device=H.device)
         for start in range(0, num_probes, size):
-            start_bD = probes.columns(start, min(start + size, num_probes)).mT
-            results += lanczos(counted, start_bD, num_steps, basis_bnD=basis_bnD, deflated=slabs)
+            start_BD = probes.columns(start, min(start + size, num_probes)).mT
+            results += lanczos(counted, start_BD, num_steps, basis_bnD=basis_bnD, deflated=slabs)
     nodes, weights = _padded(results)
     info = {
         "num_steps": num_steps,

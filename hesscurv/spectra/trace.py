@@ -168,12 +168,12 @@ def _samples(
     )
     samples = []
     for start in range(0, count, block_size):
-        X_bD = probes.columns(start, min(start + block_size, count)).mT
+        X_BD = probes.columns(start, min(start + block_size, count)).mT
         if Q_rD is not None:
-            project_out_(X_bD, [Q_rD])
-        Y_bD = (H @ X_bD.mT).mT
+            project_out_(X_BD, [Q_rD])
+        Y_BD = (H @ X_BD.mT).mT
         # Row-wise sums: X Y^T would compute b^2 products for b of them.
-        samples.append((X_bD * Y_bD).sum(dim=1, dtype=torch.float64).cpu())
+        samples.append((X_BD * Y_BD).sum(dim=1, dtype=torch.float64).cpu())
     return torch.cat(samples)
 
 

@@ -35,8 +35,8 @@ def block_of_condition(b, dim, condition, dtype=torch.float64):
     return ((left * sigma) @ random_orthonormal(b, dim)).to(dtype)
 
 
-def assert_factored(W_bD, Q_rD, R_rb, tolerance):
-    assert (R_rb.mT @ Q_rD.double() - W_bD.double()).norm() <= tolerance * W_bD.double().norm()
+def assert_factored(W_BD, Q_rD, R_rb, tolerance):
+    assert (R_rb.mT @ Q_rD.double() - W_BD.double()).norm() <= tolerance * W_BD.double().norm()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -84,9 +84,9 @@ class Basis:
             first, rows_rD = self._recent
             self._recent = None  # usually read once; frees their memory on the device
             return rows_rD[start - first : stop - first].to(self._dtype, copy=True)
-        out_bD = torch.empty(stop - start, self.dim, dtype=self._dtype, device=self._device)
-        self._fill(self.slabs(start, stop), out_bD, from_slabs=True)
-        return out_bD
+        out_BD = torch.empty(stop - start, self.dim, dtype=self._dtype, device=self._device)
+        self._fill(self.slabs(start, stop), out_BD, from_slabs=True)
+        return out_BD
 
     def append(self, Q_rD: Tensor) -> None:
         """Add vectors at the end.
@@ -193,10 +193,10 @@ class Basis:
         if self._copies is not None:
             self._copies.synchronize()
 
-    def _fill(self, slabs: list[Tensor], block_bD: Tensor, *, from_slabs: bool) -> None:
+    def _fill(self, slabs: list[Tensor], block_BD: Tensor, *, from_slabs: bool) -> None:
         done = 0
         for view in slabs:
-            part = block_bD[done : done + len(view)]
+            part = block_BD[done : done + len(view)]
             if from_slabs:
                 part.copy_(view)
             else:

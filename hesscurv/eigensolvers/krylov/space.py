@@ -68,13 +68,13 @@ class KrylovSpace(ProjectedProblem):
     def start(self, initial: Tensor | None) -> None:
         """Make the initial vectors (D, k0) pending, and random ones if these are few."""
         if initial is not None:
-            start_KD = initial.mT
-            if self.capacity < min(self.dim, 2 * len(start_KD) + 3 * self.block):
+            start_mD = initial.mT
+            if self.capacity < min(self.dim, 2 * len(start_mD) + 3 * self.block):
                 # No room for all of them and their products: start from a random block in their
                 # span.
-                mix = self._random(self.block, len(start_KD)).to(start_KD)
-                start_KD = mix @ start_KD
-            for part_BD in start_KD.split(max(self.block, 32)):  # they may not all fit on a device
+                mix = self._random(self.block, len(start_mD)).to(start_mD)
+                start_mD = mix @ start_mD
+            for part_BD in start_mD.split(max(self.block, 32)):  # they may not all fit on a device
                 part_BD = part_BD.to(self.H.device, self.H.dtype, copy=True)
                 self.num_initial += self.add_pending(part_BD)
         if self.num_initial < self.k:
@@ -227,9 +227,9 @@ class KrylovSpace(ProjectedProblem):
 
     def outside(self, count: int) -> Tensor:
         """Return random vectors (count, D) orthogonal to the expanded ones, own entries."""
-        Y_bD = self._own_entries(self._random(count, self.dim).to(self.H.device))
-        project_out_(Y_bD, self.basis.slabs(0, self.num_expanded), across=self.across)
-        return Y_bD
+        Y_BD = self._own_entries(self._random(count, self.dim).to(self.H.device))
+        project_out_(Y_BD, self.basis.slabs(0, self.num_expanded), across=self.across)
+        return Y_BD
 
     def select(self, size: int, directions: Tensor | None = None) -> None:
         """Rotate the pending vectors so that the first `size` couple most to unconverged pairs.

@@ -111,14 +111,14 @@ def single_pass(
         # once, and the other columns of Y, of which only Psi^T Y is needed, in groups wider than a
         # block.
         group, drawn_anew = group_size(measurements, outer, block_size), measurements != "ssrft"
-        scratch_gD = basis_mD.new_empty(min(group, inner - outer), dim) if drawn_anew else None
+        scratch_BD = basis_mD.new_empty(min(group, inner - outer), dim) if drawn_anew else None
         ranges = cut(0, outer, outer if drawn_anew else group) + cut(outer, inner, group)
         for first, last in ranges:
-            out_bD = basis_mD[first:last] if last <= outer else scratch_gD
+            out_BD = basis_mD[first:last] if last <= outer else scratch_BD
             M_nn[:, first:last] = take_measurements(
-                counted, omega, psi, first, last, out_bD, block_size
+                counted, omega, psi, first, last, out_BD, block_size
             )
-        del scratch_gD, out_bD
+        del scratch_BD, out_BD
 
         Q_rD, _ = orthonormalize_(basis_mD)
         C_rr = core_matrix(Q_rD, M_nn, omega, psi)
@@ -144,7 +144,7 @@ def take_measurements(
     psi: TestMatrix,
     start: int,
     stop: int,
-    out_bD: Tensor | None,
+    out_BD: Tensor | None,
     block_size: int = 32,
 ) -> Tensor:
     """Take measurements start, ..., stop - 1: ``Y = H Omega[:, start:stop]`` and ``Psi^T Y``.
@@ -155,7 +155,7 @@ def take_measurements(
         psi: The test matrix (D, inner) that tests the products.
         start: The first measurement.
         stop: One past the last.
-        out_bD: Shape (at least stop - start, D), row-contiguous: its first rows are filled with Y;
+        out_BD: Shape (at least stop - start, D), row-contiguous: its first rows are filled with Y;
             None keeps only one block of Y at a time.
         block_size: Matvecs per block.
 
@@ -167,15 +167,15 @@ def take_measurements(
     tested = []
     for first in range(start, stop, block_size):
         last = min(first + block_size, stop)
-        Y_Db = H @ omega.columns(first, last)
-        if out_bD is None:
-            tested.append(psi.transpose_matmul(Y_Db))
+        Y_DB = H @ omega.columns(first, last)
+        if out_BD is None:
+            tested.append(psi.transpose_matmul(Y_DB))
         else:
-            out_bD[first - start : last - start] = Y_Db.mT
-        del Y_Db  # free it before the next block is allocated
-    if out_bD is None:
+            out_BD[first - start : last - start] = Y_DB.mT
+        del Y_DB  # free it before the next block is allocated
+    if out_BD is None:
         return torch.cat(tested, dim=1)
-    return psi.transpose_matmul(out_bD[: stop - start].mT)
+    return psi.transpose_matmul(out_BD[: stop - start].mT)
 
 
 def core_matrix(Q_rD: Tensor, M_nn: Tensor, omega: TestMatrix, psi: TestMatrix) -> Tensor:

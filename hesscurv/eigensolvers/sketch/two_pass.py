@@ -114,12 +114,12 @@ def rayleigh_ritz(
         for j in range(m - num_initial):
             basis_mD[num_initial + j] = omega.columns(j, j + 1)[:, 0]
         for _ in range(1 + subspace_iterations):
-            for X_bD in Q_rD.split(block_size):
-                X_bD.copy_((counted @ X_bD.mT).mT)
+            for X_BD in Q_rD.split(block_size):
+                X_BD.copy_((counted @ X_BD.mT).mT)
             Q_rD, _ = orthonormalize_(Q_rD)
             if len(Q_rD) == 0:  # the zero operator
                 break
-        columns = [inner_products(Q_rD, (counted @ X_bD.mT).mT) for X_bD in Q_rD.split(block_size)]
+        columns = [inner_products(Q_rD, (counted @ X_BD.mT).mT) for X_BD in Q_rD.split(block_size)]
         return ritz_result(
             counted,
             basis_mD,

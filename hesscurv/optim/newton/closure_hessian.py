@@ -49,16 +49,16 @@ class ClosureHessian(LinearOperator):
         if not self._slopes:
             return torch.zeros_like(vectors_DB)
         with full_precision(self.device):
-            parts = [self._several(part_bD) for part_bD in vectors_DB.mT.split(_AT_ONCE)]
+            parts = [self._several(part_BD) for part_BD in vectors_DB.mT.split(_AT_ONCE)]
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).mT
 
-    def _several(self, block_bD: Tensor) -> Tensor:
-        if self._vectorize and len(block_bD) > 1:
-            products_bD = self._at_once(block_bD)
-            if products_bD is not None:
-                return products_bD
+    def _several(self, block_BD: Tensor) -> Tensor:
+        if self._vectorize and len(block_BD) > 1:
+            products_BD = self._at_once(block_BD)
+            if products_BD is not None:
+                return products_BD
             self._vectorize = False
-        rows = [self._products(row_1D, batched=False) for row_1D in block_bD.split(1)]
+        rows = [self._products(row_1D, batched=False) for row_1D in block_BD.split(1)]
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _differentiate(self, pieces: Sequence[Tensor], batched: bool) -> Sequence[Tensor | None]:
@@ -72,7 +72,7 @@ class ClosureHessian(LinearOperator):
             is_grads_batched=batched,
         )
 
-    def _products(self, block_bD: Tensor, *, batched: bool) -> Tensor:
+    def _products(self, block_BD: Tensor, *, batched: bool) -> Tensor:
         """Return the products of some rows: all at once, or of the only one."""
 
         def product(block: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
@@ -80,29 +80,29 @@ class ClosureHessian(LinearOperator):
             pieces = pieces if batched else [piece[0] for piece in pieces]
             return tuple(self._differentiate(pieces, batched))
 
-        count = len(block_bD)
-        parts = zip(self._cutter.apply(product, block_bD), self._sizes, strict=True)
+        count = len(block_BD)
+        parts = zip(self._cutter.apply(product, block_BD), self._sizes, strict=True)
         rows = [
-            block_bD.new_zeros(count, size)
+            block_BD.new_zeros(count, size)
             if part is None
             else part.reshape(count, size).to(self.dtype)
             for part, size in parts
         ]
         return torch.cat(rows, dim=1)
 
-    def _at_once(self, block_bD: Tensor) -> Tensor | None:
+    def _at_once(self, block_BD: Tensor) -> Tensor | None:
         """Return all products, or None where vmap does not work, or gives others."""
         try:
             with without_fallback_warnings():
-                products_bD = self._products(block_bD, batched=True)
+                products_BD = self._products(block_BD, batched=True)
         except RuntimeError as error:  # no rule for an operation, or no memory
             logger.info("products are computed one by one: %s", error)
             return None
         if not self._checked:
-            alone_D = self._products(block_bD[:1], batched=False)[0]
-            gap = torch.linalg.vector_norm(products_bD[0] - alone_D)
+            alone_D = self._products(block_BD[:1], batched=False)[0]
+            gap = torch.linalg.vector_norm(products_BD[0] - alone_D)
             if not bool(gap <= _AGREEMENT * torch.linalg.vector_norm(alone_D)):
                 logger.info("products are computed one by one: at once they come out otherwise")
                 return None
             self._checked = True
-        return products_bD
+        return products_BD
