@@ -33,6 +33,16 @@ class FisherCurvature(GaussNewtonCurvature):
 
         return scaled_losses, scaled_identity
 
+    def output_rows(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the slopes of the samples' losses, scaled as their mean outer product is."""
+        rows = WeightedRows(self.objective.task_parts, batch)
+        z = outputs.detach().requires_grad_()
+        losses = self._losses_of(z, rows)
+        if rows.weights is not None:
+            losses = losses * rows.weights.sqrt().to(losses.device, losses.dtype)
+        (slopes,) = torch.autograd.grad(losses.sum(), z)
+        return slopes.unsqueeze(0) / len(losses) ** 0.5
+
     def needs(self, batch: Any) -> Iterable[Differentiation]:
         """Return what is differentiated on a batch, and how often."""
         outputs, _ = self.parts(batch)

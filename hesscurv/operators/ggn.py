@@ -11,6 +11,7 @@ from torch import Tensor
 from hesscurv.operators.checks.derivative_check import Slope, random_sum
 from hesscurv.operators.checks.missing_derivatives import Differentiation, of_ggn
 from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.sample_space.output_rows import root_columns
 from hesscurv.operators.ways.first_derivatives import gauss_newton_forward, gauss_newton_rows
 from hesscurv.operators.ways.linearization import Linearization, LinearMap, Params
 from hesscurv.operators.ways.linearized import gauss_newton_linearized
@@ -62,6 +63,11 @@ class GGNCurvature(GaussNewtonCurvature):
             lambda p: self.objective.outputs(p, batch),
             output_hessian(lambda z: task.loss(z, batch)),
         )
+
+    def output_rows(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return columns of the root of the loss's Hessian in the outputs."""
+        task = self.objective.task_parts
+        return root_columns(output_hessian(lambda z: task.loss(z, batch))(outputs), outputs)
 
     def needs(self, batch: Any) -> Iterable[Differentiation]:
         """Return what is differentiated on a batch, and how often."""

@@ -19,7 +19,7 @@ from hesscurv.interface.descriptions import Described
 from hesscurv.objective.data.batches import split
 from hesscurv.objective.objective import Objective
 from hesscurv.pruning.curvature.layer_inputs import unfolded
-from hesscurv.pruning.curvature.sample_gradients import output_roots, output_slopes, random_signs
+from hesscurv.operators.sample_space.sample_gradients import output_roots, output_slopes, random_signs
 from hesscurv.pruning.curvature.sample_weights import check_mean_over_samples, weigh
 
 _SAMPLES_AT_ONCE = 50

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from hesscurv.integrations.channels.slices import ChannelSlice, channel_sums, sum_along
 from hesscurv.objective.data.batches import split
 from hesscurv.objective.objective import Objective
-from hesscurv.pruning.curvature.sample_gradients import (
+from hesscurv.operators.sample_space.sample_gradients import (
     SampleGradients,
     Values,
     output_roots,

@@ -11,8 +11,8 @@ from torch import nn
 
 import hesscurv
 from hesscurv.objective.objective import Objective
-from hesscurv.pruning.curvature import sample_gradients
-from hesscurv.pruning.curvature.sample_gradients import (
+from hesscurv.operators.sample_space import sample_gradients
+from hesscurv.operators.sample_space.sample_gradients import (
     SampleGradients,
     one_by_one,
     output_roots,

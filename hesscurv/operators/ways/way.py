@@ -97,6 +97,14 @@ class Curvature(ABC):
         """
         raise TypeError(f"{self.name} has no outputs with a curvature of their own")
 
+    def output_rows(self, outputs: Tensor, batch: Any) -> Tensor:
+        """Return the rows of this matrix in the outputs, see `root_columns`: (c, *outputs.shape).
+
+        Raises:
+            TypeError: If this kind is no product J^T C J.
+        """
+        raise TypeError(f"{self.name} has no rows by sample")
+
 
 class WayError(Exception):
     """A way failed on a batch; the cause is what was raised."""

@@ -27,9 +27,7 @@ from hesscurv.linalg.woodbury import (
 from hesscurv.objective.data.batches import split
 from hesscurv.objective.objective import Objective
 from hesscurv.objective.parameters import ParameterLayout
-from hesscurv.pruning.curvature.eigenspace_rows import eigenspace_rows
-from hesscurv.pruning.curvature.layer_inputs import has_input_rows, input_covariances
-from hesscurv.pruning.curvature.sample_gradients import (
+from hesscurv.operators.sample_space.sample_gradients import (
     MOST_OUTPUTS,
     SampleGradients,
     output_roots,
@@ -37,6 +35,8 @@ from hesscurv.pruning.curvature.sample_gradients import (
     random_signs,
     refuse_outputs,
 )
+from hesscurv.pruning.curvature.eigenspace_rows import eigenspace_rows
+from hesscurv.pruning.curvature.layer_inputs import has_input_rows, input_covariances
 from hesscurv.pruning.curvature.sample_weights import (
     WeighedBatch,
     check_mean_over_samples,

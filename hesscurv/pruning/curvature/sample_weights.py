@@ -18,7 +18,7 @@ from torch import Tensor
 from hesscurv.objective.data.batches import select, split
 from hesscurv.objective.data.samples import num_samples
 from hesscurv.objective.objective import Objective
-from hesscurv.pruning.curvature.sample_gradients import one_loss
+from hesscurv.operators.sample_space.sample_gradients import one_loss
 
 # A batch, and its samples' weights, shape (n,), float64 and positive.
 WeighedBatch = tuple[Any, Tensor]

@@ -1,0 +1,1 @@
+"""Rows and Gram matrices of Gauss-Newton and Fisher matrices, layer by layer."""
