@@ -19,6 +19,8 @@ from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.krylov.block_krylov import block_krylov
 from hesscurv.eigensolvers.residuals import ConvergenceWarning, evenly_spaced
 from hesscurv.eigensolvers.residuals import converged as is_converged
+from hesscurv.eigensolvers.sample_space.automatic import sample_space_if_cheaper
+from hesscurv.eigensolvers.sample_space.solver import sample_space
 from hesscurv.eigensolvers.sketch.single_pass import single_pass
 from hesscurv.eigensolvers.sketch.two_pass import rayleigh_ritz
 from hesscurv.interface.integers import as_int
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 METHODS: dict[str, Callable[..., Eigenpairs]] = {
     "auto": block_krylov,
     "block_krylov": block_krylov,
+    "sample_space": sample_space,
     "single_pass": single_pass,
     "rayleigh_ritz": rayleigh_ritz,
 }
@@ -63,9 +66,12 @@ def eigsh(
         H: A hesscurv operator, a dense or sparse symmetric tensor (D, D), or any object with
             `shape`, `dtype`, `device` and ``@`` on tensors (D,) and (D, b).
         k: Number of pairs, 1 <= k <= D.
-        method: "auto" (default: "block_krylov"), "block_krylov" (fewest matvecs at every accuracy),
-            "single_pass" (the sketch of the paper: independent matvecs, uncontrolled accuracy) or
-            "rayleigh_ritz" (two passes, optional subspace iterations).
+        method: "auto" (default): "sample_space" where H is a GGN or Fisher on so few samples that
+            its rows are predicted to cost less, and no option of "block_krylov" is given; else
+            "block_krylov", which needs the fewest matvecs at every accuracy. Or "sample_space"
+            (GGN and Fisher: exact, from the Gram matrix of per-sample rows), "single_pass" (the
+            sketch of the paper: independent matvecs, uncontrolled accuracy) or "rayleigh_ritz" (two
+            passes, optional subspace iterations).
         which: "LM", the k largest magnitudes (default); "LA", the k largest values, largest first;
             "SA", the k smallest values, smallest first; as in SciPy. "LA" and "SA" are slow if
             fewer than k eigenvalues have that sign, since the others lie inside the spectrum.
@@ -130,7 +136,12 @@ def eigsh(
         if unknown:
             known = [n for n in accepted if n not in inspect.signature(eigsh).parameters]
             raise TypeError(f"method {method!r} has no option {unknown}; its options are {known}")
+    plain = method == "auto" and not options and max_matvecs is None
     options |= {"which": which, "tol": tol, "generator": generator, "progress": progress}
+    if plain:
+        found = sample_space_if_cheaper(operator, k, **options)
+        if found is not None:
+            return found
     before, state = operator.num_matvecs, None if generator is None else generator.get_state()
     try:
         pairs = solver(operator, k, max_matvecs=max_matvecs, **options)

@@ -277,7 +277,7 @@ def test_batches_that_vmap_gets_wrong_are_taken_one_by_one(combined, caplog):
         return (out.flatten() * directions[i]).sum() if combined else p.output_loss(out, sample)
 
     for batch, lines in ((good, 0), (wrong, 1), (good, 1)):
-        with objective.environment(), caplog.at_level("INFO", "hesscurv.pruning"):
+        with objective.environment(), caplog.at_level("INFO", "hesscurv.operators"):
             found = gradients(values_of(objective), batch, directions)
         torch.testing.assert_close(flat(found, objective), by_loop(p, batch, scalar), **CLOSE)
         said = [r for r in caplog.records if "differs" in r.getMessage()]

@@ -11,9 +11,10 @@ from torch import Tensor
 from hesscurv.interface.descriptions import Words, describe_object
 from hesscurv.interface.integers import as_int
 from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.sample_space.output_rows import NoRowsError
 from hesscurv.operators.sample_space.sample_rows import SampleRows
 
-_MOST_ROWS = 20_000  # of a Gram matrix: 3.2 GB, and its eigendecomposition minutes
+MOST_ROWS = 20_000  # of a Gram matrix: 3.2 GB, and its eigendecomposition minutes
 _NOISE = 30  # roundings of the largest eigenvalue, below which others are noise
 
 
@@ -55,11 +56,9 @@ class SampleSpace:
         with torch.inference_mode(False), torch.no_grad():
             self.rows = SampleRows(H)
             n = self.rows.num_rows
-            if n > _MOST_ROWS:
-                from hesscurv.operators.sample_space.output_rows import NoRowsError
-
+            if n > MOST_ROWS:
                 raise NoRowsError(
-                    f"expected at most {_MOST_ROWS:,} rows, samples times their outputs, got "
+                    f"expected at most {MOST_ROWS:,} rows, samples times their outputs, got "
                     f"{n:,}; take fewer samples, or method='block_krylov'"
                 )
             values, vectors = torch.linalg.eigh(self.rows.gram())

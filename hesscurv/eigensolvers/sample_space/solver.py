@@ -75,19 +75,19 @@ def sample_space(
             "method='block_krylov'"
         )
     generator = generator or torch.Generator().manual_seed(0)
-    with torch.inference_mode(False), torch.no_grad():
-        with tqdm(total=4, disable=not progress, desc="sample space", unit="pass") as bar:
-            space = SampleSpace(H)
-            bar.set_postfix(rows=len(space))
-            bar.update()
-            weights_nk = space.weights(k)
-            _compare(H, space.rows, generator)
-            V_kD = space.rows.combine(weights_nk)
-            bar.update()
-            values, W_nk = _ritz(space.rows, V_kD)
-            bar.update()
-            residuals = _residuals(space.rows, V_kD, values, W_nk)
-            bar.update()
+    bar = tqdm(total=4, disable=not progress, desc="sample space", unit="pass")
+    with torch.inference_mode(False), torch.no_grad(), bar:
+        space = SampleSpace(H)
+        bar.set_postfix(rows=len(space))
+        bar.update()
+        weights_nk = space.weights(k)
+        _compare(H, space.rows, generator)
+        V_kD = space.rows.combine(weights_nk)
+        bar.update()
+        values, W_nk = _ritz(space.rows, V_kD)
+        bar.update()
+        residuals = _residuals(space.rows, V_kD, values, W_nk)
+        bar.update()
     eigenvalues = values.to(H.dtype)
     eps = torch.finfo(H.dtype).eps
     done = converged(residuals, values, tol, eps)

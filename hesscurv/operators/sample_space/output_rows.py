@@ -1,8 +1,8 @@
 """Square roots of the curvature in the outputs: what each row of R weights the outputs by.
 
-A matrix J^T C J is R^T R with rows R = L^T J for any root C = L L^T. Where C is block-diagonal, with
-a block for each sample or token, one vector of the outputs' shape holds a column of every sample's
-root, and one backward pass yields a row of every sample.
+A matrix J^T C J is R^T R with rows R = L^T J for any root C = L L^T. Where C is block-diagonal,
+with a block for each sample or token, one vector of the outputs' shape holds a column of every
+sample's root, and one backward pass yields a row of every sample.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class ParameterRows(ABC):
         for columns, rows in self.chunks():
             if mask is not None:
                 rows = rows[:, mask[columns]]
-            gram_nn.add_(rows @ rows.mT)
+            _add_square(gram_nn, rows)
 
     def combine_into(self, out_kP: Tensor, weights_nk: Tensor) -> None:
         """Write R^T W of these columns, as rows (k, numel)."""
@@ -56,7 +56,8 @@ class DenseRows(ParameterRows):
 
     def __init__(self, pieces: Sequence[Tensor]) -> None:
         super().__init__(pieces[0].shape[-1], sum(p.shape[0] * p.shape[1] for p in pieces))
-        self._rows = torch.cat([p.flatten(0, 1) for p in pieces])
+        rows = [p.flatten(0, 1) for p in pieces]
+        self._rows = rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield all columns at once."""
@@ -97,7 +98,20 @@ class OuterRows(ParameterRows):
                 else:
                     part = g[..., start:stop].mT @ a[:, None]  # (n, c, o, i)
                 parts.append(part.flatten(2).flatten(0, 1))
-            yield slice(start * other, stop * other), torch.cat(parts)
+            rows = parts[0] if len(parts) == 1 else torch.cat(parts)  # a copy of all
+            yield slice(start * other, stop * other), rows
+
+    def multiplied_out(self, most_bytes: float) -> ParameterRows:
+        """Return the rows as they are, where that saves work in each pass and they are not large.
+
+        Args:
+            most_bytes: What they may take.
+        """
+        size = self.num_rows * self.numel * self._slopes[0].element_size()
+        if size > most_bytes or not self._multiplying_out_is_cheaper():
+            return self
+        rows = torch.cat([rows for _, rows in self.chunks()], 1)
+        return DenseRows([rows.unsqueeze(1)])
 
     def add_gram(self, gram_nn: Tensor, mask: Tensor | None = None) -> None:
         """Add the Gram matrix; of all columns from those of the factors where that is cheaper."""
@@ -169,6 +183,18 @@ class OuterRows(ParameterRows):
         n, rows = sum(map(len, self._inputs)), self.num_rows
         pairs = (n * T) ** 2 * i + (rows * T) ** 2 * (o + 1)
         return pairs < rows * T * i * o + rows**2 * i * o
+
+
+def _add_square(gram_nn: Tensor, rows: Tensor) -> None:
+    """Add rows @ rows^T, of which only blocks on and above the diagonal are computed."""
+    width = max(256, -(-len(rows) // 6))
+    for start in range(0, len(rows), width):
+        block = slice(start, start + width)
+        product = rows[block] @ rows[start:].mT
+        gram_nn[block, start:] += product
+        below = product[:, width:]
+        if below.shape[1]:
+            gram_nn[start + width :, block] += below.mT
 
 
 def _pair_gram(a: Tensor, g: Tensor, a2: Tensor, g2: Tensor) -> Tensor:

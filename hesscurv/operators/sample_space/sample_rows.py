@@ -77,7 +77,14 @@ class SampleRows:
             if not total <= budget:
                 pieces.clear()
         if pieces and total <= budget:
-            self._kept = {name: _as_rows(pieces[name]) for name in names}
+            left = budget - total
+            for name in names:
+                rows = _as_rows(pieces.pop(name))
+                if isinstance(rows, OuterRows):
+                    rows = rows.multiplied_out(left)
+                    if isinstance(rows, DenseRows):
+                        left -= rows.num_rows * rows.numel * self.dtype.itemsize
+                self._kept[name] = rows
         elif max(self._bytes.values()) > budget:
             worst = max(self._bytes, key=lambda n: self._bytes[n])
             raise NoRowsError(
