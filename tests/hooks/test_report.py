@@ -174,7 +174,7 @@ def test_a_page_that_fails_half_way_leaves_the_old_one(tmp_path, monkeypatch):
 
 def test_there_is_a_figure_of_everything_that_records_hold(monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(report_figures, "_encode", lambda figure, caption: caption)
+    monkeypatch.setattr(report_figures, "encode_figure", lambda figure, caption: caption)
     drawn = list(report_figures.draw_all(recorded.run(), recorded.pairs(), recorded.D))
     captions = "\n".join(drawn)
     for words in (
