@@ -14,6 +14,7 @@ from hesscurv.plots.report_tables import format_percent
 _MOST_SENTENCES = 3
 # A space has settled if it keeps more than this overlap with that of the measurement before.
 _SETTLED = 0.9
+_CHANGING = 0.8  # below, it clearly has not
 _DEVIATIONS = 2  # within which an overlap is not told from chance
 
 
@@ -114,8 +115,14 @@ def _overlap(good: list[Record]) -> str | None:
     }[side]
     at_last = "" if side == 0 or len(found) == 1 else f" at step {_step(last)}"
     start = last_run([entry[1] for entry in found])
-    if len(found) == 1 or start == len(found) - 1:
+    if len(found) == 1:
         return f"At step {_step(last)} {what} {where}."
+    if start == len(found) - 1:
+        same = sum(entry[1] == side for entry in found[:-1])
+        return (
+            f"At step {_step(last)} {what} {where}, as at {same:,} of the {len(found) - 1:,} "
+            "measurements before."
+        )
     if start == 0:
         return f"From the first measurement on {what} {where}{at_last}."
     return f"From step {_step(found[start][0])} on {what} {where}{at_last}."
@@ -138,7 +145,7 @@ def _settled(good: list[Record]) -> str | None:
             f"The eigenspace settled at step {_step(with_last[start][0])}: overlap with the last "
             f"one stays above {_SETTLED}."
         )
-    if start == len(with_last) >= 2 and math.isfinite(value := with_last[-1][1]):
+    if start == len(with_last) >= 2 and (value := with_last[-1][1]) < _CHANGING:
         return (
             "The eigenspace is still changing: its overlap with the last one is "
             f"{value:.2f} at step {_step(with_last[-1][0])}."

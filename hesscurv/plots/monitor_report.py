@@ -17,7 +17,7 @@ from hesscurv.plots.monitor_findings import (
 )
 from hesscurv.plots.records import Record, as_records, failed, number
 from hesscurv.plots.report_figures import figures_html
-from hesscurv.plots.report_page import Card, assemble_page, check_file_path, write_page
+from hesscurv.plots.report_page import Card, assemble_page, check_file_path, encode_page, write_page
 from hesscurv.plots.report_tables import (
     Row,
     details_html,
@@ -100,7 +100,8 @@ def write_report(
     if pairs is not None and not isinstance(pairs, Eigenpairs):
         raise TypeError(f"expected pairs to be Eigenpairs or None, got {type(pairs).__name__}")
     path = check_file_path(path)
-    write_page(make_report(records, title=title, pairs=pairs, num_parameters=num_parameters), path)
+    page = make_report(records, title=title, pairs=pairs, num_parameters=num_parameters)
+    write_page(encode_page(page), path)
     return path
 
 

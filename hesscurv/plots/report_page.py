@@ -37,7 +37,7 @@ a { color: var(--mark); }
 .numbers div { padding: .6rem .8rem; display: flex; flex-direction: column; }
 .numbers dt { order: 1; color: var(--soft); font-size: .85rem; }
 .numbers dd { margin: 0; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
-.numbers dd.beside { order: 2; font-size: .85rem; color: var(--soft); }
+.numbers dd.beside { order: 2; font-size: .85rem; }
 .figures { display: grid; gap: .75rem; align-items: start;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); }
 figure { margin: 0; padding: .75rem; min-width: 0; }
@@ -63,6 +63,7 @@ tbody th { position: sticky; left: 0; background: var(--paper); font-weight: 600
 thead th:first-child { left: 0; z-index: 2; min-width: 0; }
 tbody tr:last-child > * { border-bottom: 0; }
 details { margin-top: .75rem; }
+.download { margin-top: .5rem; }
 summary { cursor: pointer; color: var(--soft); margin-bottom: .5rem; }
 .bad, .bad th { color: var(--bad); }
 td.bad { text-align: left; }
@@ -156,13 +157,12 @@ def encode_page(page: str) -> bytes:
     return page.encode("utf-8", "xmlcharrefreplace")
 
 
-def write_page(page: str, path: Path) -> None:
-    """Write a page atomically.
+def write_page(content: bytes, path: Path) -> None:
+    """Write an encoded page atomically.
 
     Raises:
         OSError: If the disk is full; a file that was there before is untouched.
     """
-    content = encode_page(page)
     write_atomically(path, lambda file: file.write(content))
 
 

@@ -69,8 +69,8 @@ def download_html(columns: Sequence[str], rows: Iterable[Sequence[Any]], file_na
     writer.writerows([columns, *([_plain(value) for value in row] for row in rows)])
     data = base64.b64encode(text.getvalue().encode("utf-8", "backslashreplace")).decode()
     return (
-        f'<p><a download="{escape(file_name)}" href="data:text/csv;base64,{data}">'
-        f"{escape(file_name)}</a></p>"
+        f'<p class="download"><a download="{escape(file_name)}" href="data:text/csv;base64,{data}">'
+        f"Download {escape(file_name)}</a></p>"
     )
 
 
