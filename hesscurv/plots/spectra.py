@@ -121,15 +121,16 @@ def eigenvalues(records: Iterable[Record], ax: Any = None) -> Any:
     ax = canvas.axes_or_new(ax)
     most = max(len(record["eigenvalues"]) for record in found)
     size = 7.0 if most <= 20 else 5.0 if most <= 100 else 3.5
-    for points, color, marker, name in by_sign:  # the fewer negative ones on top
+    for points, color, marker, name in by_sign:
+        negative = marker == "v"  # mostly the fewer: on top, larger and opaque
         ax.plot(
             *zip(*points, strict=True),
             linestyle="none",
             marker=marker,
             color=color,
-            markersize=size,
+            markersize=1.3 * size if negative else size,
             markeredgewidth=0,
-            alpha=0.75,
+            alpha=1.0 if negative else 0.7,
             label=name,
         )
     ax.set_yscale("log")

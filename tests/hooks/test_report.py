@@ -1,48 +1,16 @@
-import base64
 import re
 import sys
-from html.parser import HTMLParser
 
 import pytest
 import torch
 from hooks import watched
 from plots import recorded
+from support.html_pages import read
 from torch import nn
 
 import hesscurv
 from hesscurv.plots import monitor_figures as report_figures
 from hesscurv.plots.monitor_report import write_report
-
-
-class Page(HTMLParser):
-    """Tags that are left open, text, links and the figures of a page."""
-
-    VOID = ("meta", "img", "br")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.words, self.links, self.figures = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.links += [found[key] for key in ("src", "href") if key in found]
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "img":
-            kind, _, data = found["src"].partition(";base64,")
-            assert kind == "data:image/svg+xml"
-            self.figures.append((found["alt"], base64.b64decode(data).decode()))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self):
-        return "\n".join(self.words)
 
 
 def record(step, **values):
@@ -60,13 +28,6 @@ RECORDS = [
     },
     record(20, loss=1.25, sharpness=4.0, learning_rate=0.1, event="<pruned>"),
 ]
-
-
-def read(path):
-    text = path.read_text(encoding="utf-8")
-    page = Page(text)
-    assert page.open == []
-    return page, text
 
 
 def test_a_page_stands_alone_and_has_no_script(tmp_path):

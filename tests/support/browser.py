@@ -12,12 +12,23 @@ import os
 import select
 import shutil
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
 _SECONDS = 60
+# The browser reads commands from its descriptor 3 and answers on 4. Both move up first: either may
+# be 3 or 4 now.
+_START = """
+import fcntl, os, sys
+ends = [fcntl.fcntl(int(end), fcntl.F_DUPFD, 10) for end in sys.argv[1:3]]
+for number, end in zip((3, 4), ends):
+    os.dup2(end, number)
+    os.close(end)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 def find_browser() -> str | None:
@@ -34,7 +45,7 @@ class Browser:
         self._read, answers = os.pipe()
         self._process = subprocess.Popen(
             [
-                *("sh", "-c", f'exec "$0" "$@" 3<&{commands} 4>&{answers}', program),
+                *(sys.executable, "-S", "-c", _START, str(commands), str(answers), program),
                 *("--headless", "--remote-debugging-pipe", f"--user-data-dir={folder}"),
                 *("--no-sandbox", "--no-zygote", "--single-process", "--disable-gpu"),
                 *("--no-first-run", "--hide-scrollbars", "about:blank"),
@@ -48,6 +59,13 @@ class Browser:
         self._numbers, self._buffer, self.events = itertools.count(1), b"", []
         self._answers: dict[int, Any] = {}
         self._session: str | None = None
+        try:
+            self._open_tab()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _open_tab(self) -> None:
         target = next(
             info["targetId"]
             for info in self._call("Target.getTargets")["targetInfos"]
@@ -97,6 +115,13 @@ class Browser:
         done = self._call("Runtime.evaluate", expression=expression, returnByValue=True)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
+
+    def until(self, expression: str) -> None:
+        """Wait until an expression of JavaScript is true, across reloads of the page."""
+        end = time.monotonic() + _SECONDS
+        while not self.value(expression):
+            assert time.monotonic() < end, f"{expression} has not become true"
+            time.sleep(0.05)
 
     def screenshot(self, path: Path) -> None:
         """Write a picture of the whole page."""
