@@ -12,7 +12,7 @@ from torch import Tensor
 from hesscurv.eigensolvers import Eigenpairs
 from hesscurv.metrics import leverage_by_parameter
 from hesscurv.plots import canvas
-from hesscurv.plots.hover import Value, brief, show_values
+from hesscurv.plots.hover import Value, brief, show_cells, show_values
 from hesscurv.plots.records import Record, as_records, failed, having, number
 
 _LONGEST_NAME, _LONGEST_WHOLE = 34, 80
@@ -135,14 +135,9 @@ def by_parameter(
     ax.figure.colorbar(image, ax=ax, label=given, pad=0.02).outline.set_visible(False)
     name_rows(ax, names)
     name_steps(ax, [record["step"] for record in columns])
-    show_values(
-        ax,
-        (
-            Value(x, y, f"{name}, step {record['step']:,}: {brief(rows[y][x])}", 1.0, 1.0)
-            for y, name in enumerate(names)
-            for x, record in enumerate(columns)
-            if math.isfinite(rows[y][x])
-        ),
+    show_cells(
+        *(ax, rows, lambda i: names[i]),
+        lambda i, j: f"{names[i]}, step {columns[j]['step']:,}",
     )
     for column in [i for i, record in enumerate(columns) if failed(record)]:
         place = {"ha": "center", "va": "center", "rotation": 90, "gid": "cell", "clip_on": True}

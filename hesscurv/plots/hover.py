@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
@@ -34,6 +34,35 @@ class Value(NamedTuple):
 def show_values(ax: Any, values: Iterable[Value]) -> None:
     """Attach texts to axes; those of their lines, which are shown otherwise, are not."""
     setattr(ax, _ATTRIBUTE, [*getattr(ax, _ATTRIBUTE, ()), *values])
+
+
+def show_cells(
+    ax: Any,
+    rows: Sequence[Sequence[float]],
+    name_row: Callable[[int], str],
+    name_cell: Callable[[int, int], str],
+) -> None:
+    """Attach the values of a heat map, by cell; with too many cells the range of each row.
+
+    Args:
+        ax: Axes whose cells have size 1 and whole-numbered centers.
+        rows: The values; those that are not finite have no text.
+        name_row: Names a row, given its index.
+        name_cell: Names a cell, given those of its row and column.
+    """
+    found = [[(j, value) for j, value in enumerate(row) if math.isfinite(value)] for row in rows]
+    if sum(map(len, found)) <= _MOST_MARKS:
+        cells = ((i, j, value) for i, row in enumerate(found) for j, value in row)
+        show_values(
+            ax, (Value(j, i, f"{name_cell(i, j)}: {brief(v)}", 1.0, 1.0) for i, j, v in cells)
+        )
+        return
+    for i, row in enumerate(found):
+        if row:
+            values = [value for _, value in row]
+            text = f"{name_row(i)}: {brief(min(values))} to {brief(max(values))}"
+            width = len(rows[i])
+            show_values(ax, [Value((width - 1) / 2, i, text, width, 1.0)])
 
 
 def draw_marks(figure: Any, width: int, height: int) -> str:

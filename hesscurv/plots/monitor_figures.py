@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -39,7 +40,9 @@ def _choose(  # noqa: C901, one condition a figure
         return lambda: draw(*args, ax=canvas.axes_or_new(None, size), **options)
 
     def held(quantity: str) -> list[Record]:
-        return [r for r in records if not failed(r) and r.get(quantity)]
+        return [
+            r for r in records if not failed(r) and any(map(math.isfinite, _numbers(r, quantity)))
+        ]
 
     if is_number(records, "loss"):
         yield small(plots.by_step, records, "loss"), "Loss on the probe set, in the monitor's mode."
@@ -49,8 +52,8 @@ def _choose(  # noqa: C901, one condition a figure
             "The largest eigenvalue, beside the one at which gradient descent of this learning "
             "rate becomes unstable on a quadratic.",
         )
-    spectra = [r for r in held("eigenvalues") if any(map(number, r["eigenvalues"]))]
-    last = pairs if pairs is not None and bool(pairs.eigenvalues.any()) else None
+    spectra = [r for r in held("eigenvalues") if _can_be_drawn(_numbers(r, "eigenvalues"))]
+    last = pairs if pairs is not None and _can_be_drawn(pairs.eigenvalues.tolist()) else None
     if last is None and spectra:
         last = spectra[-1]  # type: ignore[assignment]
     if last is not None:
@@ -126,6 +129,21 @@ def is_number(records: list[Record], quantity: str) -> bool:
         return bool(series(records, quantity))
     except ValueError:
         return False
+
+
+def _numbers(record: Record, quantity: str) -> list[float]:
+    """Return the numbers of a quantity, by name, listed, or paired with a step; NaN for others."""
+    values = record.get(quantity)
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if not isinstance(values, (list, tuple)):
+        values = [values]
+    return [number(value[-1] if isinstance(value, (list, tuple)) else value) for value in values]
+
+
+def _can_be_drawn(eigenvalues: list[float]) -> bool:
+    """Return whether a logarithmic scale can show any of them."""
+    return any(math.isfinite(value) and value != 0 for value in eigenvalues)
 
 
 def spectra_of(records: list[Record]) -> list[Record]:

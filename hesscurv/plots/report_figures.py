@@ -22,6 +22,8 @@ _STYLE = (
 _WIDE = 5.4
 _PIXELS = 96  # CSS pixels per inch
 _POINTS = 72
+_MOST_MARKERS = 1000  # of one kind; as pixels, more take less room and time than as shapes
+_RASTER = 216  # dots per inch, for a sharp screen
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,8 +73,11 @@ def encode_figure(figure: Any, caption: str) -> Drawing:
     # Text as paths looks the same whatever fonts are installed. SVG is drawn at 72 dots per inch:
     # with the same here, the places of the values are those of the picture.
     figure.set_dpi(_POINTS)
+    for line in (line for ax in figure.axes for line in ax.get_lines()):
+        if len(line.get_xdata()) > _MOST_MARKERS and line.get_linestyle() == "None":
+            line.set_rasterized(True)
     file = io.StringIO()
-    figure.savefig(file, format="svg", dpi=_POINTS, metadata={"Date": None, "Creator": None})
+    figure.savefig(file, format="svg", dpi=_RASTER, metadata={"Date": None, "Creator": None})
     svg = file.getvalue().replace(_INK, "var(--ink)").replace(_PAPER, "var(--paper)")
     svg = svg[svg.index("<svg") :].replace(">", f">{_STYLE}", 1)
     inches = [float(length) for length in figure.get_size_inches()]

@@ -122,7 +122,8 @@ def eigenvalues(records: Iterable[Record], ax: Any = None) -> Any:
     most = max(len(record["eigenvalues"]) for record in found)
     size = 7.0 if most <= 20 else 5.0 if most <= 100 else 3.5
     for points, color, marker, name in by_sign:
-        negative = marker == "v"  # mostly the fewer: on top, larger and opaque
+        # Mostly the fewer, on top: larger and opaque, unless they would hide the others.
+        negative = marker == "v" and most <= 20
         ax.plot(
             *zip(*points, strict=True),
             linestyle="none",

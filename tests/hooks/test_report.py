@@ -148,6 +148,29 @@ def test_there_is_a_figure_of_everything_that_records_hold(monkeypatch):
     assert len(drawn) == len(set(drawn)) == 15
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+@pytest.mark.parametrize("since", [0, 40])
+def test_the_page_of_a_run_that_diverged_is_written(tmp_path, value, since):
+    """Nothing can be drawn of what has no finite value, all else is."""
+    pytest.importorskip("matplotlib")
+    lost = ("loss", "sharpness", "eigenvalues", "space_overlaps", "leverage_by_parameter")
+    records = [
+        {k: v for k, v in r.items() if k in (*lost, "step", "trace")} for r in recorded.run()
+    ]
+    for r in records:
+        for key in lost if r["step"] >= since and r["step"] != recorded.FAILED else ():
+            old = r.get(key)
+            if isinstance(old, dict):
+                r[key] = dict.fromkeys(old, value)
+            elif isinstance(old, list):
+                r[key] = [[x[0], value] if isinstance(x, list) else value for x in old]
+            else:
+                r[key] = value
+    page, _ = read(write_report(records, tmp_path / "run.html"))
+    assert len(page.figures) == (1 if since == 0 else 7)
+    assert page.findings[0].startswith("The loss on the probe set is not finite")
+
+
 def test_a_monitor_reports_what_it_measured_and_changes_no_setting(tmp_path):
     matplotlib = pytest.importorskip("matplotlib")
     model = watched.net()
