@@ -3,12 +3,15 @@
 import gc
 import http.client
 import os
+import random
 import subprocess
 import sys
 import textwrap
 import warnings
 
+import numpy
 import pytest
+import torch
 from hooks import watched
 from support.html_pages import read
 
@@ -132,6 +135,19 @@ def test_a_page_that_fails_leaves_the_old_one_and_training_goes_on(tmp_path, clo
     live.close()
     with pytest.raises(ValueError, match="expected an open LiveReport"):
         live.log(record(3), 3)
+
+
+def test_a_page_with_figures_changes_no_random_state(tmp_path):
+    pytest.importorskip("matplotlib")
+
+    def states():
+        return torch.get_rng_state().tolist(), random.getstate(), str(numpy.random.get_state())
+
+    before = states()
+    with LiveReport(tmp_path / "run.html") as live:
+        live.log(record(0, sharpness=2.0), 0)
+    assert len(read(live.path)[0].figures) == 2
+    assert states() == before
 
 
 def ask(url, path="/", method="GET", **headers):

@@ -47,7 +47,7 @@ class Browser:
             [
                 *(sys.executable, "-S", "-c", _START, str(commands), str(answers), program),
                 *("--headless", "--remote-debugging-pipe", f"--user-data-dir={folder}"),
-                *("--no-sandbox", "--no-zygote", "--single-process", "--disable-gpu"),
+                *("--no-sandbox", "--disable-gpu"),
                 *("--no-first-run", "--hide-scrollbars", "about:blank"),
             ],
             pass_fds=(commands, answers),
