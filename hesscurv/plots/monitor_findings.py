@@ -80,9 +80,9 @@ def _sharpness(good: list[Record]) -> str | None:
     if not shares or shares[-1] is None:
         return None
     share, last = shares[-1], held[-1]
-    least = "at least " if last.get("sharpness_converged") is False else ""
+    more = " or more" if last.get("sharpness_converged") is False else ""
     text = (
-        f"Sharpness is at {least}{format_percent(share, 2 if share < 1 else 3)} of the stability "
+        f"Sharpness is at {format_percent(share, 2 if share < 1 else 3)}{more} of the stability "
         f"limit of gradient descent with this learning rate (step {_step(last)})"
     )
     beyond = [value is not None and value > 1 for value in shares]

@@ -9,7 +9,7 @@ from typing import Any
 from hesscurv.plots import canvas
 from hesscurv.plots.by_parameter import height_of, name_rows, width_of
 from hesscurv.plots.hover import Value, brief, show_values
-from hesscurv.plots.pruning_findings import Pruned
+from hesscurv.plots.pruning_findings import Pruned, is_replaced
 from hesscurv.plots.report_figures import Drawing, encode_figure
 from hesscurv.plots.report_tables import format_percent
 
@@ -77,9 +77,11 @@ def loss_by_sparsity(report: Pruned, ax: Any = None) -> Any:
     if math.isfinite(report.dense_loss):
         ax.axhline(report.dense_loss, linestyle="--", color=canvas.GREY, label="dense")
         heights.append(report.dense_loss)
-    if math.isfinite(report.magnitude_loss) and report.method != "magnitude":
+    taken = is_replaced(report)
+    if math.isfinite(report.magnitude_loss) and (taken or report.method != "magnitude"):
         look = {"marker": "v", "markersize": 8, "linestyle": "none", "color": canvas.RED}
-        ax.plot([report.sparsity], [report.magnitude_loss], label="magnitude", **look)
+        label = "magnitude, taken" if taken else "magnitude"
+        ax.plot([report.sparsity], [report.magnitude_loss], label=label, **look)
         heights.append(report.magnitude_loss)
     if min(heights) > 0 and max(heights) > _DECADES * min(heights):
         ax.set_yscale("log")

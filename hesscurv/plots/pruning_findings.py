@@ -123,8 +123,19 @@ def pruning_findings(report: Pruned, accuracy: Sequence[float] | None = None) ->
         report: The result of `prune_model`.
         accuracy: Accuracy before pruning and after each stage; None if not measured.
     """
+    if is_replaced(report):  # the accuracies are those of the stages, which were given up
+        accuracy = None
     rules = (_loss(report), _accuracy(accuracy), _magnitude(report), _model(report), _where(report))
     return [sentence for sentence in rules if sentence is not None][:_MOST_SENTENCES]
+
+
+def is_replaced(report: Pruned) -> bool:
+    """Return whether plain magnitude pruning had a lower loss than the stages and was taken."""
+    return (
+        report.method == "magnitude"
+        and bool(report.stages)
+        and report.stages[-1].loss > report.loss
+    )
 
 
 def predicted_and_true(report: Pruned) -> tuple[float, float] | None:
@@ -160,6 +171,11 @@ def _accuracy(accuracy: Sequence[float] | None) -> str | None:
 
 
 def _magnitude(report: Pruned) -> str | None:
+    if is_replaced(report):
+        return (
+            f"The stages ended at a loss of {brief(report.stages[-1].loss)}: plain magnitude "
+            "pruning, which has a lower one, was taken instead."
+        )
     if report.method == "magnitude":
         return "The mask is that of the largest magnitudes." if report.stages else None
     before, ours, theirs = report.dense_loss, report.loss, report.magnitude_loss

@@ -8,7 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hesscurv.plots.pruning_figures import draw_pruning
-from hesscurv.plots.pruning_findings import Pruned, predicted_and_true, pruning_findings
+from hesscurv.plots.pruning_findings import (
+    Pruned,
+    is_replaced,
+    predicted_and_true,
+    pruning_findings,
+)
 from hesscurv.plots.records import number
 from hesscurv.plots.report_figures import figures_html
 from hesscurv.plots.report_page import (
@@ -47,8 +52,8 @@ def write_pruning_report(
         report: The `PruningReport` that `prune_model` returns.
         path: The file to write; its folder must exist.
         title: The page's heading.
-        accuracy: Accuracy before pruning and after each stage, numbers in [0, 1], one more than
-            stages; None (default) if it was not measured.
+        accuracy: Accuracy before pruning and after each of `stages`, numbers in [0, 1], such as
+            those that `on_step` measures; None (default) if there are none.
 
     Returns:
         The path. Without matplotlib the page has no figures but says how to get them.
@@ -115,7 +120,8 @@ def _cards(report: Pruned, accuracy: Sequence[float] | None) -> list[Card]:
     cards = [
         Card("sparsity", format_percent(report.sparsity, 4), _kept(report)),
         Card("calibration loss", format_number(report.loss), dense),
-        accuracy
+        accuracy is not None
+        and not is_replaced(report)
         and Card("accuracy", format_percent(accuracy[-1]), f"dense {format_percent(accuracy[0])}"),
         report.method != "magnitude"
         and Card(

@@ -35,7 +35,7 @@ def said(word, records):
         ({"sharpness": 26.0, "learning_rate": 0.1}, "at 130 % of"),
         (
             {"sharpness": 14.0, "learning_rate": 0.1, "sharpness_converged": False},
-            "at at least 70 % of",
+            "at 70 % or more of",
         ),
     ],
 )

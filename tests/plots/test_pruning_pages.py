@@ -58,6 +58,19 @@ def test_a_sentence_without_support_is_left_out(changes, absent):
     assert absent not in " ".join(pruning_findings(report_of(**changes)))
 
 
+def test_a_result_of_magnitude_that_was_taken_instead_is_not_that_of_the_stages(tmp_path):
+    report = report_of(method="magnitude", loss=1.2, magnitude_loss=1.2)
+    path = write_pruning_report(report, tmp_path / "pruning.html", accuracy=[0.9, 0.8, 0.7])
+    page, _ = read(path)
+    said = " ".join(page.findings)
+    assert "rises from 1 to 1.2" in said
+    assert "The stages ended at a loss of 1.5: plain magnitude pruning" in said
+    assert "Accuracy" not in said
+    assert "accuracy" not in page.cards
+    assert report_of().html(path, accuracy=[0.9, 0.8, 0.7]) == path
+    assert read(path)[0].cards["accuracy"] == ["70 %", "dense 90 %"]
+
+
 def test_a_page_of_a_real_pruning_is_whole(tmp_path):
     pytest.importorskip("matplotlib")
     model = nn.Sequential()

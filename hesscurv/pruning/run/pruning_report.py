@@ -61,6 +61,8 @@ class LayerReport:
 class PruningReport:
     """The result of `prune_model`; ``print(report)`` shows it as a table of at most ten lines.
 
+    ``report.html("pruning.html")`` writes it as a page with figures.
+
     Args:
         method: The ranking of the final mask: the requested one, or "magnitude" if plain magnitude
             pruning has a lower calibration loss.
@@ -112,8 +114,8 @@ class PruningReport:
         Args:
             path: The file, such as "pruning.html"; its folder must exist.
             title: The page's heading.
-            accuracy: Accuracy before pruning and after each of the `stages`, numbers in [0, 1];
-                None (default) if it was not measured.
+            accuracy: Accuracy before pruning and after each of the `stages`, numbers in [0, 1],
+                such as those that `on_step` measures; None (default) if there are none.
 
         Returns:
             The path; see `plots.pruning_report.write_pruning_report`.
