@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "eigensolvers": BASE | {"objective", "operators", "eigensolvers"},
     "spectra": BASE | {"objective", "operators", "eigensolvers", "spectra"},
     "metrics": FOUNDATION,
-    "pruning": FOUNDATION | {"pruning"},
+    "pruning": FOUNDATION | {"plots", "pruning"},
     "optim": FOUNDATION | {"optim"},
     "plots": BASE | {"objective", "eigensolvers", "metrics", "plots"},
     "hooks": FOUNDATION | {"pruning", "optim", "plots", "hooks"},

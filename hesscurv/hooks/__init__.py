@@ -1,5 +1,6 @@
 """Monitoring of curvature during training, and pruning triggered by it."""
 
+from hesscurv.hooks.live_report import LiveReport
 from hesscurv.hooks.loggers import MonitorWarning
 from hesscurv.hooks.monitoring.monitor import CurvatureMonitor
 from hesscurv.hooks.pruning_trigger import PruneWhenStable
@@ -14,6 +15,7 @@ __all__ = [
     "JSONLinesWriter",
     "CSVWriter",
     "read_records",
+    "LiveReport",
     # Pruning
     "PruneWhenStable",
     "Stability",

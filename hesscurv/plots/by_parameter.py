@@ -12,6 +12,7 @@ from torch import Tensor
 from hesscurv.eigensolvers import Eigenpairs
 from hesscurv.metrics import leverage_by_parameter
 from hesscurv.plots import canvas
+from hesscurv.plots.hover import Value, brief, show_cells, show_values
 from hesscurv.plots.records import Record, as_records, failed, having, number
 
 _LONGEST_NAME, _LONGEST_WHOLE = 34, 80
@@ -127,13 +128,17 @@ def by_parameter(
         [math.nan if failed(r) else number(r[quantity].get(name)) for r in columns]
         for name in names
     ]
-    ax = canvas.axes_or_new(ax, (_width(names, len(columns)), _height(len(names))))
+    ax = canvas.axes_or_new(ax, (width_of(names, len(columns)), height_of(len(names))))
     low, high = limits or (min(0.0, _finite(rows, min)), _finite(rows, max))
     scale = canvas.matplotlib_parts().colormaps[canvas.SEQUENTIAL].with_extremes(bad=canvas.MISSING)
     image = ax.imshow(rows, cmap=scale, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     ax.figure.colorbar(image, ax=ax, label=given, pad=0.02).outline.set_visible(False)
-    _name_rows(ax, names)
+    name_rows(ax, names)
     name_steps(ax, [record["step"] for record in columns])
+    show_cells(
+        *(ax, rows, lambda i: names[i]),
+        lambda i, j: f"{names[i]}, step {columns[j]['step']:,}",
+    )
     for column in [i for i, record in enumerate(columns) if failed(record)]:
         place = {"ha": "center", "va": "center", "rotation": 90, "gid": "cell", "clip_on": True}
         if _inches(ax, "width") / len(columns) < 0.14:
@@ -191,7 +196,7 @@ def _bars(
     """Draw horizontal bars, the first name on top, with marks across them."""
     if not values:
         raise ValueError("expected a number for at least one parameter, got an empty dict")
-    ax = canvas.axes_or_new(ax, (_width(values, 13), _height(len(values))))
+    ax = canvas.axes_or_new(ax, (width_of(values, 13), height_of(len(values))))
     places = range(len(values))
     ax.barh(places, list(values.values()), height=0.7, color=canvas.BLUE)
     if marks:
@@ -202,12 +207,21 @@ def _bars(
     ax.set_xlim(*(limits or (min(0.0, *values.values(), 0.0), None)))
     ax.set_xlabel(label)
     ax.grid(axis="x", color=canvas.GREY, alpha=0.25, linewidth=0.8)
-    _name_rows(ax, list(values))
+    name_rows(ax, list(values))
+    left, right = ax.get_xlim()
+    middle, whole = (left + right) / 2, right - left  # the row, as short bars are hard to meet
+    show_values(
+        ax,
+        (
+            Value(middle, i, f"{n}: {brief(v)}", whole, 1.0)
+            for i, (n, v) in enumerate(values.items())
+        ),
+    )
     return ax
 
 
-def _name_rows(ax: Any, names: list[str]) -> None:
-    """Label the rows with their names, as many as fit."""
+def name_rows(ax: Any, names: list[str]) -> None:
+    """Label the rows, from the top, with their names, as many as fit."""
     inches = _inches(ax, "height") / len(names)
     every = max(1, math.ceil(0.11 / inches))
     size = min(10.0, max(6.5, 72 * every * inches * 0.72))
@@ -226,11 +240,13 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _height(rows: int) -> float:
+def height_of(rows: int) -> float:
+    """Return the height in inches of a figure with rows."""
     return min(_TALLEST, max(2.6, 1.1 + _ROW * rows))
 
 
-def _width(names: Iterable[str], columns: int) -> float:
+def width_of(names: Iterable[str], columns: int) -> float:
+    """Return the width in inches of a figure with rows of some names and columns."""
     longest = max(map(len, shorten(map(canvas.name, names))))
     return min(10.0, max(4.8, 1.5 + 0.07 * longest + 0.18 * columns))
 

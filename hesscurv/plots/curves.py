@@ -65,7 +65,9 @@ def by_step(records: Iterable[Record], quantity: str, ax: Any = None, *, label: 
             label="± 2 standard errors",
         )
     canvas.mark_events(ax, as_records(records))
-    ax.set_ylabel(canvas.plain(name_of(quantity)))
+    name = canvas.plain(name_of(quantity))
+    ax.set_ylabel(name)
+    canvas.title(ax, f"{name[:1].upper()}{name[1:]} while training")
     canvas.step_axis(ax, found.steps)
     canvas.grid(ax)
     canvas.legend(ax)

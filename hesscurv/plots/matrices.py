@@ -8,6 +8,7 @@ from typing import Any
 
 from hesscurv.plots import canvas
 from hesscurv.plots.by_parameter import name_steps
+from hesscurv.plots.hover import show_cells
 from hesscurv.plots.records import Record, as_records, failed, missing, number
 
 _MOST_WITH_NUMBERS = 8
@@ -79,6 +80,10 @@ def _matrix(records: Iterable[Record], key: str, label: str, ax: Any) -> Any:
                     color = "black" if value > 0.55 else "white"
                     center = {"ha": "center", "va": "center", "gid": "cell"}
                     ax.text(j, i, f"{value:.2f}", color=color, fontsize=canvas.SMALL, **center)
+    show_cells(
+        *(ax, rows, lambda i: f"step {steps[i]:,} with others"),
+        lambda i, j: f"steps {steps[i]:,} and {steps[j]:,}",
+    )
     name_steps(ax, steps)
     ax.set_yticks(ax.get_xticks(), [text.get_text() for text in ax.get_xticklabels()])
     ax.set_ylabel("training step")

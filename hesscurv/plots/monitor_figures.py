@@ -1,49 +1,20 @@
-"""Figures of a monitor report, as SVG that follows the reader's colour scheme."""
+"""Figures of a monitor report, and their captions."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
 from hesscurv import plots
 from hesscurv.eigensolvers import Eigenpairs
-from hesscurv.interface.descriptions import Described
 from hesscurv.plots import canvas
 from hesscurv.plots.records import Record, failed, number, series
+from hesscurv.plots.report_figures import Drawing, encode_figure
 
-# Placeholder colours that nothing else uses, replaced by those of the page.
-_INK, _PAPER = "#010203", "#fdfcfb"
-_STYLE = (
-    "<style>:root{--ink:#1f2328;--paper:#fff}"
-    "@media (prefers-color-scheme:dark){:root{--ink:#e6e9ec;--paper:#1b1e22}}</style>"
-)
 _SIZE = (4.6, 3.3)  # inches, legible on a phone
 _SQUARE = (4.6, 3.9)
-_WIDE = 6.5
-_PIXELS = 96  # CSS pixels per inch
-
-
-@dataclass(frozen=True, repr=False)
-class Drawing(Described):
-    """A figure for a page.
-
-    Args:
-        source: A data URI of SVG.
-        width: In CSS pixels.
-        height: Likewise.
-        caption: Caption, plain text.
-        wide: Whether it needs the full width of the page.
-    """
-
-    source: str
-    width: int
-    height: int
-    caption: str
-    wide: bool
 
 
 def draw_all(
@@ -55,7 +26,7 @@ def draw_all(
         ImportError: If matplotlib is missing.
     """
     for draw, caption in _choose(records, pairs, num_parameters):
-        yield _encode(draw().figure, caption)
+        yield encode_figure(draw().figure, caption)
 
 
 def _choose(  # noqa: C901, one condition a figure
@@ -69,7 +40,9 @@ def _choose(  # noqa: C901, one condition a figure
         return lambda: draw(*args, ax=canvas.axes_or_new(None, size), **options)
 
     def held(quantity: str) -> list[Record]:
-        return [r for r in records if not failed(r) and r.get(quantity)]
+        return [
+            r for r in records if not failed(r) and any(map(math.isfinite, _numbers(r, quantity)))
+        ]
 
     if is_number(records, "loss"):
         yield small(plots.by_step, records, "loss"), "Loss on the probe set, in the monitor's mode."
@@ -79,8 +52,8 @@ def _choose(  # noqa: C901, one condition a figure
             "The largest eigenvalue, beside the one at which gradient descent of this learning "
             "rate becomes unstable on a quadratic.",
         )
-    spectra = [r for r in held("eigenvalues") if any(map(number, r["eigenvalues"]))]
-    last = pairs if pairs is not None and bool(pairs.eigenvalues.any()) else None
+    spectra = [r for r in held("eigenvalues") if _can_be_drawn(_numbers(r, "eigenvalues"))]
+    last = pairs if pairs is not None and _can_be_drawn(pairs.eigenvalues.tolist()) else None
     if last is None and spectra:
         last = spectra[-1]  # type: ignore[assignment]
     if last is not None:
@@ -116,7 +89,7 @@ def _choose(  # noqa: C901, one condition a figure
             yield (
                 small(draw, records, size=_SQUARE),
                 f"The {what} of each step against that of each other step: a bright block at the "
-                "lower right begins where it has settled. Grey: not compared.",
+                "lower right is one that hardly changes any more. Grey: not compared.",
             )
     if held("leverage_by_parameter"):
         yield (
@@ -158,35 +131,21 @@ def is_number(records: list[Record], quantity: str) -> bool:
         return False
 
 
+def _numbers(record: Record, quantity: str) -> list[float]:
+    """Return the numbers of a quantity, by name, listed, or paired with a step; NaN for others."""
+    values = record.get(quantity)
+    if isinstance(values, Mapping):
+        values = list(values.values())
+    if not isinstance(values, (list, tuple)):
+        values = [values]
+    return [number(value[-1] if isinstance(value, (list, tuple)) else value) for value in values]
+
+
+def _can_be_drawn(eigenvalues: list[float]) -> bool:
+    """Return whether a logarithmic scale can show any of them."""
+    return any(math.isfinite(value) and value != 0 for value in eigenvalues)
+
+
 def spectra_of(records: list[Record]) -> list[Record]:
     """Return the records without residuals, which do not fit into a small figure."""
     return [{k: v for k, v in r.items() if k != "residuals"} for r in records]
-
-
-def _encode(figure: Any, caption: str) -> Drawing:
-    """Return a figure as SVG whose text and lines have the page's colours."""
-    from matplotlib.text import Text
-
-    figure.patch.set_alpha(0.0)
-    for text in figure.findobj(Text):
-        if text.get_gid() != "cell":  # labels of cells stand on a coloured ground
-            text.set_color(_INK)
-    for ax in figure.axes:
-        ax.patch.set_alpha(0.0)
-        ax.spines[:].set_edgecolor(_INK)
-        ax.tick_params(which="both", color=_INK, labelcolor=_INK)
-        if ax.get_legend() is not None:
-            ax.get_legend().get_frame().set_facecolor(_PAPER)
-    # Text as paths looks the same whatever fonts are installed.
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
-    svg = file.getvalue().replace(_INK, "var(--ink)").replace(_PAPER, "var(--paper)")
-    svg = svg[svg.index("<svg") :].replace(">", f">{_STYLE}", 1)
-    width, height = (float(inches) for inches in figure.get_size_inches())
-    return Drawing(
-        source="data:image/svg+xml;base64," + base64.b64encode(svg.encode()).decode(),
-        width=round(width * _PIXELS),
-        height=round(height * _PIXELS),
-        caption=caption,
-        wide=width > _WIDE,
-    )

@@ -1,19 +1,34 @@
-"""HTML report of a monitor's records: figures, table, failures and cost."""
+"""HTML report of a monitor's records: findings, cards, figures, table, failures and cost."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
-from html import escape
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from hesscurv.eigensolvers import Eigenpairs
-from hesscurv.plots.monitor_figures import draw_all, is_number
+from hesscurv.plots.monitor_figures import draw_all
+from hesscurv.plots.monitor_findings import (
+    chance_level,
+    monitor_findings,
+    stability_share,
+    value_of,
+)
 from hesscurv.plots.records import Record, as_records, failed, number
-from hesscurv.storage.atomic_files import write_atomically
+from hesscurv.plots.report_figures import figures_html
+from hesscurv.plots.report_page import Card, assemble_page, check_file_path, encode_page, write_page
+from hesscurv.plots.report_tables import (
+    Row,
+    details_html,
+    download_html,
+    failures_html,
+    format_number,
+    format_percent,
+    table_html,
+)
 
-# Columns of the table, in order: key and heading.
+# Columns of the tables, in order: key and heading.
 _COLUMNS = {
     "loss": "loss",
     "sharpness": "sharpness",
@@ -23,9 +38,12 @@ _COLUMNS = {
     "gradient_share": "gradient in the space",
     "overlap": "overlap",
     "overlap_chance": "by chance",
+    "overlap_chance_std": "its deviation",
     "overlap_z_score": "z-score",
     "space_overlap": "with last space",
+    "space_overlap_first": "with first space",
     "mask_iou": "with last mask (IoU)",
+    "mask_iou_first": "with first mask (IoU)",
     "trace": "trace",
     "trace_standard_error": "its standard error",
     "effective_rank": "effective rank",
@@ -36,48 +54,9 @@ _COLUMNS = {
     "fraction": "of training time",
     "event": "event",
 }
+# Those always in sight; all others are one click away.
+_MAIN = ("loss", "sharpness", "overlap", "space_overlap", "sparsity", "event")
 _PERCENT = {"gradient_share", "fraction"}
-
-_CSS = """
-:root { --ink: #1f2328; --soft: #59636e; --paper: #fff; --page: #f4f5f7; --line: #d8dce1;
-  --bad: #a83c00; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ec; --soft: #9aa4ae; --paper: #1b1e22;
-  --page: #121417; --line: #363b42; --bad: #ff9d66; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 88rem; padding: 1.5rem 1rem 3rem; color: var(--ink);
-  background: var(--page); font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2rem 0 .75rem; }
-p { margin: 0 0 1rem; color: var(--soft); }
-.numbers { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .75rem;
-  margin: 0; }
-.numbers div, figure, .table { background: var(--paper); border: 1px solid var(--line);
-  border-radius: 8px; }
-.numbers div { padding: .6rem .8rem; display: flex; flex-direction: column-reverse; }
-.numbers dt { color: var(--soft); font-size: .85rem; }
-.numbers dd { margin: 0; font-size: 1.3rem; font-variant-numeric: tabular-nums; }
-.figures { display: grid; gap: .75rem; align-items: start;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 25rem), 1fr)); }
-figure { margin: 0; padding: .75rem; min-width: 0; }
-figure.wide { grid-column: 1 / -1; }
-figure div { overflow-x: auto; }
-figure img { display: block; width: 100%; height: auto; margin: 0 auto; }
-figcaption { color: var(--soft); font-size: .9rem; margin-top: .5rem; }
-.table { overflow: auto; max-height: 46rem; }
-table { border-collapse: separate; border-spacing: 0; font-size: .9rem; width: 100%;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; text-align: right; white-space: nowrap; overflow-wrap: normal;
-  border-bottom: 1px solid var(--line); }
-thead th { position: sticky; top: 0; background: var(--paper); color: var(--soft); z-index: 1;
-  font-weight: 500; vertical-align: bottom; white-space: normal; min-width: 5.2rem; }
-tbody th { position: sticky; left: 0; background: var(--paper); font-weight: 600; }
-thead th:first-child { left: 0; z-index: 2; min-width: 0; }
-tbody tr:last-child > * { border-bottom: 0; }
-.bad, .bad th { color: var(--bad); }
-td.bad { text-align: left; }
-ul { margin: 0; padding-left: 1.2rem; }
-li { margin-bottom: .4rem; white-space: pre-wrap; }
-"""
 
 
 def write_report(
@@ -88,10 +67,12 @@ def write_report(
     pairs: Eigenpairs | None = None,
     num_parameters: int | None = None,
 ) -> Path:
-    """Write a self-contained HTML page with figures of all quantities, a table, and the cost.
+    """Write a self-contained HTML page with findings, figures of all quantities, and tables.
 
-    The page needs no other file, network or script; it follows the reader's colour scheme and fits
-    a phone.
+    The sentences on top say what the records support: how far the sharpness is from the stability
+    limit, since when the overlap is within chance, since when the eigenspace has settled. The page
+    needs no other file, network or script; it follows the reader's colour scheme and fits a phone;
+    values show where the pointer rests. `hooks.LiveReport` writes the same page while training.
 
     Args:
         records: Records of a `CurvatureMonitor`, dicts with a "step", possibly read from a file of
@@ -115,144 +96,179 @@ def write_report(
     Cost:
         A few tenths of a second and some tens of kilobytes per figure.
     """
-    path = Path(path)
     records = as_records(records)
     if pairs is not None and not isinstance(pairs, Eigenpairs):
         raise TypeError(f"expected pairs to be Eigenpairs or None, got {type(pairs).__name__}")
-    if path.is_dir():
-        raise IsADirectoryError(f"expected a file to write, got the folder {str(path)!r}")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"expected an existing folder, got {str(path.parent)!r}")
-    if pairs is not None and num_parameters is None:
-        num_parameters = pairs.eigenvectors.shape[0]
-    page = _page(str(title), records, _figures(records, pairs, num_parameters))
-    write_atomically(path, lambda file: file.write(page.encode("utf-8", "xmlcharrefreplace")))
+    path = check_file_path(path)
+    page = make_report(records, title=title, pairs=pairs, num_parameters=num_parameters)
+    write_page(encode_page(page), path)
     return path
 
 
-def _page(title: str, records: list[Record], figures: str) -> str:
+def make_report(
+    records: list[Record],
+    *,
+    title: str,
+    pairs: Eigenpairs | None = None,
+    num_parameters: int | None = None,
+    refresh: float | None = None,
+) -> str:
+    """Return the page of `write_report` as HTML.
+
+    Args:
+        records: Records, sorted by step; at least one.
+        title: As for `write_report`.
+        pairs: Likewise.
+        num_parameters: Likewise.
+        refresh: Seconds after which an open page loads itself again; None for never.
+    """
+    if pairs is not None and num_parameters is None:
+        num_parameters = pairs.eigenvectors.shape[0]
     first, last = records[0]["step"], records[-1]["step"]
     count = f"{len(records):,} measurement" + ("s" if len(records) != 1 else "")
     steps = f"at step {first:,}" if first == last else f"from step {first:,} to step {last:,}"
-    failures = [record for record in records if failed(record)]
-    return "\n".join(
-        [
-            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-            '<meta name="viewport" content="width=device-width, initial-scale=1">',
-            f"<title>{escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>",
-            f"<h1>{escape(title)}</h1>\n<p>{count} {steps}. Written by hesscurv.</p>",
-            _numbers(records),
-            f"<h2>Figures</h2>\n{figures}" if figures else "",
-            f"<h2>Measurements</h2>\n{_table(records)}",
-            f"<h2>Failed measurements</h2>\n{_failures(failures)}" if failures else "",
-            "</body>\n</html>\n",
-        ]
+    live = "" if refresh is None else " Rewritten while training goes on."
+    return assemble_page(
+        str(title),
+        about=f"{count} {steps}. Written by hesscurv.{live}",
+        findings=monitor_findings(records),
+        cards=_cards(records),
+        sections=[
+            ("Figures", figures_html(draw_all(records, pairs, num_parameters))),
+            ("Measurements", _tables(records)),
+            ("Failed measurements", _failures(records)),
+        ],
+        refresh=refresh,
     )
 
 
-def _numbers(records: list[Record]) -> str:
-    """Return the cost and the last value of each quantity, in large type."""
+def _cards(records: list[Record]) -> list[Card]:
+    """Return the cost, and the last value of each quantity beside what it compares with."""
     good = [record for record in records if not failed(record)]
     num_failed = len(records) - len(good)
-    tiles = {
-        "measurements" if len(records) > 1 else "measurement": f"{len(records):,}",
-        "failed": f"{num_failed:,}" if num_failed else None,
-        "products with the curvature": _total(records, "num_matvecs"),
-        "seconds of measuring": _total(records, "seconds"),
-        "of the training time": _last(records, "fraction"),
-        "last loss": _last(good, "loss"),
-        "last sharpness": _last(good, "sharpness"),
-        "last sharpness × rate / 2": _last(good, "sharpness_ratio"),
-        "last overlap": _last(good, "overlap"),
-        "last overlap with earlier space": _last(good, "space_overlap"),
-        "last sparsity": _last(good, "sparsity"),
-    }
-    cells = [
-        f"<div><dt>{escape(name)}</dt>"
-        f"<dd{' class=bad' if name == 'failed' else ''}>{value}</dd></div>"
-        for name, value in tiles.items()
-        if value is not None
+    matvecs, seconds = _total(records, "num_matvecs"), _total(records, "seconds")
+    fraction = _last(records, "fraction")
+    cards = [
+        Card("measurements" if len(records) > 1 else "measurement", f"{len(records):,}"),
+        Card("failed", f"{num_failed:,}", bad=True) if num_failed else None,
+        matvecs
+        and Card(
+            "products with the curvature",
+            format_number(matvecs[0]),
+            f"{format_number(matvecs[0] / matvecs[1])} per measurement",
+        ),
+        seconds
+        and Card(
+            "seconds of measuring",
+            format_number(seconds[0]),
+            f"{format_percent(value_of(fraction, 'fraction'))} of the training time"
+            if fraction
+            else f"{format_number(seconds[0] / seconds[1])} per measurement",
+        ),
+        _card(good, "loss", "last loss"),
+        _card(good, "sharpness", "last sharpness", _limit),
+        _card(good, "gradient_share", "of the gradient in the top eigenspace"),
+        _card(good, "overlap", "last overlap", _chance),
+        _card(good, "space_overlap", "last overlap with earlier space"),
+        _card(good, "mask_iou", "last IoU with earlier mask"),
+        _negative(good),
+        _card(good, "trace", "last trace", _standard_error),
+        _card(good, "effective_rank", "last effective rank"),
+        _card(good, "sparsity", "last sparsity"),
     ]
-    return f'<dl class="numbers">{"".join(cells)}</dl>'
+    return [card for card in cards if card]
 
 
-def _total(records: list[Record], quantity: str) -> str | None:
-    if not is_number(records, quantity) and not is_number(_as_good(records), quantity):
+def _card(good: list[Record], quantity: str, name: str, reference: Any = None) -> Card | None:
+    """Return a card with the last value, beside its reference, or else its first value."""
+    last = _last(good, quantity)
+    if last is None:
         return None
-    values = [number(record.get(quantity)) for record in records]
-    return _format(quantity, sum(value for value in values if value == value))
+    beside = reference(last) if reference else ""
+    first = next(r for r in good if value_of(r, quantity) == value_of(r, quantity))
+    if not beside and first is not last:
+        beside = f"{_format(quantity, first[quantity])} at step {first['step']:,}"
+    return Card(name, _format(quantity, last[quantity]), beside)
 
 
-def _as_good(records: list[Record]) -> list[Record]:
-    """Return the records as if none had failed: failed measurements count in the cost."""
-    return [{**record, "status": "ok"} for record in records]
+def _limit(record: Record) -> str:
+    share = stability_share(record)
+    return f"limit {format_number(number(record['sharpness']) / share)}" if share else ""
 
 
-def _last(records: list[Record], quantity: str) -> str | None:
-    held = [r[quantity] for r in records if number(r.get(quantity)) == number(r.get(quantity))]
-    return _format(quantity, held[-1]) if held else None
+def _chance(record: Record) -> str:
+    level = chance_level(record)
+    if level is None:
+        return ""
+    return f"chance {format_number(level[0])} ± {_short(level[1])}"
 
 
-def _figures(records: list[Record], pairs: Eigenpairs | None, num_parameters: int | None) -> str:
-    try:
-        drawings = list(draw_all(records, pairs, num_parameters))
-    except ImportError as error:  # without matplotlib the page still has the numbers
-        return f"<p>No figures: {escape(str(error))}</p>"
-    # Below 0.7 of its size a figure is illegible: a narrow screen scrolls it instead.
-    parts = [
-        f'<figure{" class=wide" if d.wide else ""}><div><img src="{d.source}" width="{d.width}" '
-        f'height="{d.height}" style="max-width:{1.2 * d.width:.0f}px;'
-        f'min-width:{0.7 * d.width:.0f}px" alt="{escape(d.caption)}"></div>'
-        f"<figcaption>{escape(d.caption)}</figcaption></figure>"
-        for d in drawings
-    ]
-    return f'<div class="figures">\n{chr(10).join(parts)}\n</div>' if parts else ""
+def _standard_error(record: Record) -> str:
+    error = value_of(record, "trace_standard_error")
+    return f"± {_short(error)}" if error == error else ""
 
 
-def _table(records: list[Record]) -> str:
+def _negative(good: list[Record]) -> Card | None:
+    record = next((r for r in reversed(good) if r.get("eigenvalues")), None)
+    if record is None:
+        return None
+    values = [number(value) for value in record["eigenvalues"]]
+    converged = record.get("converged")
+    beside = "" if converged is None else f"{_cell(record, 'converged')} converged"
+    return Card("negative eigenvalues", f"{sum(v < 0 for v in values)} of {len(values)}", beside)
+
+
+def _total(records: list[Record], quantity: str) -> tuple[float, int] | None:
+    """Return the sum over all measurements, failed ones too, and how many hold the quantity."""
+    values = [value for r in records if (value := value_of(r, quantity)) == value]
+    return (sum(values), len(values)) if values else None
+
+
+def _last(records: list[Record], quantity: str) -> Record | None:
+    held = (r for r in reversed(records) if value_of(r, quantity) == value_of(r, quantity))
+    return next(held, None)
+
+
+def _tables(records: list[Record]) -> str:
     shown = [key for key in _COLUMNS if any(r.get(key) is not None for r in records)]
-    head = "".join(f'<th scope="col">{escape(_COLUMNS[key])}</th>' for key in shown)
-    rows = []
-    for record in records:
-        cells = "".join(f"<td>{_cell(record, key)}</td>" for key in shown)
-        step = f'<th scope="row">{_step(record)}</th>'
-        rows.append(f"<tr{' class=bad' if failed(record) else ''}>{step}{cells}</tr>")
-    body = "\n".join(rows)
-    return (
-        '<div class="table" tabindex="0"><table>\n'
-        f'<thead><tr><th scope="col">step</th>{head}</tr></thead>\n'
-        f"<tbody>\n{body}\n</tbody></table></div>"
-    )
+    main = [key for key in shown if key in _MAIN]
+
+    def table(keys: list[str]) -> str:
+        rows = (Row(_step(r), [_cell(r, key) for key in keys], bad=failed(r)) for r in records)
+        return table_html(["step", *(_COLUMNS[key] for key in keys)], rows)
+
+    parts = [table(main)]
+    if shown != main:
+        parts.append(details_html(f"All {len(shown)} columns", table(shown)))
+    columns = ["step", "status", *shown]
+    rows = ([r["step"], r.get("status", "ok"), *map(r.get, shown)] for r in records)
+    return "\n".join([*parts, download_html(columns, rows, "measurements.csv")])
 
 
 def _failures(records: list[Record]) -> str:
-    items = [
-        f"<li><strong>Step {_step(record)}</strong>: "
-        f"{escape(str(record.get('error', 'unknown')))}</li>"
-        for record in records
-    ]
-    return f'<ul class="bad">{"".join(items)}</ul>'
+    return failures_html(
+        (f"Step {_step(r)}", str(r.get("error", "unknown"))) for r in records if failed(r)
+    )
 
 
 def _step(record: Record) -> str:
     return f"{record['step']:,}" + (" ✕" if failed(record) else "")
 
 
-def _cell(record: Mapping[str, Any], key: str) -> str:
+def _cell(record: Record, key: str) -> str:
     value = record.get(key)
     if value is None:
         return ""
     if key == "event":
-        return escape(str(value))
+        return str(value)
     if key == "converged" and record.get("eigenvalues"):
         return f"{value:,} of {len(record['eigenvalues']):,}"
     return _format(key, value)
 
 
 def _format(key: str, value: Any) -> str:
-    value = number(value)
-    if value != value:
-        return "–"
-    if key in _PERCENT:
-        return f"{100 * value:.3g} %"
-    return f"{value:,.0f}" if value == round(value) and abs(value) < 1e12 else f"{value:.4g}"
+    return format_percent(value) if key in _PERCENT else format_number(value)
+
+
+def _short(value: float) -> str:
+    return f"{value:.2g}"

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hesscurv.eigensolvers import Eigenpairs
 from hesscurv.plots import canvas
+from hesscurv.plots.hover import Value, brief, show_values
 from hesscurv.plots.records import Record, as_records, having, missing, number
 
 _SIGNS = ((1, canvas.BLUE, "o", "positive"), (-1, canvas.RED, "v", "negative"))
@@ -76,6 +77,13 @@ def spectrum(pairs: Eigenpairs | Tensor | Record, ax: Any = None) -> Any:
     ax.set_xlim(0, 2) if last == 1 else ax.set_xlim(1 - 0.03 * last, 1.03 * last)
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set(xlabel="rank among those of its sign", ylabel="|eigenvalue|")
+    show_values(
+        ax,
+        (
+            Value(rank, abs(values[i]), f"{brief(values[i])}{_error(residuals[i])}, rank {rank}")
+            for i, rank in ranks.items()
+        ),
+    )
     canvas.title(ax, f"The {k:,} largest eigenvalues" if k > 1 else "The largest eigenvalue")
     canvas.grid(ax)
     canvas.legend(ax)
@@ -111,15 +119,19 @@ def eigenvalues(records: Iterable[Record], ax: Any = None) -> Any:
     if not by_sign:
         raise missing(as_records(records), "eigenvalues")
     ax = canvas.axes_or_new(ax)
+    most = max(len(record["eigenvalues"]) for record in found)
+    size = 7.0 if most <= 20 else 5.0 if most <= 100 else 3.5
     for points, color, marker, name in by_sign:
+        # Mostly the fewer, on top: larger and opaque, unless they would hide the others.
+        negative = marker == "v" and most <= 20
         ax.plot(
             *zip(*points, strict=True),
             linestyle="none",
             marker=marker,
             color=color,
-            markersize=4,
+            markersize=1.3 * size if negative else size,
             markeredgewidth=0,
-            alpha=0.75,
+            alpha=1.0 if negative else 0.7,
             label=name,
         )
     ax.set_yscale("log")
@@ -133,6 +145,15 @@ def eigenvalues(records: Iterable[Record], ax: Any = None) -> Any:
     ax.set_ylim(min(bottom, min(heights)) / 1.6, 1.3 * max(heights))
     canvas.mark_events(ax, as_records(records))
     ax.set_ylabel("|eigenvalue|")
+    show_values(
+        ax,
+        (
+            Value(r["step"], abs(value), f"{brief(value)}, step {r['step']:,}")
+            for r in found
+            for value in map(number, r["eigenvalues"])
+            if math.isfinite(value) and value != 0
+        ),
+    )
     canvas.title(ax, "Eigenvalues while training")
     canvas.step_axis(ax, [record["step"] for record in found])
     canvas.grid(ax)
@@ -158,6 +179,10 @@ def _parts(pairs: Any) -> tuple[list[float], list[float], list[bool]]:
             f"expected Eigenpairs, a record of a monitor, or eigenvalues (k,), got {got}"
         )
     return values, residuals, [True] * len(values)
+
+
+def _error(residual: float) -> str:
+    return f" ± {residual:.1g}" if math.isfinite(residual) else ""
 
 
 def _ranks_by_sign(values: list[float]) -> dict[int, int]:

@@ -1,48 +1,16 @@
-import base64
 import re
 import sys
-from html.parser import HTMLParser
 
 import pytest
 import torch
 from hooks import watched
 from plots import recorded
+from support.html_pages import read
 from torch import nn
 
 import hesscurv
 from hesscurv.plots import monitor_figures as report_figures
 from hesscurv.plots.monitor_report import write_report
-
-
-class Page(HTMLParser):
-    """Tags that are left open, text, links and the figures of a page."""
-
-    VOID = ("meta", "img", "br")
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.words, self.links, self.figures = [], [], [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag, attributes):
-        found = dict(attributes)
-        self.links += [found[key] for key in ("src", "href") if key in found]
-        if tag not in self.VOID:
-            self.open.append(tag)
-        if tag == "img":
-            kind, _, data = found["src"].partition(";base64,")
-            assert kind == "data:image/svg+xml"
-            self.figures.append((found["alt"], base64.b64decode(data).decode()))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self):
-        return "\n".join(self.words)
 
 
 def record(step, **values):
@@ -60,13 +28,6 @@ RECORDS = [
     },
     record(20, loss=1.25, sharpness=4.0, learning_rate=0.1, event="<pruned>"),
 ]
-
-
-def read(path):
-    text = path.read_text(encoding="utf-8")
-    page = Page(text)
-    assert page.open == []
-    return page, text
 
 
 def test_a_page_stands_alone_and_has_no_script(tmp_path):
@@ -174,7 +135,7 @@ def test_a_page_that_fails_half_way_leaves_the_old_one(tmp_path, monkeypatch):
 
 def test_there_is_a_figure_of_everything_that_records_hold(monkeypatch):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(report_figures, "_encode", lambda figure, caption: caption)
+    monkeypatch.setattr(report_figures, "encode_figure", lambda figure, caption: caption)
     drawn = list(report_figures.draw_all(recorded.run(), recorded.pairs(), recorded.D))
     captions = "\n".join(drawn)
     for words in (
@@ -185,6 +146,29 @@ def test_there_is_a_figure_of_everything_that_records_hold(monkeypatch):
     ):
         assert words in captions
     assert len(drawn) == len(set(drawn)) == 15
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+@pytest.mark.parametrize("since", [0, 40])
+def test_the_page_of_a_run_that_diverged_is_written(tmp_path, value, since):
+    """Nothing can be drawn of what has no finite value, all else is."""
+    pytest.importorskip("matplotlib")
+    lost = ("loss", "sharpness", "eigenvalues", "space_overlaps", "leverage_by_parameter")
+    records = [
+        {k: v for k, v in r.items() if k in (*lost, "step", "trace")} for r in recorded.run()
+    ]
+    for r in records:
+        for key in lost if r["step"] >= since and r["step"] != recorded.FAILED else ():
+            old = r.get(key)
+            if isinstance(old, dict):
+                r[key] = dict.fromkeys(old, value)
+            elif isinstance(old, list):
+                r[key] = [[x[0], value] if isinstance(x, list) else value for x in old]
+            else:
+                r[key] = value
+    page, _ = read(write_report(records, tmp_path / "run.html"))
+    assert len(page.figures) == (1 if since == 0 else 7)
+    assert page.findings[0].startswith("The loss on the probe set is not finite")
 
 
 def test_a_monitor_reports_what_it_measured_and_changes_no_setting(tmp_path):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 # Weights shown in the table, which has ten lines with its header.
@@ -58,6 +61,8 @@ class LayerReport:
 class PruningReport:
     """The result of `prune_model`; ``print(report)`` shows it as a table of at most ten lines.
 
+    ``report.html("pruning.html")`` writes it as a page with figures.
+
     Args:
         method: The ranking of the final mask: the requested one, or "magnitude" if plain magnitude
             pruning has a lower calibration loss.
@@ -96,6 +101,33 @@ class PruningReport:
     def with_recalibrated(self, loss: float) -> PruningReport:
         """Return the report with the loss after recalibration of batch-norm statistics."""
         return replace(self, recalibrated_loss=loss)
+
+    def html(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        title: str = "Pruning",
+        accuracy: Sequence[float] | None = None,
+    ) -> Path:
+        """Write the report as a self-contained page: what was cut where, and what it cost.
+
+        Args:
+            path: The file, such as "pruning.html"; its folder must exist.
+            title: The page's heading.
+            accuracy: Accuracy before pruning and after each of the `stages`, numbers in [0, 1],
+                such as those that `on_step` measures; None (default) if there are none.
+
+        Returns:
+            The path; see `plots.pruning_report.write_pruning_report`.
+
+        Raises:
+            TypeError: If `accuracy` holds something other than numbers.
+            ValueError: If `accuracy` has another length, or a number outside [0, 1].
+            OSError: If the page cannot be written; a file that was there before is untouched.
+        """
+        from hesscurv.plots.pruning_report import write_pruning_report
+
+        return write_pruning_report(self, path, title=title, accuracy=accuracy)
 
     def plot(self, axes: Any = None) -> Any:
         """Draw the calibration loss against sparsity, and the density of each layer.
