@@ -16,6 +16,7 @@ from hesscurv.eigensolvers import (
     ConvergenceWarning,
     Eigenpairs,
     ErrorEstimate,
+    SampleSpace,
     a_posteriori_error,
     assemble,
     eigsh,
@@ -66,6 +67,7 @@ __all__ = [
     "ConvergenceWarning",
     "a_posteriori_error",
     "ErrorEstimate",
+    "SampleSpace",
     # The eigensolver's measurements by independent jobs
     "measure",
     "missing",

@@ -18,8 +18,12 @@ from hesscurv.integrations.importances.sample_rows import Rows
 from hesscurv.interface.descriptions import Described
 from hesscurv.objective.data.batches import split
 from hesscurv.objective.objective import Objective
+from hesscurv.operators.sample_space.sample_gradients import (
+    output_roots,
+    output_slopes,
+    random_signs,
+)
 from hesscurv.pruning.curvature.layer_inputs import unfolded
-from hesscurv.operators.sample_space.sample_gradients import output_roots, output_slopes, random_signs
 from hesscurv.pruning.curvature.sample_weights import check_mean_over_samples, weigh
 
 _SAMPLES_AT_ONCE = 50

@@ -64,14 +64,24 @@ def capture_rows(
             wanted = list(found)
             together = torch.einsum("c,n,cn...->n...", mix, signs, columns)
             expected = torch.autograd.grad(
-                z, [by_name[n] for n in wanted], together, allow_unused=True
+                z, [by_name[n] for n in wanted], together, retain_graph=True, allow_unused=True
             )
             for name in _differing(found, wanted, expected, torch.outer(mix, signs)):
                 del found[name]
+        left = [name for name in names if name not in found]
+        if left and len(columns) and z.requires_grad:
+            # Of a parameter that the outputs do not depend on, no sample has a gradient.
+            slopes = torch.autograd.grad(
+                z, [by_name[n] for n in left], columns[0], allow_unused=True
+            )
+            unused = [n for n, slope in zip(left, slopes, strict=True) if slope is None]
+        else:
+            unused = left
+        for name in unused:
+            rows = columns.new_zeros(len(columns), len(z), by_name[name].numel())
+            found[name] = Factors(None, rows)
     left = [name for name in names if name not in found]
-    if left:
-        found |= _sample_by_sample(objective, batch, columns, left)
-    return found
+    return found | (_sample_by_sample(objective, batch, columns, left) if left else {})
 
 
 @contextmanager
@@ -178,15 +188,24 @@ def _combine(factors: Factors, signs_cn: Tensor) -> Tensor:
 def _sample_by_sample(
     objective: Objective, batch: Any, columns: Tensor, names: list[str]
 ) -> dict[str, Factors]:
-    """Return rows by vectorised gradients of single samples, or by a loop over them."""
+    """Return rows by vectorised gradients of single samples, or by a loop over them.
+
+    Raises:
+        NoRowsError: If the model fails on a single sample.
+    """
     everything = dict(zip(objective.layout.names, objective.parameters(), strict=True))
     values = {name: everything[name] for name in names}
     with objective.environment(), torch.enable_grad():
         gradients = SampleGradients(objective)
-        parts = [gradients(values, batch, column.flatten(1)) for column in columns]
-    if not parts:
-        n = columns.shape[1]
-        return {n_: Factors(None, columns.new_zeros(0, n, v.numel())) for n_, v in values.items()}
+        try:
+            parts = [gradients(values, batch, column.flatten(1)) for column in columns]
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:  # batch statistics of a single sample
+            raise NoRowsError(
+                f"expected a model that takes single samples, got {type(error).__name__}: {error}; "
+                "use method='block_krylov'"
+            ) from error
     return {
         name: Factors(None, torch.stack([part[name].flatten(1) for part in parts]))
         for name in names
