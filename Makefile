@@ -66,6 +66,7 @@ bench:
 benchmarks: $(VENV)/.has-bench
 	@$(IN_VENV) examples/benchmarks/products.py $(ARGS)
 	@$(IN_VENV) examples/benchmarks/eigensolvers.py $(ARGS)
+	@$(IN_VENV) examples/benchmarks/sample_space.py $(ARGS)
 	@$(IN_VENV) examples/benchmarks/spectra.py $(filter --quick,$(ARGS))
 	@$(IN_VENV) examples/benchmarks/memory.py $(filter --quick,$(ARGS))
 	@$(IN_VENV) examples/benchmarks/storage.py $(filter --quick,$(ARGS))
