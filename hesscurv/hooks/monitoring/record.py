@@ -44,6 +44,7 @@ class Measurements:
         history: int,
         optimizer: Any,
     ) -> None:
+        _check_optimizer(optimizer)
         self.probe, self.quantities, self.k = probe, set(quantities), k
         self.mask_size, self.trace_matvecs, self.optimizer = mask_size, trace_matvecs, optimizer
         self.pairs: Eigenpairs | None = None
@@ -186,3 +187,16 @@ class Measurements:
     def _mask_entries(self, dim: int) -> int:
         size = self.k if self.mask_size is None else self.mask_size
         return max(1, min(dim, math.ceil(size * dim) if isinstance(size, float) else size))
+
+
+def _check_optimizer(optimizer: Any) -> None:
+    """Require an optimizer with parameter groups.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"expected an optimizer with param_groups, got {type(optimizer).__name__}; leave it "
+            "out to record no learning rate"
+        )
