@@ -222,7 +222,13 @@ def trained(device, base, mode, loaded):
             "adam": lambda: torch.optim.AdamW(model.parameters(), lr=0.01),
         }[base]()
         return hesscurv.optim.PreconditionedOptimizer(
-            inner, model, TASK, found.batches, rank=K, refresh_every=3, mode=mode, tol=1e-8
+            inner,
+            model,
+            TASK,
+            found.batches,
+            rank=K,
+            refresh_every=3,
+            options=hesscurv.optim.PreconditionerOptions(mode=mode, tol=1e-8),
         )
 
     # The problem is too small to gain anything, of which a warning tells.

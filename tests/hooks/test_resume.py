@@ -5,13 +5,15 @@ import io
 import pytest
 import torch
 from hooks.watched import TASK, Clock, data, equal, net, train
+from support.bundles import bundled
 
-from hesscurv.hooks import CurvatureMonitor, every
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions, every
 
 
 def monitor_of(model, clock=None, **options):
-    options = {"quantities": "full", "schedule": every(2), "way": "retained"} | options
-    return CurvatureMonitor(model, TASK, data(2), 3, clock=clock or Clock(0.25), **options)
+    options = {"quantities": "full", "schedule": every(2)} | options
+    options |= {"clock": clock or Clock(0.25), "operator_options": {"way": "retained"}}
+    return CurvatureMonitor(model, TASK, data(2), 3, **bundled(MonitorOptions, options))
 
 
 def saved(state):

@@ -18,7 +18,7 @@ from hesscurv.hooks.monitoring.curvature_probe import Probe, check_model
 from hesscurv.hooks.monitoring.layouts import dense_names
 from hesscurv.hooks.monitoring.monitor_options import OPERATOR_OPTIONS, MonitorOptions
 from hesscurv.hooks.monitoring.quantities import QUANTITIES, choose_quantities
-from hesscurv.hooks.monitoring.record import Measurements
+from hesscurv.hooks.monitoring.record import Measurements, check_optimizer
 from hesscurv.hooks.monitoring.unchanged import unchanged_random_states
 from hesscurv.hooks.schedules import Schedule, dense_then_sparse
 from hesscurv.interface.descriptions import Words, describe_object
@@ -170,6 +170,7 @@ class CurvatureMonitor:
         )
         check_positive("max_fraction", max_fraction, below=1.0, optional=True)
         check_generator(generator)
+        check_optimizer(optimizer)
         self.quantities = choose_quantities(quantities)
         self.model, self.task, self.schedule = model, task, schedule
         self.records: list[dict[str, Any]] = []

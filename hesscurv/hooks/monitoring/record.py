@@ -44,7 +44,6 @@ class Measurements:
         history: int,
         optimizer: Any,
     ) -> None:
-        _check_optimizer(optimizer)
         self.probe, self.quantities, self.k = probe, set(quantities), k
         self.mask_size, self.trace_matvecs, self.optimizer = mask_size, trace_matvecs, optimizer
         self.pairs: Eigenpairs | None = None
@@ -189,7 +188,7 @@ class Measurements:
         return max(1, min(dim, math.ceil(size * dim) if isinstance(size, float) else size))
 
 
-def _check_optimizer(optimizer: Any) -> None:
+def check_optimizer(optimizer: Any) -> None:
     """Require an optimizer with parameter groups.
 
     Raises:
