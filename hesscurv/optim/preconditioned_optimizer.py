@@ -118,7 +118,8 @@ class PreconditionedOptimizer(Optimizer):
     Raises:
         TypeError: If an argument is of a wrong type, such as a base class for an instance.
         ValueError: If a value is out of range, no parameter of the base is the model's, the base
-            evaluates its closure by itself (LBFGS), or `mode` would be wrong with it.
+            evaluates its closure by itself (LBFGS), or the options' mode would be
+            wrong with it.
 
     Warns:
         CurvatureWarning: Once, if curvature cannot be computed, say of a loss that is not finite:

@@ -272,7 +272,7 @@ def monitored(device):
         batch = tuple(t.to(device) for t in found.batches[0])
         optimizer = torch.optim.SGD(found.model.parameters(), lr=0.05)
         monitor = hesscurv.hooks.CurvatureMonitor(
-            found.model, TASK, found.batches, k=K, quantities="full", tol=1e-8, seed=0
+            found.model, TASK, found.batches, k=K, quantities="full", tol=1e-8
         )
         for step in range(3):
             optimizer.zero_grad()

@@ -280,3 +280,22 @@ def test_measurements_of_a_gpu_are_assembled_on_either(folder):
     assert on_gpu.eigenvectors.is_cuda
     assert_same(assemble(folder), expected, 1e-10)
     assert_same(on_gpu.to("cpu"), expected, 1e-10)
+
+
+def test_jobs_share_a_generator_that_was_drawn_from(folder):
+    H, generator = planted(indefinite(60), 60), torch.Generator().manual_seed(3)
+    torch.randn(2, generator=generator)
+    before = generator.get_state()
+    for part in ((0, 2), (1, 2)):
+        measure(H, 5, folder, part=part, generator=generator, block_size=4)
+    assert torch.equal(generator.get_state(), before)
+    assert_same(assemble(folder), whole(H, 5, generator=generator, block_size=4), 0.0)
+    with pytest.raises(ValueError, match="have other settings: omega_seed="):
+        measure(H, 5, folder, generator=torch.Generator().manual_seed(3), block_size=4)
+    folder = folder.with_name("others")
+    for given, typed in ((before, "generator"), (None, r"torch.Generator\(\).manual_seed\(3\)")):
+        generator.manual_seed(3) if given is None else generator.set_state(given)
+        measure(H, 5, folder, 0, 4, generator=generator, block_size=4)
+        with pytest.raises(ValueError, match=rf"generator={typed}\)"):
+            assemble(folder)
+        folder = folder.with_name("more")

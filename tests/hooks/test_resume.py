@@ -154,3 +154,22 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage):
         monitor.load_state_dict(damage(other.state_dict()))
     assert equal(monitor.state_dict(), before)
     assert [r["step"] for r in monitor.records] == [0, 2]
+
+
+def test_a_generator_decides_the_random_vectors_and_is_drawn_from_once():
+    def watched(generator=None):
+        found = CurvatureMonitor(
+            net(), TASK, data(2), 3, quantities=("trace",), generator=generator
+        )
+        return found.measure(0)["trace"]
+
+    one, same, other = (torch.Generator().manual_seed(seed) for seed in (1, 1, 2))
+    assert watched() == watched()
+    assert watched(one) == watched(same) != watched(other)
+    assert len({watched(), watched(one), watched(other)}) == 3  # `one` has moved on
+    before = one.get_state()
+    for wrong in ({"batches": []}, {"k": 0}, {"params": ["nothing"]}):
+        given = {"batches": data(1), "k": 3} | wrong
+        with pytest.raises(ValueError, match=r"expected|no parameter"):
+            CurvatureMonitor(net(), TASK, generator=one, **given)
+        assert torch.equal(one.get_state(), before)

@@ -332,6 +332,16 @@ def test_wrong_arguments_are_refused():
         CurvatureCallback(TASK, samples().tensors)
     with pytest.raises(TypeError, match="trainer's own is watched"):
         CurvatureCallback(optimizer=torch.optim.SGD([torch.zeros(1)], lr=1))
+    with pytest.raises(
+        TypeError, match=r"CurvatureCallback\(..., options=MonitorOptions\(history="
+    ):
+        CurvatureCallback(history=3)
+    with pytest.raises(TypeError, match="seed= has moved: pass generator="):
+        CurvatureCallback(seed=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'scedule'"):
+        CurvatureCallback(scedule=every(3))
+    with pytest.raises(TypeError, match="expected options to be a MonitorOptions, got a dict"):
+        CurvatureCallback(options={"history": 3})
 
 
 def test_a_training_step_serves_as_a_task_without_a_trainer():

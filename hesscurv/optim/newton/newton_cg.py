@@ -101,7 +101,7 @@ class NewtonCG(Optimizer):
     Cost of a step: one gradient; one product for each iteration of conjugate gradients, about two
     gradients each; one loss for each t or mu; every `refresh_every` steps 1.3 r products. Memory:
     the graph of the gradient until the direction is found, 2 r D numbers for the basis (4 r D in a
-    refresh) and 12 D for vectors; with `damping_search` D for each iteration besides.
+    refresh) and 12 D for vectors; with `options.damping_search` D for each iteration besides.
 
     Not supported: models wrapped in DDP or FSDP (NotImplementedError) and DTensors; sparse
     gradients; several devices; operations without a second derivative, except with "gauss_newton",

@@ -181,7 +181,7 @@ def with_rows_that_run(objective: Objective, batch: Any, how: Measuring | None) 
         refuse_outputs(count)
     logger.warning(
         "a sample has %d outputs, and rows='ggn' takes at most %d: pruning goes on with "
-        "measuring=Measuring(rows='fisher')",
+        "options=PruningOptions(measuring=Measuring(rows='fisher'))",
         *(count, MOST_OUTPUTS),
     )
     return replace(chosen, rows="fisher")
@@ -324,7 +324,7 @@ def _floor(
         raise ValueError(
             "expected a loss with curvature in the outputs for rows='ggn', got one whose Hessian "
             "there is zero, as that of nn.L1Loss or of a saturated softmax; use "
-            "measuring=Measuring(rows='fisher')"
+            "options=PruningOptions(measuring=Measuring(rows='fisher'))"
         )
     return how.root_floor * total / weight
 
