@@ -42,7 +42,7 @@ def train(data, rate, steps):
         quantities="full",
         schedule=hesscurv.hooks.dense_then_sparse(until=100, dense=10, sparse=50),
         optimizer=optimizer,
-        history=30,
+        options=hesscurv.hooks.MonitorOptions(history=30),
     )
     for step in range(steps + 1):
         monitor.step(step)

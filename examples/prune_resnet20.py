@@ -28,7 +28,14 @@ from torch import nn
 from tqdm import tqdm
 
 import hesscurv
-from hesscurv.pruning import load_pruned_, load_sparse, masks_of, prune_model, save_sparse
+from hesscurv.pruning import (
+    PruningOptions,
+    load_pruned_,
+    load_sparse,
+    masks_of,
+    prune_model,
+    save_sparse,
+)
 
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())
 
@@ -126,10 +133,9 @@ def main():
         batches,
         args.sparsity,
         gradients_per_stage=gradients,
-        calibration=calibration,
-        max_calibration=max_calibration,
         weights=lambda name, parameter: "shortcut" not in name,
         progress=True,
+        options=PruningOptions(calibration=calibration, max_calibration=max_calibration),
     )
     print(report)
     masks, pruned_accuracy = masks_of(model), accuracy(model, test)

@@ -6,9 +6,8 @@ from hesscurv import measure
 from hesscurv.eigensolvers import single_pass
 
 
-def whole(H, k, seed=0, **options):
-    generator = torch.Generator().manual_seed(seed)
-    return single_pass(H, k, generator=generator, residuals=False, **options)
+def whole(H, k, **options):
+    return single_pass(H, k, residuals=False, **options)
 
 
 def filled(H, folder, **options):

@@ -3,9 +3,11 @@
 import copy
 
 import torch
+from support.bundles import bundled
 from torch import nn
 
 from hesscurv import supervised
+from hesscurv.pruning import PruningOptions
 from hesscurv.pruning.masks.state_dicts import masks_of
 from hesscurv.pruning.run.prune_model import prune_model
 
@@ -49,6 +51,7 @@ def data(seed=0, sizes=(16, 16, 8)):
 def run(net, batches=None, sparsity=0.7, **options):
     """Prune it on its data, with little effort."""
     options = {"stages": 2, "gradients_per_stage": 16} | options
+    options = bundled(PruningOptions, options)
     return prune_model(net, TASK, batches or data(net.seed), sparsity, **options)
 
 

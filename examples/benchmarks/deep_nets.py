@@ -36,7 +36,7 @@ from deep_training import RECIPES, Curve, Factory, Training, start, train
 from results import DEFAULT_RESULTS, Report, parser, print_table
 from torch import nn
 
-from hesscurv.optim import CurvatureWarning, PreconditionedOptimizer
+from hesscurv.optim import CurvatureWarning, PreconditionedOptimizer, PreconditionerOptions
 
 FACTORS = (0.5, 1.0, 2.0)  # of the guessed rate
 MOST_RATES = 5
@@ -71,7 +71,8 @@ def contenders(training: Training) -> dict[str, tuple[float, Callable[[float], F
                     training.curvature_batches,
                     rank=RANK,
                     max_fraction=MAX_FRACTION,
-                    operator_options={"check": False},  # a few gradients, once
+                    # The check is a few gradients, once.
+                    options=PreconditionerOptions(operator_options={"check": False}),
                 )
 
             return make

@@ -28,7 +28,7 @@ from samples import augmented
 from torch import nn
 from torch.nn import functional as F
 
-from hesscurv.pruning import prune_model, recalibrate_
+from hesscurv.pruning import PruningOptions, prune_model, recalibrate_
 
 SPARSITIES, RATES = (0.7, 0.8, 0.9), (0.1, 0.03, 0.01)
 
@@ -45,8 +45,7 @@ def pruned(case: Case, sparsity: float, method: str, stages: int, quick: bool) -
         steps_per_stage=1 if stages > 1 or method == "magnitude" else 4,
         gradients_per_stage=200 if quick else 1000,
         weights=case.selected,
-        calibration=data["calibration"],
-        layer_losses=False,
+        options=PruningOptions(calibration=data["calibration"], layer_losses=False),
     )
     return model
 

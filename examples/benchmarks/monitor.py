@@ -38,7 +38,7 @@ from samples import balanced
 from torch import nn
 
 import hesscurv
-from hesscurv.hooks import CurvatureMonitor, every
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions, every
 
 K = 10
 APART = 10
@@ -82,8 +82,11 @@ class Training:
             yield self.step
 
     def monitor(self, **options: object) -> CurvatureMonitor:
-        options = {"optimizer": self.optimizer, "clock": time.process_time} | options
-        return CurvatureMonitor(self.model, self.task, self.problem.batches, K, **options)
+        options = {"optimizer": self.optimizer} | options
+        own = MonitorOptions(clock=time.process_time)
+        return CurvatureMonitor(
+            self.model, self.task, self.problem.batches, K, options=own, **options
+        )
 
 
 def compare_refresh(report: Report, options: argparse.Namespace) -> None:

@@ -44,7 +44,7 @@ from samples import colour_images
 from torch import nn
 
 import hesscurv
-from hesscurv.optim import CurvatureWarning, PreconditionedOptimizer
+from hesscurv.optim import CurvatureWarning, PreconditionedOptimizer, PreconditionerOptions
 
 RATES = (3.0, 1.0, 0.3, 0.1, 0.03, 0.01)
 SHARES = (0.5, 0.2, 0.08, 0.03, 0.012, 0.005)
@@ -107,8 +107,7 @@ def time_to_loss(problem: LinearProblem, quick: bool) -> dict[str, Any]:
             samples=2_000,
             refresh_every=10**9,  # the curvature of these losses hardly changes
             learning_rate="auto",
-            rate_fraction=share,
-            max_growth=1e12,
+            options=PreconditionerOptions(rate_fraction=share, max_growth=1e12),
         )
         # One that takes longer than another did is not the best.
         fastest = min((curve.time_to(loss)[0] for curve in found.values()), default=math.inf)
@@ -268,7 +267,8 @@ def stable_rates(
 
     def wrapped(model: nn.Module, lr: float) -> PreconditionedOptimizer:
         base = torch.optim.SGD(model.parameters(), lr)
-        how = {"refresh_every": options.refresh_every, "tol": 1e-2, "samples": None}
+        how = {"refresh_every": options.refresh_every, "samples": None}
+        how["options"] = PreconditionerOptions(tol=1e-2)
         return PreconditionedOptimizer(base, model, task, problem.batches, rank, **how)
 
     model = copy.deepcopy(problem.model)

@@ -31,8 +31,14 @@ from samples import balanced, cifar10_part, digits
 from torch import Tensor, nn
 
 import hesscurv
-from hesscurv.hooks import CurvatureMonitor, PruneWhenStable, every
-from hesscurv.pruning import find_weights, mask_optimizer_state_, masks_of, prune_model
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions, PruneWhenStable, every
+from hesscurv.pruning import (
+    PruningOptions,
+    find_weights,
+    mask_optimizer_state_,
+    masks_of,
+    prune_model,
+)
 
 STRATEGIES = ("never", "end", "early", "stable")
 TASK = hesscurv.supervised(nn.CrossEntropyLoss())
@@ -96,9 +102,15 @@ class Run:
         self.pruned_at = step
 
     def _prune(self, model: nn.Module, sparsity: float) -> Any:
-        how = {"method": self.o.method, "stages": self.o.stages, "layer_losses": False}
         return prune_model(
-            model, TASK, self.calibration, sparsity, gradients_per_stage=self.o.gradients, **how
+            model,
+            TASK,
+            self.calibration,
+            sparsity,
+            method=self.o.method,
+            stages=self.o.stages,
+            gradients_per_stage=self.o.gradients,
+            options=PruningOptions(layer_losses=False),
         )
 
     def run(self) -> None:
@@ -112,7 +124,7 @@ class Run:
                 quantities="overlap",
                 schedule=every(o.every),
                 max_fraction=None,
-                clock=time.process_time,
+                options=MonitorOptions(clock=time.process_time),
             )
             trigger = PruneWhenStable(
                 monitor, sparsity=o.sparsity, prune=self._prune, optimizer=self.optimizer

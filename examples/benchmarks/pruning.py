@@ -30,7 +30,7 @@ from results import Report, parser, print_table
 from torch import Tensor, nn
 
 import hesscurv
-from hesscurv.pruning import Measuring, prune_model, recalibrate_
+from hesscurv.pruning import Measuring, PruningOptions, prune_model, recalibrate_
 
 GRADIENTS = 1000
 PUBLISHED = {
@@ -123,15 +123,17 @@ def prune_along(
         path[-1],
         stages=stages,
         steps_per_stage=len(path) // stages,
-        schedule=path,
         gradients_per_stage=200 if quick else GRADIENTS,
-        measuring=how,
         weights=case.selected,
-        calibration=data["calibration"],
-        layer_losses=False,
-        on_step=on_step,
         generator=torch.Generator().manual_seed(seed),
         progress=sys.stderr.isatty(),
+        options=PruningOptions(
+            schedule=path,
+            measuring=how,
+            calibration=data["calibration"],
+            layer_losses=False,
+            on_step=on_step,
+        ),
     )
     return found
 
@@ -152,7 +154,7 @@ def magnitude(case: Case) -> dict[float, float]:
             method="magnitude",
             stages=1,
             weights=case.selected,
-            layer_losses=False,
+            options=PruningOptions(layer_losses=False),
         )
         out[sparsity] = case.accuracy(model)
     return out

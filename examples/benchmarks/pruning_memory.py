@@ -40,8 +40,7 @@ def work(method: str, gradients: int, blocks: int) -> None:
         method=method,
         stages=1,
         gradients_per_stage=gradients,
-        max_calibration=500,
-        layer_losses=False,
+        options=hesscurv.pruning.PruningOptions(max_calibration=500, layer_losses=False),
     )
     print(json.dumps({"peak": peak_bytes(), "plan": report.planned_bytes, "D": report.numel}))
 

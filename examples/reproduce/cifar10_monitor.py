@@ -36,7 +36,7 @@ from training import check_cifar10, colour_images, shuffled
 
 import hesscurv
 from hesscurv import plots
-from hesscurv.hooks import CurvatureMonitor, dense_then_sparse
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions, dense_then_sparse
 
 RATE, SIZE = 0.0226, 895_210
 
@@ -61,10 +61,9 @@ def main() -> None:
         images.hessian_batches(options.samples, options.samples, "cpu"),
         k=options.k,
         quantities="overlap",
-        mask_size=options.mask,
         schedule=dense_then_sparse(*options.schedule),
         optimizer=optimizer,
-        history=1000,
+        options=MonitorOptions(mask_size=options.mask, history=1000),
     )
     start = time.perf_counter()
     batches = shuffled(len(images.y), 128, options.seed)

@@ -16,11 +16,13 @@ from hesscurv.hooks.monitoring.quantities import NEED_PAIRS
 from hesscurv.hooks.rank_pruning import prune_on_first_rank
 from hesscurv.hooks.stability import Stability, relative_change
 from hesscurv.interface.descriptions import describe_object
+from hesscurv.interface.moved_arguments import forwarded, moved_to_options
+from hesscurv.interface.options import as_options
+from hesscurv.interface.ranges import check_count
 from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.metrics import intersection_over_union, leverage_scores, magnitude_mask
 from hesscurv.objective.parameters import unwrap
-from hesscurv.optim.ranges import check_count
-from hesscurv.pruning import mask_optimizer_state_, masks_of, prune_model
+from hesscurv.pruning import PruningOptions, mask_optimizer_state_, masks_of, prune_model
 from hesscurv.pruning.weights import (
     Weight,
     WeightSelection,
@@ -67,11 +69,12 @@ class PruneWhenStable:
             never.
         optimizer: The optimizer that trains the model, adapted after pruning; default None.
         prune: Prunes in place, ``prune(model, sparsity) -> anything``; default `prune_model` with
-            the monitor's task, `batches` and `options`. Masks must be those of
+            the monitor's task, `batches` and `arguments`. Masks must be those of
             ``torch.nn.utils.prune``.
         weights: The weights to prune, see `find_weights`; default all prunable ones.
         on_prune: Called after each pruning with the step and the result of `prune`.
-        **options: More arguments of `prune_model`, such as ``method="magnitude"`` or ``stages=4``.
+        **arguments: More arguments of `prune_model`, such as ``method="magnitude"``, ``stages=4``,
+            ``options=PruningOptions(...)``.
 
     Attributes:
         signals: A dict for each inspected measurement: ``step``, ``mask_iou``, ``space_overlap``,
@@ -96,6 +99,8 @@ class PruneWhenStable:
         Fernandez et al., TMLR 2025, for that of eigenspaces.
     """
 
+    @moved_to_options(PruningOptions)
+    @forwarded(prune_model, "model", "task")
     def __init__(
         self,
         monitor: CurvatureMonitor,
@@ -110,7 +115,7 @@ class PruneWhenStable:
         prune: Prune | None = None,
         weights: WeightSelection = None,
         on_prune: Callable[[int, Any], None] | None = None,
-        **options: Any,
+        **arguments: Any,
     ) -> None:
         if not isinstance(monitor, CurvatureMonitor):
             raise TypeError(f"expected a CurvatureMonitor, got {type(monitor).__name__}")
@@ -131,18 +136,19 @@ class PruneWhenStable:
                 "expected batches for prune_model, got None; pass some 1000 samples of the "
                 "training set, or a function `prune`"
             )
-        if prune is not None and options:
+        if prune is not None and arguments:
             raise TypeError(
-                f"expected no arguments of prune_model beside `prune`, got {sorted(options)}; bind "
-                "them to your function"
+                f"expected no arguments of prune_model beside `prune`, got {sorted(arguments)}; "
+                "bind them to your function"
             )
+        as_options(PruningOptions, arguments.get("options"))
         found = find_weights(unwrap(monitor.model), weights)
         if stability is not None:
             _check_measured(monitor, stability, set(found))
         self.monitor, self.batches, self.stability = monitor, batches, stability
         self.every, self.not_before, self.deadline = every, not_before, deadline
         self.optimizer, self.weights, self.on_prune = optimizer, weights, on_prune
-        self._prune, self._options = prune or self._prune_model, options
+        self._prune, self._arguments = prune or self._prune_model, arguments
         self.signals: list[dict[str, Any]] = []
         self.pruned: list[tuple[int, float]] = []
         self._mask: Tensor | None = None
@@ -300,7 +306,12 @@ class PruneWhenStable:
     def _prune_model(self, model: nn.Module, sparsity: float) -> Any:
         assert self.batches is not None
         return prune_model(
-            model, self.monitor.task, self.batches, sparsity, weights=self.weights, **self._options
+            model,
+            self.monitor.task,
+            self.batches,
+            sparsity,
+            weights=self.weights,
+            **self._arguments,
         )
 
 

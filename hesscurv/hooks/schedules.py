@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from hesscurv.optim.ranges import check_count
+from hesscurv.interface.ranges import check_count
 
 Schedule = Callable[[int], bool]
 """Returns whether to measure after a step; depends only on the step, so that all ranks agree."""

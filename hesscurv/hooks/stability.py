@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from hesscurv.optim.ranges import check_count
+from hesscurv.interface.ranges import check_count
 
 
 @dataclass(frozen=True)

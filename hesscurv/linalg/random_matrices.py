@@ -243,10 +243,24 @@ def make_test_matrix(
     return KINDS[kind](dim, num_columns, seed, dtype, device)
 
 
+def default_generator(generator: torch.Generator | None) -> torch.Generator:
+    """Return the generator, or a new one with seed 0; the global one is never used."""
+    return torch.Generator().manual_seed(0) if generator is None else generator
+
+
 def draw_seed(generator: torch.Generator) -> int:
     """Draw the seed of a random matrix from a generator."""
     bits = torch.randint(2**62, (), generator=generator, device=generator.device)
     return int(bits.item())
+
+
+def next_seeds(generator: torch.Generator, count: int) -> list[int]:
+    """Return the seeds that `draw_seed` draws next; the generator stays as it is."""
+    state = generator.get_state()
+    try:
+        return [draw_seed(generator) for _ in range(count)]
+    finally:
+        generator.set_state(state)
 
 
 def mix_seed(seed: int, stream: int) -> int:

@@ -172,6 +172,22 @@ def as_linear_operator(operator: Any) -> LinearOperator:
     return ForeignOperator(operator)
 
 
+def as_floating_operator(operator: Any) -> LinearOperator:
+    """Return an operator as `as_linear_operator` does, if it is in single or double precision.
+
+    Raises:
+        TypeError: If it is no operator, or not float32 or float64.
+        ValueError: If it is not square, or a tensor that is not symmetric and finite.
+    """
+    H = as_linear_operator(operator)
+    if H.dtype not in (torch.float32, torch.float64):
+        raise TypeError(
+            f"expected a float32 or float64 operator, got {H.dtype}; convert the model or matrix "
+            "with .float()"
+        )
+    return H
+
+
 def _check_square(matrix: Tensor) -> None:
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or matrix.shape[0] == 0:
         raise ValueError(f"expected a square matrix (D, D), got {tuple(matrix.shape)}")

@@ -178,7 +178,7 @@ def say_copies(base: Any, names: Sequence[str]) -> str:
     return (
         f"{type(base).__name__} keeps copies of the weights in its state ({', '.join(names)}), "
         "which mode='update' leaves as they are: where it moves the weights towards them, use "
-        "mode='gradient', or wrap the optimizer inside it"
+        "options=PreconditionerOptions(mode='gradient'), or wrap the optimizer inside it"
     )
 
 
@@ -217,7 +217,7 @@ class OnceEvaluated:
             raise ValueError(
                 "expected a base that evaluates its closure once a step in mode='gradient', got "
                 "one that does so again: its later gradients would not be preconditioned; use "
-                "mode='update', or hesscurv.optim.NewtonCG"
+                "options=PreconditionerOptions(mode='update'), or hesscurv.optim.NewtonCG"
             )
         with torch.enable_grad():
             return self._closure()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from hesscurv.interface.moved_arguments import moved
+from hesscurv.interface.moved_arguments import moved_to_options, seed_moved
+from hesscurv.interface.options import as_options
 from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.interface.user_warning import warn_user
 from hesscurv.linalg.random_matrices import draw_seed
@@ -47,7 +48,10 @@ from hesscurv.optim.preconditioner.damped_steps import DampedUpdate, damp_gradie
 from hesscurv.optim.preconditioner.eigenspace_refresh import EigenspaceRefresh
 from hesscurv.optim.preconditioner.eigenspace_tracker import EigenspaceTracker
 from hesscurv.optim.preconditioner.preconditioner_description import describe_wrapper, make_report
-from hesscurv.optim.preconditioner.preconditioner_options import check_arguments
+from hesscurv.optim.preconditioner.preconditioner_options import (
+    PreconditionerOptions,
+    check_arguments,
+)
 from hesscurv.optim.preconditioner.preconditioner_report import (
     CurvatureWarning,
     PreconditionerReport,
@@ -94,38 +98,28 @@ class PreconditionedOptimizer(Optimizer):
             (or 8), where the next goes on from the last; and more while there is little to gain.
         max_fraction: The largest share of the training time for refreshes, without
             `refresh_every`; default 0.2.
-        drift_tol: If given, the eigenspace is also refreshed once
-            ``||H v - U Lambda U^T v|| > drift_tol ||U Lambda U^T v||`` for a random v of it.
-        check_every: Steps between such checks, of one product each; default 20.
-        mode: What is preconditioned, "gradient" or "update"; default "gradient" for
-            `torch.optim.SGD`, "update" for all other bases. Always "gradient" for bases that keep
-            weights of their own (ASGD, Lookahead, schedule-free), which an update of the model's
-            alone would not reach; always "update" for sharpness-aware ones (SAM).
         curvature: "hessian" (default), "ggn" or "fisher".
         samples: Curvature is measured on at most so many samples, the first of the batches;
             default 256; None for all.
-        learning_rate: "auto" sets the rate to a share `rate_fraction` of the largest stable one,
-            by the preconditioned Hessian of a second batch, the `samples` that follow, at each
-            refresh; at most `max_growth` times the group's own rate. What a scheduler does to the
-            group's rate scales it. For bases like SGD. Default None: the rate is the base's.
-        rate_fraction: See `learning_rate`; default 0.5. With momentum take less, or none: the rate
-            that is stable on a quadratic is far from safe on a net then.
-        max_growth: See `learning_rate`; default 100.
+        learning_rate: "auto" sets the rate to a share, `options.rate_fraction`, of the largest
+            stable one, by the preconditioned Hessian of a second batch, the `samples` that follow,
+            at each refresh; at most `options.max_growth` times the group's own rate. What a
+            scheduler does to the group's rate scales it. For bases like SGD. Default None: the rate
+            is the base's.
         params: Which of the model's parameters, see `HessianOperator`; default all that the base
             has and that require grad.
-        tol: Of the eigenpairs, residual relative to eigenvalue; default 0.1: the directions need
-            not be exact, and each digit costs products.
         training: Mode of the modules in products, see `HessianOperator`; default None: batch norms
             as found, since their batches' statistics are in the loss that is trained, and all else
             as in inference.
         generator: Source of the eigensolver's seed; default seed 0. The global one is never used.
-        process_group: See `HessianOperator`.
-        operator_options: More arguments of the operator: `memory_budget`, `way`, `compute_dtype`.
+        options: What is preconditioned, check of drift, tolerance, arguments of the operator;
+            default `PreconditionerOptions()`.
 
     Raises:
         TypeError: If an argument is of a wrong type, such as a base class for an instance.
         ValueError: If a value is out of range, no parameter of the base is the model's, the base
-            evaluates its closure by itself (LBFGS), or `mode` would be wrong with it.
+            evaluates its closure by itself (LBFGS), or the options' mode would be
+            wrong with it.
 
     Warns:
         CurvatureWarning: Once, if curvature cannot be computed, say of a loss that is not finite:
@@ -154,7 +148,8 @@ class PreconditionedOptimizer(Optimizer):
         >>> optimizer = PreconditionedOptimizer(sgd, model, task, curvature_batches)
     """
 
-    @moved(seed="generator=torch.Generator().manual_seed(seed)")
+    @seed_moved
+    @moved_to_options(PreconditionerOptions)
     def __init__(
         self,
         base: Optimizer,
@@ -166,34 +161,27 @@ class PreconditionedOptimizer(Optimizer):
         refresh_every: int | None = None,
         *,
         max_fraction: float = 0.2,
-        drift_tol: float | None = None,
-        check_every: int = 20,
-        mode: str | None = None,
         curvature: str = "hessian",
         samples: int | None = 256,
         learning_rate: str | None = None,
-        rate_fraction: float = 0.5,
-        max_growth: float = 100.0,
         params: ParamSelection = None,
-        tol: float = 0.1,
         training: bool | None = None,
         generator: torch.Generator | None = None,
-        process_group: Any = None,
-        operator_options: dict[str, Any] | None = None,
+        options: PreconditionerOptions | None = None,
     ) -> None:
-        given = dict(locals())
+        given, own = dict(locals()), as_options(PreconditionerOptions, options)
         check_base(base)
         if isinstance(base, PreconditionedOptimizer):
             raise ValueError(
                 "expected a base that is not preconditioned yet, got a PreconditionedOptimizer; "
                 "pass its `base`, or a larger rank in place of two spaces"
             )
-        check_arguments(given)
-        self.base, self.mode = base, resolve_mode(base, mode)
+        check_arguments(given, own)
+        self.base, self.mode = base, resolve_mode(base, own.mode)
         rate = None
         if learning_rate == "auto":
             check_automatic_rate(base, self.mode)
-            rate = AutomaticRate(rate_fraction, max_growth)
+            rate = AutomaticRate(own.rate_fraction, own.max_growth)
         self._own = {RANK: rank, DAMPING: damping, EVERY: refresh_every}
         super().__setstate__({"defaults": getattr(base, "defaults", {}) | self._own})
         self._warned_capturable_if_run_uncaptured = True
@@ -201,7 +189,7 @@ class PreconditionedOptimizer(Optimizer):
         self._schedule = RefreshSchedule(max_fraction)
         # The reference is the fastest way for few products with the same weights, and a choice by
         # measured seconds could end in other bits after a resumption.
-        options = {"training": training, "way": "reference", "process_group": process_group}
+        fixed = {"training": training, "way": "reference", "process_group": own.process_group}
         self._tracker = EigenspaceTracker(
             model,
             task,
@@ -209,11 +197,11 @@ class PreconditionedOptimizer(Optimizer):
             curvature=curvature,
             samples=samples,
             rate_samples=(samples or 0) if rate else 0,
-            tol=tol,
-            options=options | (operator_options or {}),
+            tol=own.tol,
+            options=fixed | dict(own.operator_options),
         )
         self._refresh = EigenspaceRefresh(
-            self._tracker, self._schedule, rate, drift_tol, check_every
+            self._tracker, self._schedule, rate, own.drift_tol, own.check_every
         )
         self._step_seconds = self._base_seconds = 0.0
         self._said: set[str] = set()

@@ -28,6 +28,7 @@ from hesscurv.pruning.masks.state_dicts import (
 )
 from hesscurv.pruning.run.batch_statistics import recalibrate_
 from hesscurv.pruning.run.prune_model import prune_model
+from hesscurv.pruning.run.pruning_options import PruningOptions
 from hesscurv.pruning.run.pruning_report import LayerReport, PruningReport, StageReport
 from hesscurv.pruning.weight_axes import register_weight_axes
 from hesscurv.pruning.weights import Weight, find_weights, pruned_weights, refresh_
@@ -50,6 +51,7 @@ __all__ = [
     # One call
     "prune_model",
     "recalibrate_",
+    "PruningOptions",
     "Measuring",
     "PruningReport",
     "StageReport",

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.interface.descriptions import Described
+from hesscurv.interface.ranges import check_choice, check_count
 from hesscurv.linalg.precision import full_precision
-from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
+from hesscurv.linalg.random_matrices import default_generator, draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator
-from hesscurv.spectra.arguments import check_estimate
+from hesscurv.operators.matrix_operators import as_floating_operator
 from hesscurv.spectra.leave_one_out import deflate, project, sketch_range
 
 # The fewest products that give an error bar: two samples.
@@ -101,6 +102,40 @@ def diagonal(
         estimate = _xdiag if method == "xdiag" else _hutchinson
         values, errors = estimate(counted, num_matvecs, generator, block_size)
     return DiagonalEstimate(values.to(H.dtype), errors.to(H.dtype), counted.num_matvecs, method)
+
+
+def check_estimate(
+    H: Any,
+    num_matvecs: Any,
+    method: Any,
+    fewest: dict[str, int],
+    block_size: Any,
+    generator: torch.Generator | None,
+) -> tuple[LinearOperator, torch.Generator]:
+    """Check the arguments shared by `trace` and `diagonal`.
+
+    Args:
+        H: The operator.
+        num_matvecs: Maximal number of matvecs.
+        method: One of the keys of `fewest`.
+        fewest: Minimal number of matvecs of each method; D always suffice.
+        block_size: Matvecs per block.
+        generator: The caller's generator, or None.
+
+    Returns:
+        The operator, and the generator to draw from.
+
+    Raises:
+        TypeError: If H is not an operator, or not float32 or float64, or a number is not an int.
+        ValueError: If an argument is out of range.
+    """
+    H = as_floating_operator(H)
+    check_choice("method", method, tuple(fewest))
+    check_count("block_size", block_size)
+    least = min(fewest[method], H.shape[0])
+    remedy = f"{method!r} needs two samples for an error bar"
+    check_count("num_matvecs", num_matvecs, least=least, remedy=remedy)
+    return H, default_generator(generator)
 
 
 def exact_diagonal(H: LinearOperator, block_size: int) -> Tensor:

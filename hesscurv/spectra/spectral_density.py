@@ -14,13 +14,9 @@ from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.interface.descriptions import describe_object
-from hesscurv.linalg.random_matrices import KINDS, draw_seed, make_test_matrix
-from hesscurv.spectra.arguments import (
-    check_choice,
-    check_count,
-    check_operator,
-    default_generator,
-)
+from hesscurv.interface.ranges import check_choice, check_count
+from hesscurv.linalg.random_matrices import KINDS, default_generator, draw_seed, make_test_matrix
+from hesscurv.operators.matrix_operators import as_floating_operator
 from hesscurv.spectra.lanczos import Tridiagonal, lanczos
 
 
@@ -119,7 +115,7 @@ class SpectralDensity:
             ValueError: If power is negative.
             TypeError: If power is not an int.
         """
-        check_count("power", power, 0)
+        check_count("power", power, least=0)
         return self.expectation(lambda x: x**power)
 
     def cumulative(self, x: Any) -> Estimate:
@@ -205,7 +201,7 @@ class SpectralDensity:
             ValueError: If an argument is out of range.
             TypeError: If num_points is not an int.
         """
-        check_count("num_points", num_points, 2)
+        check_count("num_points", num_points, least=2)
         if not 0 <= margin < math.inf:
             raise ValueError(f"expected a finite margin >= 0, got {margin}")
         low, high = self.range
@@ -295,11 +291,11 @@ def spectral_density(
         Chen, Trogdon, Ubaru, "Analysis of stochastic Lanczos quadrature for spectrum
         approximation", ICML 2021: the error of `cumulative`.
     """
-    H = check_operator(H)
+    H = as_floating_operator(H)
     dim = H.shape[0]
-    check_count("num_steps", num_steps, 1)
-    check_count("num_probes", num_probes, 1)
-    check_count("block_size", block_size, 1)
+    check_count("num_steps", num_steps)
+    check_count("num_probes", num_probes)
+    check_count("block_size", block_size)
     check_choice("measurements", measurements, tuple(KINDS))
     known, slabs = _known_part(eigenpairs, dim)
     num_steps = min(num_steps, dim - len(known))

@@ -15,8 +15,7 @@ from hesscurv.linalg.orthogonalization import orthonormalize_
 from hesscurv.linalg.projections import project_out_
 from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator
-from hesscurv.spectra.arguments import check_estimate
-from hesscurv.spectra.diagonal import exact_diagonal
+from hesscurv.spectra.diagonal import check_estimate, exact_diagonal
 from hesscurv.spectra.leave_one_out import project, sketch_range
 
 # The fewest products that give an error bar: two samples.

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from hesscurv.hooks import CurvatureMonitor
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions
 from hesscurv.hooks.monitoring.unchanged import unchanged_random_states
+from hesscurv.interface.options import as_options
+from hesscurv.interface.ranges import check_generator
+from hesscurv.linalg.random_matrices import draw_seed, next_seeds
 from hesscurv.objective.data.batches import check_source
 from hesscurv.objective.data.curvature_samples import take_samples
 from hesscurv.objective.data.samples import describe, num_samples
@@ -28,7 +31,7 @@ class HostedMonitor:
         k: Number of eigenpairs.
         samples: Maximal number of samples; None takes all of given batches, and from a loader the
             size of four batches.
-        options: Further arguments of `CurvatureMonitor`.
+        arguments: Further arguments of `CurvatureMonitor`.
 
     Raises:
         TypeError: If an argument has the wrong type, or is provided by the library.
@@ -41,10 +44,10 @@ class HostedMonitor:
         batches: Iterable[Any] | None,
         k: int,
         samples: int | None,
-        options: dict[str, Any],
+        arguments: dict[str, Any],
     ) -> None:
         for name in ("model", "optimizer"):
-            if name in options:
+            if name in arguments:
                 raise TypeError(f"expected no {name}: the trainer's own is watched; leave it out")
         if task is not None and not callable(task):
             raise TypeError(
@@ -54,7 +57,15 @@ class HostedMonitor:
         if batches is not None:
             check_source(batches)
         self.task, self.batches, self.k, self.samples = task, batches, k, samples
-        self.options = options
+        self.arguments = dict(arguments)
+        as_options(MonitorOptions, arguments.get("options"))
+        generator = self.arguments.pop("generator", None)
+        check_generator(generator)
+        # Each run of the trainer begins from this state, so that all have the same probe set.
+        self._random: tuple[torch.device, Tensor] | None = None
+        if generator is not None:
+            self._random = generator.device, generator.get_state()
+            draw_seed(generator)
         self.monitor: CurvatureMonitor | None = None
         self._state: dict[str, Any] | None = None
 
@@ -67,8 +78,9 @@ class HostedMonitor:
 
     def description(self) -> dict[str, Any]:
         """Return the settings and the number of measurements, for `repr`."""
-        given = {name: self.options[name] for name in ("schedule",) if name in self.options}
-        return {"task": self.task, "k": self.k, **given, "records": len(self.records)}
+        shown = {"task": self.task, "k": self.k}
+        shown |= {n: self.arguments[n] for n in ("schedule", "options") if n in self.arguments}
+        return shown | {"records": len(self.records)}
 
     def begin(
         self,
@@ -100,11 +112,15 @@ class HostedMonitor:
             )
         if self.monitor is not None:  # a second run continues the records of the first
             self._state = self.monitor.state_dict()
-        options = {"seed": 0, **self.options}
+        generator = None
+        if self._random is not None:
+            device, state = self._random
+            generator = torch.Generator(device)
+            generator.set_state(state)
         batches = read_probe_set(
             loader if self.batches is None else self.batches,
             self.samples,
-            options["seed"],
+            0 if generator is None else next_seeds(generator, 1)[0],
             convert,
             is_loader=self.batches is None,
         )
@@ -115,7 +131,8 @@ class HostedMonitor:
             self.k,
             optimizer=optimizer,
             loggers=loggers,
-            **options,
+            generator=generator,
+            **self.arguments,
         )
         if self._state is not None:
             self.monitor.load_state_dict(self._state)

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer, loggers
 from torch import Tensor
 
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions
+from hesscurv.hooks.monitoring.monitor_options import OPERATOR_OPTIONS
 from hesscurv.integrations.training.hosted_monitor import AllGroups, HostedMonitor
 from hesscurv.integrations.training.training_loggers import (
     TensorBoardLogger,
@@ -16,6 +18,7 @@ from hesscurv.integrations.training.training_loggers import (
 )
 from hesscurv.integrations.training.training_step_task import TrainingStepTask, check_training_step
 from hesscurv.interface.descriptions import describe_object
+from hesscurv.interface.moved_arguments import forwarded, moved_to_options, seed_moved
 
 
 class CurvatureCallback(Callback):
@@ -41,8 +44,8 @@ class CurvatureCallback(Callback):
             all, histograms to those of TensorBoard and Weights & Biases.
         name: Prefix of logged names, before a slash, and key of the callback in a checkpoint;
             default "curvature".
-        **options: Further arguments of `CurvatureMonitor`: quantities, schedule, max_fraction,
-            params, curvature, ...
+        **arguments: Further arguments of `CurvatureMonitor`: quantities, schedule, max_fraction,
+            params, curvature, ``options=MonitorOptions(...)``, ...
 
     Attributes:
         monitor: The `CurvatureMonitor`, from the start of training; None before.
@@ -58,6 +61,9 @@ class CurvatureCallback(Callback):
         >>> Trainer(callbacks=[CurvatureCallback(schedule=every(100))])
     """
 
+    @seed_moved
+    @moved_to_options(MonitorOptions, {"operator_options": OPERATOR_OPTIONS})
+    @forwarded(CurvatureMonitor)
     def __init__(
         self,
         task: Callable[..., Tensor] | None = None,
@@ -67,9 +73,9 @@ class CurvatureCallback(Callback):
         samples: int | None = None,
         loggers: Iterable[Any] | None = None,
         name: str = "curvature",
-        **options: Any,
+        **arguments: Any,
     ) -> None:
-        self._hosted = HostedMonitor(task, batches, k, samples, options)
+        self._hosted = HostedMonitor(task, batches, k, samples, arguments)
         self._loggers = None if loggers is None else list(loggers)
         self.name = name
         self._step = 0

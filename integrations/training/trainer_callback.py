@@ -12,11 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hesscurv.hooks import MonitorWarning
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions, MonitorWarning
+from hesscurv.hooks.monitoring.monitor_options import OPERATOR_OPTIONS
 from hesscurv.integrations.training.hosted_monitor import HostedMonitor
 from hesscurv.integrations.training.trainer_loss import check_own_loss, own_loss
 from hesscurv.integrations.training.training_loggers import TensorBoardLogger, WandbLogger
 from hesscurv.interface.descriptions import describe_object
+from hesscurv.interface.moved_arguments import forwarded, moved_to_options, seed_moved
 from hesscurv.storage.checked_files import read_checked, write_checked
 from hesscurv.storage.destinations import as_file_name
 
@@ -50,8 +52,8 @@ class CurvatureTrainerCallback(TrainerCallback):
             "curvature".
         resume_from: The checkpoint's folder, for a run resumed from outside of its ``output_dir``;
             by default found there.
-        **options: Further arguments of `CurvatureMonitor`: quantities, schedule, max_fraction,
-            params, curvature, ...
+        **arguments: Further arguments of `CurvatureMonitor`: quantities, schedule, max_fraction,
+            params, curvature, ``options=MonitorOptions(...)``, ...
 
     Attributes:
         monitor: The `CurvatureMonitor`, from the start of training; None before.
@@ -67,6 +69,9 @@ class CurvatureTrainerCallback(TrainerCallback):
         >>> Trainer(..., callbacks=[CurvatureTrainerCallback(schedule=every(100))])
     """
 
+    @seed_moved
+    @moved_to_options(MonitorOptions, {"operator_options": OPERATOR_OPTIONS})
+    @forwarded(CurvatureMonitor)
     def __init__(
         self,
         task: Callable[..., Tensor] | None = None,
@@ -77,9 +82,9 @@ class CurvatureTrainerCallback(TrainerCallback):
         loggers: Iterable[Any] | None = None,
         name: str = "curvature",
         resume_from: str | os.PathLike[str] | None = None,
-        **options: Any,
+        **arguments: Any,
     ) -> None:
-        self._hosted = HostedMonitor(task, batches, k, samples, options)
+        self._hosted = HostedMonitor(task, batches, k, samples, arguments)
         self._loggers = None if loggers is None else list(loggers)
         self._own_loggers: list[Any] = []
         self._resume_from = None if resume_from is None else Path(resume_from)

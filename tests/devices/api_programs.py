@@ -222,7 +222,13 @@ def trained(device, base, mode, loaded):
             "adam": lambda: torch.optim.AdamW(model.parameters(), lr=0.01),
         }[base]()
         return hesscurv.optim.PreconditionedOptimizer(
-            inner, model, TASK, found.batches, rank=K, refresh_every=3, mode=mode, tol=1e-8
+            inner,
+            model,
+            TASK,
+            found.batches,
+            rank=K,
+            refresh_every=3,
+            options=hesscurv.optim.PreconditionerOptions(mode=mode, tol=1e-8),
         )
 
     # The problem is too small to gain anything, of which a warning tells.
@@ -266,7 +272,7 @@ def monitored(device):
         batch = tuple(t.to(device) for t in found.batches[0])
         optimizer = torch.optim.SGD(found.model.parameters(), lr=0.05)
         monitor = hesscurv.hooks.CurvatureMonitor(
-            found.model, TASK, found.batches, k=K, quantities="full", tol=1e-8, seed=0
+            found.model, TASK, found.batches, k=K, quantities="full", tol=1e-8
         )
         for step in range(3):
             optimizer.zero_grad()

@@ -241,7 +241,13 @@ def test_a_step_between_refreshes_never_waits(base, mode):
         "adam": lambda: torch.optim.AdamW(net.parameters(), lr=0.01),
     }[base]()
     optimizer = hesscurv.optim.PreconditionedOptimizer(
-        inner, net, TASK, [batch], rank=4, refresh_every=1000, mode=mode
+        inner,
+        net,
+        TASK,
+        [batch],
+        rank=4,
+        refresh_every=1000,
+        options=hesscurv.optim.PreconditionerOptions(mode=mode),
     )
     for _ in range(3):
         optimizer.zero_grad()

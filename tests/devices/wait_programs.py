@@ -101,7 +101,13 @@ def wrapped(base, mode, hidden=1):
     }[base]()
     warnings.simplefilter("ignore", hesscurv.optim.CurvatureWarning)
     optimizer = hesscurv.optim.PreconditionedOptimizer(
-        inner, model, TASK, [batch], rank=2, refresh_every=1000, mode=mode
+        inner,
+        model,
+        TASK,
+        [batch],
+        rank=2,
+        refresh_every=1000,
+        options=hesscurv.optim.PreconditionerOptions(mode=mode),
     )
 
     def gradient():

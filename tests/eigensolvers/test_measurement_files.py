@@ -64,7 +64,7 @@ def test_a_cut_off_file_is_found_and_measured_again(folder):
 def test_a_file_of_other_measurements_is_refused(folder):
     H = planted(indefinite(100), 100)
     files = filled(H, folder)
-    others = filled(H, folder.with_name("other"), seed=1)
+    others = filled(H, folder.with_name("other"), generator=torch.Generator().manual_seed(1))
     expected, before = assemble(folder), H.num_matvecs
     for source, target in [(others[3], files[3]), (files[4], files[3])]:
         kept = target.read_bytes()

@@ -22,7 +22,8 @@ every_seed = pytest.mark.parametrize("seed", [0, 1, 2])
 @every_seed
 def test_two_jobs_give_the_eigenpairs_of_single_pass(measurements, seed, folder):
     H = planted(indefinite(300), 300, seed)
-    options = {"measurements": measurements, "seed": seed, "block_size": 4}
+    generator = torch.Generator().manual_seed(seed)
+    options = {"measurements": measurements, "generator": generator, "block_size": 4}
     assert measure(H, 10, folder, part=(1, 2), **options) == [(0, 20)]
     assert measure(H, 10, folder, part=(0, 2), **options) == missing(folder) == []
     pairs = assemble(folder)
@@ -200,7 +201,7 @@ def test_part_of_the_model_and_another_dtype_are_other_operators(folder):
         ({"outer": 16, "inner": 40}, "outer=20 there and 16 here;"),
         ({"inner": 44}, "inner=40 there and 44 here;"),
         ({"measurements": "gaussian"}, "measurements='ssrft' there and 'gaussian' here;"),
-        ({"seed": 1}, "seed=0 there and 1 here, omega_seed="),
+        ({"generator": torch.Generator().manual_seed(1)}, "seed=0 there and 1 here, omega_seed="),
     ],
 )
 def test_other_settings_are_refused_before_any_product(options, named, folder):
@@ -279,3 +280,22 @@ def test_measurements_of_a_gpu_are_assembled_on_either(folder):
     assert on_gpu.eigenvectors.is_cuda
     assert_same(assemble(folder), expected, 1e-10)
     assert_same(on_gpu.to("cpu"), expected, 1e-10)
+
+
+def test_jobs_share_a_generator_that_was_drawn_from(folder):
+    H, generator = planted(indefinite(60), 60), torch.Generator().manual_seed(3)
+    torch.randn(2, generator=generator)
+    before = generator.get_state()
+    for part in ((0, 2), (1, 2)):
+        measure(H, 5, folder, part=part, generator=generator, block_size=4)
+    assert torch.equal(generator.get_state(), before)
+    assert_same(assemble(folder), whole(H, 5, generator=generator, block_size=4), 0.0)
+    with pytest.raises(ValueError, match="have other settings: omega_seed="):
+        measure(H, 5, folder, generator=torch.Generator().manual_seed(3), block_size=4)
+    folder = folder.with_name("others")
+    for given, typed in ((before, "generator"), (None, r"torch.Generator\(\).manual_seed\(3\)")):
+        generator.manual_seed(3) if given is None else generator.set_state(given)
+        measure(H, 5, folder, 0, 4, generator=generator, block_size=4)
+        with pytest.raises(ValueError, match=rf"generator={typed}\)"):
+            assemble(folder)
+        folder = folder.with_name("more")

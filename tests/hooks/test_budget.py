@@ -3,7 +3,7 @@
 import pytest
 from hooks.watched import TASK, Clock, data, net
 
-from hesscurv.hooks import CurvatureMonitor, every
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions, every
 from hesscurv.hooks.monitoring.budget import Budget
 
 
@@ -24,7 +24,7 @@ def watched(max_fraction, seconds=3.0, step_seconds=1.0, steps=400, schedule=Non
         schedule=schedule or every(2),
         max_fraction=max_fraction,
         loggers=[Slow()],
-        clock=clock,
+        options=MonitorOptions(clock=clock),
     )
     shares = []
     for step in range(steps):
@@ -91,7 +91,9 @@ def test_the_time_between_calls_is_that_of_training():
 
 def test_the_record_has_its_cost_and_the_share_so_far():
     clock = Clock(per_look=0.5)
-    monitor = CurvatureMonitor(net(), TASK, data(1), 1, quantities="sparsity", clock=clock)
+    monitor = CurvatureMonitor(
+        net(), TASK, data(1), 1, quantities="sparsity", options=MonitorOptions(clock=clock)
+    )
     for step in (0, 1):
         clock.now += 10.0
         monitor.measure(step)

@@ -5,7 +5,7 @@ import torch
 from hooks.watched import TASK, data, dense_hessian, net, train
 from torch.nn.utils import prune
 
-from hesscurv.hooks import CurvatureMonitor
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions
 from hesscurv.hooks.monitoring.layouts import carry_over, dense_layout
 from hesscurv.objective.parameters import ParameterLayout
 
@@ -18,7 +18,9 @@ def pruned(model, amount=0.4):
 
 def test_pruning_is_seen_and_the_names_stay():
     model = net()
-    monitor = CurvatureMonitor(model, TASK, data(2), 4, quantities="full", max_matvecs=80, tol=1e-8)
+    monitor = CurvatureMonitor(
+        model, TASK, data(2), 4, quantities="full", tol=1e-8, options=MonitorOptions(max_matvecs=80)
+    )
     before = monitor.measure(0)
     pruned(model)
     after = monitor.measure(1)
@@ -63,7 +65,9 @@ def test_the_eigenspace_is_started_from_across_pruning():
 
 def test_masked_weights_do_not_count_as_large():
     model = net()
-    monitor = CurvatureMonitor(model, TASK, data(2), 4, quantities="overlap", mask_size=30)
+    monitor = CurvatureMonitor(
+        model, TASK, data(2), 4, quantities="overlap", options=MonitorOptions(mask_size=30)
+    )
     pruned(model, 0.5)
     with torch.no_grad():
         model[0].weight_orig[model[0].weight_mask == 0] = 100.0

@@ -7,7 +7,7 @@ import torch
 from hooks.watched import TASK, Kept, data, dense_hessian, net, train
 
 import hesscurv
-from hesscurv.hooks import CurvatureMonitor, every
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions, every
 from hesscurv.hooks.monitoring.quantities import PRESETS, QUANTITIES
 
 K = 6
@@ -49,8 +49,7 @@ class Run:
             optimizer=optimizer,
             loggers=[self.logger],
             tol=TOL,
-            max_matvecs=20 * K,
-            trace_matvecs=40,
+            options=MonitorOptions(max_matvecs=20 * K, trace_matvecs=40),
         )
         self.spectra, self.gradients, self.weights = [], [], []
         train(self.model, 9, self.after, optimizer=optimizer)
@@ -201,7 +200,13 @@ def test_a_quantity_by_itself_has_its_keys_and_no_others(quantity):
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monitor = CurvatureMonitor(
-        model, TASK, data(1), 3, quantities=(quantity,), optimizer=optimizer, history=2
+        model,
+        TASK,
+        data(1),
+        3,
+        quantities=(quantity,),
+        optimizer=optimizer,
+        options=MonitorOptions(history=2),
     )
     assert monitor.quantities == (quantity,)
     monitor.measure(0)
@@ -225,13 +230,17 @@ def test_masks_and_sparsity_alone_need_no_product():
 
 @pytest.mark.parametrize(("size", "entries"), [(None, 3), (20, 20), (0.25, 15), (1.0, 59)])
 def test_the_mask_has_the_size_asked_for(size, entries):
-    monitor = CurvatureMonitor(net(), TASK, data(1), 3, quantities="mask_iou", mask_size=size)
+    monitor = CurvatureMonitor(
+        net(), TASK, data(1), 3, quantities="mask_iou", options=MonitorOptions(mask_size=size)
+    )
     monitor.measure(0)
     assert int(monitor.mask.sum()) == entries
 
 
 def test_a_fixed_mask_of_all_weights_has_the_overlap_of_its_size():
-    monitor = CurvatureMonitor(net(), TASK, data(1), 3, quantities="overlap", mask_size=59)
+    monitor = CurvatureMonitor(
+        net(), TASK, data(1), 3, quantities="overlap", options=MonitorOptions(mask_size=59)
+    )
     record = monitor.measure(0)
     assert record["overlap"] == pytest.approx((3 * 59) ** 0.5 / 59)
     assert record["overlap_chance_std"] == 0

@@ -5,10 +5,10 @@ import warnings
 import pytest
 import torch
 from hooks.watched import TASK, Kept, data, net, train
+from support.bundles import bundled
 
 import hesscurv
-from hesscurv.hooks import CurvatureMonitor, MonitorWarning, every
-from hesscurv.hooks.monitoring.arguments import check_numbers
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions, MonitorWarning, every
 
 
 class Untouched:
@@ -32,8 +32,8 @@ class Untouched:
         ({"clock": 1.0}, TypeError, "expected clock to be callable"),
         ({"optimizer": 0.1}, TypeError, "expected an optimizer with param_groups, got float"),
         ({"loggers": [print]}, TypeError, r"expected loggers with a method log\(record, step\)"),
-        ({"max_fraction": 0}, ValueError, "expected 0 < max_fraction < 1"),
-        ({"max_fraction": 1}, ValueError, "expected 0 < max_fraction < 1"),
+        ({"max_fraction": 0}, ValueError, "expected a finite max_fraction > 0 and < 1"),
+        ({"max_fraction": 1}, ValueError, "expected a finite max_fraction > 0 and < 1"),
         ({"max_fraction": "10%"}, TypeError, "expected max_fraction to be a number"),
         ({"curvature": "kfac"}, ValueError, "expected curvature among"),
         ({"curvature": "ggn", "task": lambda m, b: 0}, TypeError, "parts outputs and loss"),
@@ -42,17 +42,19 @@ class Untouched:
         ({"tol": None}, TypeError, "expected tol to be a number"),
         ({"max_matvecs": 0}, ValueError, "expected max_matvecs >= 1"),
         ({"mask_size": 0}, ValueError, "expected mask_size >= 1"),
-        ({"mask_size": 1.5}, ValueError, "expected 0 < mask_size <= 1"),
+        ({"mask_size": 1.5}, ValueError, "expected a finite mask_size > 0 and <= 1"),
         ({"trace_matvecs": 1}, ValueError, "expected trace_matvecs >= 2"),
         ({"history": -1}, ValueError, "expected history >= 0"),
         ({"params": "5"}, ValueError, "'5'"),
-        ({"waay": "retained"}, TypeError, r"no argument \['waay'\]"),
+        ({"operator_options": {"waay": "retained"}}, TypeError, r"got \['waay'\]"),
+        ({"operator_options": {"training": True}}, TypeError, "are CurvatureMonitor's own"),
+        ({"generator": 3}, TypeError, "expected generator to be a torch.Generator"),
     ],
 )
 def test_wrong_arguments_are_refused_before_the_batches_are_read(change, error, message):
     given = {"model": net(), "task": TASK, "batches": Untouched()} | change
     with pytest.raises(error, match=message):
-        CurvatureMonitor(given.pop("model"), given.pop("task"), **given)
+        CurvatureMonitor(given.pop("model"), given.pop("task"), **bundled(MonitorOptions, given))
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,9 @@ def test_a_warning_names_the_line_of_the_loop():
 
 def test_pairs_that_have_not_converged_are_recorded_without_a_warning():
     model = net()
-    monitor = CurvatureMonitor(model, TASK, data(2), 5, tol=1e-12, max_matvecs=10)
+    monitor = CurvatureMonitor(
+        model, TASK, data(2), 5, tol=1e-12, options=MonitorOptions(max_matvecs=10)
+    )
     train(model, 1, monitor.step)
     model[0].weight.data.mul_(1.5)
     record = monitor.measure(1)
@@ -124,8 +128,8 @@ def test_pairs_that_have_not_converged_are_recorded_without_a_warning():
     assert record["residuals"] == pytest.approx(measured.tolist(), rel=0.3)
 
 
-@pytest.mark.parametrize("name", ["k", "trace_matvecs"])
-def test_numbers_without_another_default_are_needed(name):
-    with pytest.raises(TypeError, match=f"expected {name} to be an int, got None"):
-        check_numbers(**{name: None})
-    check_numbers(samples=None, max_matvecs=None, history=0)
+def test_numbers_without_another_default_are_needed():
+    with pytest.raises(TypeError, match="expected k to be an int"):
+        CurvatureMonitor(net(), TASK, data(1), None)
+    with pytest.raises(TypeError, match="expected trace_matvecs to be an int, got None"):
+        MonitorOptions(trace_matvecs=None)

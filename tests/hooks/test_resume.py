@@ -5,13 +5,15 @@ import io
 import pytest
 import torch
 from hooks.watched import TASK, Clock, data, equal, net, train
+from support.bundles import bundled
 
-from hesscurv.hooks import CurvatureMonitor, every
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions, every
 
 
 def monitor_of(model, clock=None, **options):
-    options = {"quantities": "full", "schedule": every(2), "way": "retained"} | options
-    return CurvatureMonitor(model, TASK, data(2), 3, clock=clock or Clock(0.25), **options)
+    options = {"quantities": "full", "schedule": every(2)} | options
+    options |= {"clock": clock or Clock(0.25), "operator_options": {"way": "retained"}}
+    return CurvatureMonitor(model, TASK, data(2), 3, **bundled(MonitorOptions, options))
 
 
 def saved(state):
@@ -152,3 +154,22 @@ def test_a_damaged_state_is_refused_and_changes_nothing(damage):
         monitor.load_state_dict(damage(other.state_dict()))
     assert equal(monitor.state_dict(), before)
     assert [r["step"] for r in monitor.records] == [0, 2]
+
+
+def test_a_generator_decides_the_random_vectors_and_is_drawn_from_once():
+    def watched(generator=None):
+        found = CurvatureMonitor(
+            net(), TASK, data(2), 3, quantities=("trace",), generator=generator
+        )
+        return found.measure(0)["trace"]
+
+    one, same, other = (torch.Generator().manual_seed(seed) for seed in (1, 1, 2))
+    assert watched() == watched()
+    assert watched(one) == watched(same) != watched(other)
+    assert len({watched(), watched(one), watched(other)}) == 3  # `one` has moved on
+    before = one.get_state()
+    for wrong in ({"batches": []}, {"k": 0}, {"params": ["nothing"]}):
+        given = {"batches": data(1), "k": 3} | wrong
+        with pytest.raises(ValueError, match=r"expected|no parameter"):
+            CurvatureMonitor(net(), TASK, generator=one, **given)
+        assert torch.equal(one.get_state(), before)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from hooks.watched import TASK, Clock, Kept, data, equal, left_behind, net
 from torch.nn.parallel import DistributedDataParallel
 
-from hesscurv.hooks import CurvatureMonitor, MonitorWarning, every
+from hesscurv.hooks import CurvatureMonitor, MonitorOptions, MonitorWarning, every
 
 STEPS = 4
 
@@ -50,7 +50,7 @@ def unchanged():
                 schedule=every(3),
                 quantities="full",
                 loggers=[logger],
-                trace_matvecs=4,
+                options=MonitorOptions(trace_matvecs=4),
             )
         losses = train(model, monitor.step if monitor else lambda step: None)
         found.append((losses, left_behind(model)))
@@ -80,7 +80,7 @@ def decide():
         schedule=every(5),
         max_fraction=0.1,
         loggers=[Slow()],
-        clock=clock,
+        options=MonitorOptions(clock=clock),
     )
     for step in range(95):
         clock.now += 1.0 if dist.get_rank() == 0 else 1e-3

@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers import TensorBoardLogger as LightningTensorBoard
 
 from hesscurv.integrations import CurvatureCallback, TrainingStepTask
+from hesscurv.integrations.training.hosted_monitor import HostedMonitor
 
 pytestmark = [
     # What Lightning says about two cores, short epochs, and interrupted ones.
@@ -332,6 +333,14 @@ def test_wrong_arguments_are_refused():
         CurvatureCallback(TASK, samples().tensors)
     with pytest.raises(TypeError, match="trainer's own is watched"):
         CurvatureCallback(optimizer=torch.optim.SGD([torch.zeros(1)], lr=1))
+    with pytest.raises(TypeError, match=r"CurvatureCallback\(.*MonitorOptions\(history=3\)"):
+        CurvatureCallback(history=3)
+    with pytest.raises(TypeError, match="seed= has moved: pass generator="):
+        CurvatureCallback(seed=3)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'scedule'"):
+        CurvatureCallback(scedule=every(3))
+    with pytest.raises(TypeError, match="expected options to be a MonitorOptions, got a dict"):
+        CurvatureCallback(options={"history": 3})
 
 
 def test_a_training_step_serves_as_a_task_without_a_trainer():
@@ -361,3 +370,24 @@ def test_a_step_that_is_no_loss_of_a_batch_is_an_error():
         TrainingStepTask()(Silent(), samples()[:4])
     with pytest.raises(TypeError, match="training_step"):
         TrainingStepTask()(nn.Linear(2, 2), samples()[:4])
+
+
+def test_a_generator_decides_the_probe_set_for_all_runs_of_the_trainer():
+    module = Net()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    batches = loader()
+
+    def losses(**arguments):
+        hosted = HostedMonitor(TASK, None, 2, 8, {"quantities": ("loss",), **arguments})
+        found = []
+        for step in range(2):  # the second run of a trainer has a new monitor
+            hosted.begin(module, TASK, batches, optimizer, [])
+            found.append(hosted.monitor.measure(step)["loss"])
+        return found
+
+    generator = torch.Generator().manual_seed(3)
+    (plain, again), (first, second) = losses(), losses(generator=generator)
+    assert plain == again
+    assert first == second != plain
+    assert losses(generator=torch.Generator().manual_seed(3)) == [first, second]
+    assert losses(generator=generator) != [first, second]  # drawn from, once

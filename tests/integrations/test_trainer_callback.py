@@ -311,3 +311,16 @@ def test_batches_count_as_the_trainer_counts_items(tmp_path):
     (a, n), (b, _) = found[:2]
     assert a != b
     assert a + b == n
+
+
+def test_keywords_of_the_monitor_are_checked_when_the_callback_is_created():
+    for wrong, message in (
+        ({"history": 3}, r"CurvatureTrainerCallback\(.*options=MonitorOptions\(history=3\)"),
+        ({"way": "retained"}, r"MonitorOptions\(operator_options={'way': 'retained'}\)"),
+        ({"seed": 3}, "seed= has moved: pass generator="),
+        ({"scedule": every(3)}, "unexpected keyword argument 'scedule'"),
+        ({"options": 3}, "expected options to be a MonitorOptions, got an int"),
+        ({"generator": 3}, "expected generator to be a torch.Generator"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            CurvatureTrainerCallback(**wrong)

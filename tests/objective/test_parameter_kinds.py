@@ -151,7 +151,9 @@ def test_eigenpairs_and_pruning_of_complex_weights():
 @pytest.mark.parametrize("vectorize", [True, False])
 def test_newton_steps_on_complex_weights(vectorize):
     model, ((x, y),) = Fourier().double(), numbers(16)
-    optimizer = hesscurv.optim.NewtonCG(model.parameters(), rank=3, vectorize=vectorize)
+    optimizer = hesscurv.optim.NewtonCG(
+        model.parameters(), rank=3, options=hesscurv.optim.NewtonOptions(vectorize=vectorize)
+    )
     losses = [float(optimizer.step(lambda: F.cross_entropy(model(x), y))) for _ in range(4)]
     assert losses[-1] < losses[0]
 

@@ -16,6 +16,7 @@ from optim.newton_problems import (
     regression,
     take_steps,
 )
+from support.bundles import bundled
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
@@ -23,6 +24,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import lr_scheduler
 
+from hesscurv.optim import NewtonOptions
 from hesscurv.optim.newton.newton_cg import NewtonCG
 
 OPTIONS = {"rank": 4, "refresh_every": 3}
@@ -186,7 +188,9 @@ def test_hyperparameters_may_change_between_steps():
 
 def test_constant_damping_stays():
     model = net()
-    optimizer = NewtonCG(model.parameters(), rank=4, damping=0.1, adapt_damping=False)
+    optimizer = NewtonCG(
+        model.parameters(), rank=4, damping=0.1, options=NewtonOptions(adapt_damping=False)
+    )
     take_steps(optimizer, regression(model), 4)
     assert optimizer.diagnostics()["damping"] == 0.1
 
@@ -239,20 +243,20 @@ def test_at_a_stationary_point_nothing_moves():
         ({"refresh_matvecs": 0}, ValueError, "refresh_matvecs >= 1"),
         ({"cg_tol": 1.0}, ValueError, "cg_tol"),
         ({"max_cg": 0}, ValueError, "max_cg >= 1"),
-        ({"adapt_damping": "no"}, ValueError, "adapt_damping"),
+        ({"adapt_damping": "no"}, TypeError, "adapt_damping"),
         ({"damping_bounds": 1.0}, TypeError, "damping_bounds"),
         ({"damping_bounds": (1, 0)}, ValueError, "swap them"),
         ({"damping_bounds": (0, math.inf)}, ValueError, "damping_bounds"),
         ({"sufficient_decrease": 0.0}, ValueError, "sufficient_decrease"),
         ({"backtracking": 1.0}, ValueError, "backtracking"),
         ({"max_backtracks": -1}, ValueError, "max_backtracks >= 0"),
-        ({"vectorize": None}, ValueError, "vectorize"),
+        ({"vectorize": None}, TypeError, "vectorize"),
         ({"generator": 0.5}, TypeError, "generator to be a torch.Generator"),
     ],
 )
 def test_bad_arguments_are_refused(options, error, words):
     with pytest.raises(error, match=words):
-        NewtonCG(net().parameters(), **options)
+        NewtonCG(net().parameters(), **bundled(NewtonOptions, options))
 
 
 @pytest.mark.parametrize(

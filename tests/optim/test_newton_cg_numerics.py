@@ -19,6 +19,7 @@ from optim.newton_problems import (
 from planted import PlainOperator, indefinite, planted
 from torch import nn
 
+from hesscurv.optim import NewtonOptions
 from hesscurv.optim.newton.closure_hessian import ClosureHessian
 from hesscurv.optim.newton.closure_loss import ClosureLoss
 from hesscurv.optim.newton.conjugate_gradients import (
@@ -190,8 +191,8 @@ def test_with_one_pair_steps_do_not_meet_the_one_large_eigenvalue():
     iterations = []
     for rank in (0, 1):
         params, _, loss = quadratic([1e6] + [1.0] * 11)
-        options = {"rank": rank, "damping": 0.0, "cg_tol": 1e-6, "refresh_tol": 1e-10}
-        optimizer = NewtonCG(params, refresh_matvecs=30, **options)
+        options = NewtonOptions(refresh_tol=1e-10, refresh_matvecs=30)
+        optimizer = NewtonCG(params, rank=rank, damping=0.0, cg_tol=1e-6, options=options)
         optimizer.step(closure_of(optimizer, loss))
         report = optimizer.diagnostics()
         iterations.append(report["cg_iterations"])
@@ -223,7 +224,8 @@ def test_the_preconditioner_cuts_the_iterations_to_those_of_the_spectrum_below(s
     for rank in (0, outliers + 5):
         for p, before in zip(params, start, strict=True):
             p.data.copy_(before)
-        options = {"cg_tol": tol, "refresh_tol": 1e-6, "refresh_matvecs": 500}
+        options = {"cg_tol": tol}
+        options["options"] = NewtonOptions(refresh_tol=1e-6, refresh_matvecs=500)
         options["generator"] = seeded(seed)
         optimizer = NewtonCG(params, rank=rank, damping=1e-8, max_cg=1000, **options)
         optimizer.step(loss)
@@ -347,7 +349,12 @@ def test_one_step_minimises_a_convex_quadratic(seed, rank):
     w = flat(params).detach()
     minimum = w - torch.linalg.solve(H, gradient_of(loss, params))
     optimizer = NewtonCG(
-        params, rank=rank, damping=1e-15, cg_tol=1e-13, max_cg=400, damping_bounds=(0, 1)
+        params,
+        rank=rank,
+        damping=1e-15,
+        cg_tol=1e-13,
+        max_cg=400,
+        options=NewtonOptions(damping_bounds=(0, 1)),
     )
     optimizer.step(loss)
     got = flat(params).detach()
@@ -398,7 +405,8 @@ def test_a_refresh_goes_on_from_the_last_eigenvectors(seed):
     spectrum = torch.cat([torch.linspace(100, 60, 6), torch.linspace(40, 1, 54)])
     params, H, loss = quadratic(spectrum, 60, seed)
     # Few products each, and steps so short that there is always another.
-    options = {"refresh_every": 1, "refresh_matvecs": 12, "generator": seeded(seed)}
+    options = {"refresh_every": 1, "generator": seeded(seed)}
+    options["options"] = NewtonOptions(refresh_matvecs=12)
     optimizer = NewtonCG(params, rank=6, lr=1e-3, **options)
     residuals = []
     for _ in range(6):

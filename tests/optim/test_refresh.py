@@ -18,8 +18,9 @@ from optim.training import (
     weights,
 )
 from planted import planted
+from support.bundles import bundled
 
-from hesscurv.optim import PreconditionedOptimizer
+from hesscurv.optim import PreconditionedOptimizer, PreconditionerOptions
 from hesscurv.optim.preconditioner.refresh_schedule import RefreshSchedule
 
 
@@ -303,7 +304,9 @@ def of_changing_curvature(**options):
         return (scale * model.flat() ** 4).sum()
 
     base = torch.optim.SGD(model.parameters(), lr=1e-9)
-    return model, PreconditionedOptimizer(base, model, loss, rank=2, refresh_every=1000, **options)
+    return model, PreconditionedOptimizer(
+        base, model, loss, rank=2, refresh_every=1000, **bundled(PreconditionerOptions, options)
+    )
 
 
 def steps_with(model, optimizer, count):

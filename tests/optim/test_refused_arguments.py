@@ -5,9 +5,10 @@ import copy
 import pytest
 import torch
 from optim.training import TASK, data, net, sgd
+from support.bundles import bundled
 from torch import nn
 
-from hesscurv.optim import NewtonCG, PreconditionedOptimizer
+from hesscurv.optim import NewtonCG, PreconditionedOptimizer, PreconditionerOptions
 
 
 class OwnKey(torch.optim.SGD):
@@ -21,7 +22,9 @@ def wrap(base=None, model=None, task=TASK, batches=(), **options):
     model = net() if model is None else model
     base = torch.optim.SGD(model.parameters(), lr=0.1) if base is None else base
     batches = data() if batches == () else batches
-    return PreconditionedOptimizer(base, model, task, batches, **options)
+    return PreconditionedOptimizer(
+        base, model, task, batches, **bundled(PreconditionerOptions, options)
+    )
 
 
 def of_another_model():
@@ -34,11 +37,15 @@ def twice():
 
 
 REFUSED = {
-    "moved": (lambda: wrap(seed=3), TypeError, "seed= has moved: pass generator="),
+    "moved": (
+        lambda: wrap(seed=3),
+        TypeError,
+        "seed= has moved: pass generator=torch.Generator",
+    ),
     "moved in NewtonCG": (
         lambda: NewtonCG(net().parameters(), seed=3),
         TypeError,
-        "seed= has moved: pass generator=",
+        "seed= has moved: pass generator=torch.Generator",
     ),
     "class": (lambda: wrap(torch.optim.SGD), TypeError, "got the class SGD; pass an instance"),
     "no optimizer": (lambda: wrap(3), TypeError, "expected base to be a torch.optim.Optimizer"),

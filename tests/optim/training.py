@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from planted import planted
+from support.bundles import bundled
 from torch import Tensor, nn
 
 import hesscurv
-from hesscurv.optim import CurvatureWarning, PreconditionedOptimizer
+from hesscurv.optim import CurvatureWarning, PreconditionedOptimizer, PreconditionerOptions
 
 # Spectra with a gap after every pair, so that each eigenspace is well defined.
 SPECTRA = {
@@ -111,7 +112,9 @@ def precondition(
     """Wrap a base, with few pairs and a fixed interval unless told."""
     options = {"rank": 3, "refresh_every": 3} | options
     given = data() if batches is None else batches
-    return PreconditionedOptimizer(base, model, task, given, **options)
+    return PreconditionedOptimizer(
+        base, model, task, given, **bundled(PreconditionerOptions, options)
+    )
 
 
 def sgd(model: nn.Module, batches: Any = None, **options: Any) -> PreconditionedOptimizer:

@@ -8,6 +8,7 @@ from prunable import TASK, data, network
 from torch import nn
 
 from hesscurv import supervised
+from hesscurv.pruning import PruningOptions
 from hesscurv.pruning.curvature.memory_plan import MemoryPlan, Sizes, plan_memory
 from hesscurv.pruning.curvature.quadratic_model import Measuring
 from hesscurv.pruning.run import pruning_run
@@ -193,7 +194,14 @@ def test_more_outputs_than_ggn_rows_take_are_pruned_by_fisher_rows(caplog):
     (record,) = [r for r in caplog.records if "outputs" in r.getMessage()]
     assert "1100 outputs" in record.getMessage()
     assert "Measuring(rows='fisher')" in record.getMessage()
-    told = prune_model(other, TASK, batches, 0.5, stages=2, measuring=Measuring(rows="fisher"))
+    told = prune_model(
+        other,
+        TASK,
+        batches,
+        0.5,
+        stages=2,
+        options=PruningOptions(measuring=Measuring(rows="fisher")),
+    )
     assert report.loss == told.loss
     assert torch.equal(net.weight_mask, other.weight_mask)
 
@@ -202,7 +210,14 @@ def test_more_outputs_than_ggn_rows_take_are_pruned_by_fisher_rows(caplog):
 def test_more_outputs_than_the_rows_take_that_are_asked_for_are_refused(rows):
     net, batches = wide_outputs()
     with pytest.raises(ValueError, match=r"got 1100; use .*measuring=Measuring\(rows='fisher'\)"):
-        prune_model(net, TASK, batches, 0.5, stages=1, measuring=Measuring(rows=rows))
+        prune_model(
+            net,
+            TASK,
+            batches,
+            0.5,
+            stages=1,
+            options=PruningOptions(measuring=Measuring(rows=rows)),
+        )
 
 
 def test_a_loss_without_curvature_in_the_outputs_is_told_what_will_do():
@@ -212,7 +227,10 @@ def test_a_loss_without_curvature_in_the_outputs_is_told_what_will_do():
     with pytest.raises(ValueError, match=r"zero, as that of nn.L1Loss .*rows='fisher'"):
         prune_model(net, task, batches, 0.5, stages=1)
     how = Measuring(rows="fisher")
-    assert prune_model(net, task, batches, 0.5, stages=1, measuring=how).kept == 4
+    assert (
+        prune_model(net, task, batches, 0.5, stages=1, options=PruningOptions(measuring=how)).kept
+        == 4
+    )
 
 
 @pytest.mark.parametrize("rows", ["ggn", "fisher", "eigenspace"])
@@ -225,6 +243,14 @@ def test_constant_inputs_and_dead_units_are_no_error_of_the_factorisation(rows):
         net[0].weight[0].abs_()
     how = Measuring(rows=rows, rank=5, damping=1e-6)
     batches = [(torch.ones(20, 256), torch.randint(3, (20,)))]
-    report = prune_model(net, TASK, batches, 0.8, stages=1, gradients_per_stage=16, measuring=how)
+    report = prune_model(
+        net,
+        TASK,
+        batches,
+        0.8,
+        stages=1,
+        gradients_per_stage=16,
+        options=PruningOptions(measuring=how),
+    )
     assert report.loss <= report.magnitude_loss
     assert all(bool(p.isfinite().all()) for p in net.parameters())

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from hesscurv import supervised
+from hesscurv.pruning import PruningOptions
 from hesscurv.pruning.curvature.quadratic_model import Measuring
 from hesscurv.pruning.masks.state_dicts import dense_state_dict, masks_of
 from hesscurv.pruning.run.prune_model import prune_model
@@ -127,8 +128,9 @@ def test_a_linear_regression_ends_at_the_least_squares_of_its_mask(seed):
         0.5,
         stages=1,
         gradients_per_stage=60,
-        measuring=how,
-        on_step=lambda _, weights: seen.append(weights["0.weight"][0]),
+        options=PruningOptions(
+            measuring=how, on_step=lambda _, weights: seen.append(weights["0.weight"][0])
+        ),
     )
     mask, best = masks_of(net)["0.weight"][0], torch.zeros(12).double()
     best[mask] = torch.linalg.lstsq(x[:, mask], y[:, 0]).solution
@@ -196,9 +198,11 @@ def test_of_an_exact_quadratic_the_changes_are_predicted_step_by_step(seed):
         stages=1,
         steps_per_stage=3,
         gradients_per_stage=60,
-        measuring=Measuring(rest="isotropic", root_floor=1e-12),
-        compensate=False,
-        on_step=lambda _, weights: seen.append(weights["0.weight"]),
+        options=PruningOptions(
+            measuring=Measuring(rest="isotropic", root_floor=1e-12),
+            compensate=False,
+            on_step=lambda _, weights: seen.append(weights["0.weight"]),
+        ),
     )
     mean = float(2 * x.square().sum(0).mean() / 60)  # of the diagonal, which the rest adds
     moved = [float((w - seen[0]).square().sum()) for w in seen]

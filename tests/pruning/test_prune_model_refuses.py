@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from support.bundles import bundled
 from torch import nn
 
 from hesscurv import supervised
+from hesscurv.pruning import PruningOptions
 from hesscurv.pruning.curvature.quadratic_model import Measuring
 from hesscurv.pruning.run import pruning_run
 from hesscurv.pruning.run.prune_model import prune_model
@@ -33,8 +35,9 @@ def assert_refused(error, message, batches=None, task=TASK, sparsity=0.5, net=No
     net = net or network()
     before = {n: t.clone() for n, t in net.state_dict().items()}
     hooks = [len(m._forward_pre_hooks) for m in net.modules()]
+    batches = data() if batches is None else batches
     with pytest.raises(error, match=message):
-        prune_model(net, task, data() if batches is None else batches, sparsity, **options)
+        prune_model(net, task, batches, sparsity, **bundled(PruningOptions, options))
     after = net.state_dict()
     assert list(after) == list(before)
     assert all(torch.equal(after[n], t) or bool(t.isnan().any()) for n, t in before.items())
@@ -66,14 +69,10 @@ def test_sparsities_out_of_range(sparsity):
         ({"schedule": [0.4, 0.3], "stages": 2}, "do not fall"),
         ({"schedule": [0.2, 0.5], "stages": 3}, "steps_per_stage = 3 sparsities, got 2"),
         ({"schedule": [0.5], "stages": 1, "steps_per_stage": 2}, "= 2 sparsities, got 1"),
-        ({"stages": 0}, "expected stages to be a positive int, got 0"),
-        ({"stages": 2.0}, "expected stages to be a positive int, got 2.0"),
-        ({"stages": True}, "expected stages to be a positive int, got True"),
-        ({"steps_per_stage": 0}, "expected steps_per_stage to be a positive int"),
-        ({"gradients_per_stage": -1}, "expected gradients_per_stage to be a positive int"),
-        ({"max_calibration": 0}, "expected max_calibration to be a positive int"),
-        ({"measuring": Measuring(damping=0)}, "expected a positive damping"),
-        ({"measuring": Measuring(rows="hessian")}, "expected rows one of"),
+        ({"stages": 0}, "expected stages >= 1, got 0"),
+        ({"steps_per_stage": 0}, "expected steps_per_stage >= 1"),
+        ({"gradients_per_stage": -1}, "expected gradients_per_stage >= 1"),
+        ({"max_calibration": 0}, "expected max_calibration >= 1"),
         ({"weights": ["1.weight", "3.bias"], "structure": "2:4"}, "2:4 fits no weight"),
         ({"weights": ["9.weight"]}, "no parameter or submodule '9.weight'"),
     ],

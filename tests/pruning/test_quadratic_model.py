@@ -341,16 +341,16 @@ def test_a_loss_that_does_not_depend_on_the_weights_is_refused():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rows": "hessian"}, "expected rows one of .*got 'hessian'"),
-        ({"rest": "full"}, "expected rest one of"),
-        ({"target": "labels"}, "expected target one of"),
-        ({"damping": 0.0}, "expected a positive damping, got 0.0"),
-        ({"damping": float("nan")}, "expected a positive damping, got nan"),
-        ({"root_floor": -1.0}, "expected a positive root_floor, got -1.0"),
-        ({"root_floor": float("inf")}, "expected a positive root_floor, got inf"),
-        ({"largest_block": 0}, "expected a positive largest_block, got 0"),
+        ({"rows": "hessian"}, "expected rows to be one of .*got 'hessian'"),
+        ({"rest": "full"}, "expected rest to be one of"),
+        ({"target": "labels"}, "expected target to be one of"),
+        ({"damping": 0.0}, "expected a finite damping > 0, got 0.0"),
+        ({"damping": float("nan")}, "expected a finite damping > 0, got nan"),
+        ({"root_floor": -1.0}, "expected a finite root_floor > 0, got -1.0"),
+        ({"root_floor": float("inf")}, "expected a finite root_floor > 0, got inf"),
+        ({"largest_block": 0}, "expected largest_block >= 1, got 0"),
     ],
 )
 def test_options_that_do_not_exist_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        Measuring(**options).check()
+        Measuring(**options)

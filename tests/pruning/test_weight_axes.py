@@ -10,6 +10,7 @@ from torch import nn
 import hesscurv
 from hesscurv.pruning import (
     Measuring,
+    PruningOptions,
     compensate_,
     curvature_nm,
     curvature_structured,
@@ -121,11 +122,18 @@ def test_twins_are_pruned_alike(kind, method, structure):
     there, here, turn, batches = make(kind)
     reports = [
         prune_model(
-            net, TASK, batches, 0.6, method=method, structure=structure, stages=2,
-            gradients_per_stage=12, compensate=method != "magnitude",
+            net,
+            TASK,
+            batches,
+            0.6,
+            method=method,
+            structure=structure,
+            stages=2,
+            gradients_per_stage=12,
+            options=PruningOptions(compensate=method != "magnitude"),
         )
         for net in (there, here)
-    ]  # fmt: skip
+    ]
     assert_alike(there, here, turn)
     assert reports[0].loss == pytest.approx(reports[1].loss, rel=1e-9)
     for a, b in zip(reports[0].layers, reports[1].layers, strict=True):
@@ -150,7 +158,14 @@ def test_twins_are_pruned_alike_however_curvature_is_measured(kind, scope, how):
     there, here, turn, batches = make(kind)
     for net in (there, here):
         prune_model(
-            net, TASK, batches, 0.5, scope=scope, stages=1, gradients_per_stage=12, measuring=how
+            net,
+            TASK,
+            batches,
+            0.5,
+            scope=scope,
+            stages=1,
+            gradients_per_stage=12,
+            options=PruningOptions(measuring=how),
         )
     assert_alike(there, here, turn)
 

@@ -273,8 +273,8 @@ def test_bad_arguments_are_refused():
     for error, message, options in [
         (ValueError, "expected num_steps >= 1, got 0", {"num_steps": 0}),
         (ValueError, "expected num_probes >= 1, got 0", {"num_probes": 0}),
-        (TypeError, "expected an integer num_steps, got 2.5", {"num_steps": 2.5}),
-        (ValueError, "expected measurements among", {"measurements": "normal"}),
+        (TypeError, "expected num_steps to be an int, got 2.5", {"num_steps": 2.5}),
+        (ValueError, "expected measurements to be one of", {"measurements": "normal"}),
         (ValueError, "at most D=20 orthogonal", {"num_probes": 21, "measurements": "ssrft"}),
         (TypeError, "expected Eigenpairs", {"eigenpairs": pairs.eigenvectors}),
         (ValueError, "expected fewer than D = 20 eigenpairs, got 20", {"eigenpairs": all_pairs}),

@@ -12,7 +12,7 @@ import torch
 
 from hesscurv.eigensolvers.sketch.single_pass import cut
 from hesscurv.interface.descriptions import Described
-from hesscurv.linalg.random_matrices import KINDS
+from hesscurv.linalg.random_matrices import KINDS, next_seeds
 from hesscurv.objective.parameters import ParameterLayout
 from hesscurv.operators.fingerprint import differences, hash_text, sample_gap
 
@@ -45,7 +45,7 @@ class Manifest(Described):
         outer: Measurements whose vectors Y are kept: the basis.
         inner: All measurements.
         measurements: The kind of random matrix.
-        seed: The seed that the two others are drawn from.
+        seed: Seed of the generator that the two others are drawn from.
         omega_seed: Seed of the matrix that H is applied to.
         psi_seed: Seed of the matrix that tests the products.
         chunk: Measurements per file.
@@ -212,10 +212,14 @@ class Manifest(Described):
 
     def call(self, folder: Path, start: int, stop: int) -> str:
         """Return the call that takes the measurements of a range, as text."""
+        fresh = torch.Generator().manual_seed(self.seed)
+        is_fresh = next_seeds(fresh, 2) == [self.omega_seed, self.psi_seed]
+        # One that had been drawn from cannot be typed: the caller has it.
+        source = f"torch.Generator().manual_seed({self.seed})" if is_fresh else "generator"
         return (
             f"measure(H, {self.k}, {str(folder)!r}, start={start}, stop={stop}, "
             f"outer={self.outer}, inner={self.inner}, measurements={self.measurements!r}, "
-            f"seed={self.seed})"
+            f"generator={source})"
         )
 
 

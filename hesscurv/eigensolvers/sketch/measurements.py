@@ -29,8 +29,16 @@ from hesscurv.eigensolvers.sketch.single_pass import (
     take_measurements,
 )
 from hesscurv.interface.integers import as_int
+from hesscurv.interface.moved_arguments import seed_moved
+from hesscurv.interface.ranges import check_generator
 from hesscurv.linalg.orthogonalization import orthonormalize_
-from hesscurv.linalg.random_matrices import TestMatrix, draw_seed, make_test_matrix
+from hesscurv.linalg.random_matrices import (
+    TestMatrix,
+    default_generator,
+    draw_seed,
+    make_test_matrix,
+    next_seeds,
+)
 from hesscurv.objective.parameters import ParameterLayout
 from hesscurv.operators.fingerprint import fingerprint, product_sample
 from hesscurv.operators.linear_operator import LinearOperator
@@ -39,6 +47,7 @@ from hesscurv.operators.matrix_operators import as_linear_operator
 logger = logging.getLogger(__name__)
 
 
+@seed_moved
 def measure(
     H: Any,
     k: int,
@@ -50,7 +59,7 @@ def measure(
     outer: int | None = None,
     inner: int | None = None,
     measurements: str = "ssrft",
-    seed: int = 0,
+    generator: torch.Generator | None = None,
     block_size: int = 32,
     progress: bool = False,
 ) -> list[tuple[int, int]]:
@@ -79,8 +88,9 @@ def measure(
         outer: Vectors in the basis, k <= outer <= inner; default 2 k. Only these are stored.
         inner: Total number of measurements; default 2 outer, at most D.
         measurements: "ssrft" (default), "gaussian" or "rademacher".
-        seed: Seed of the two random matrices; the pairs are those of
-            ``single_pass(H, k, generator=torch.Generator().manual_seed(seed))``.
+        generator: Source of the seeds of the two random matrices, in the same state in every job
+            and left in it; the pairs are those of ``single_pass(H, k, generator=generator)``.
+            Default None: a new one with seed 0.
         block_size: Matvecs per block, default 32. The first job's sets the chunks; the others'
             may be smaller, to save memory.
         progress: Whether to show a progress bar over this job's products.
@@ -112,7 +122,7 @@ def measure(
             f"{H.communicator.size} ranks: jobs of `measure` do not communicate; build it with "
             "process_group= a group of this rank only, or use eigsh(H, k, 'single_pass')"
         )
-    wanted, omega, psi = _plan(H, k, outer, inner, measurements, seed, block_size)
+    wanted, omega, psi = _plan(H, k, outer, inner, measurements, generator, block_size)
     _check_share(start, stop, part, wanted.inner)
     files = MeasurementFolder.join(folder, wanted, functools.cache(lambda: product_sample(H)))
     files.remove_leftovers()
@@ -228,7 +238,10 @@ def assemble(
     omega, psi = _test_matrices(manifest, H.device)
     Q_rD, _ = orthonormalize_(basis_mD)
     C_rr = core_matrix(Q_rD, M_nn, omega, psi)
-    generator, _, _ = _seeds(manifest.seed)
+    # In the state in which `single_pass` has it after the seeds of the two matrices.
+    generator = torch.Generator().manual_seed(manifest.seed)
+    for _ in range(2):
+        draw_seed(generator)
     if residuals:
         H.expect(manifest.k)
     with CountedOperator(H, manifest.k, "assemble", progress) as counted:
@@ -271,18 +284,19 @@ def _plan(
     outer: int | None,
     inner: int | None,
     measurements: str,
-    seed: int,
+    generator: torch.Generator | None,
     block_size: int,
 ) -> tuple[Manifest, TestMatrix, TestMatrix]:
     """Check the settings; return this job's manifest and the random matrices."""
-    k, seed = as_int("k", k), as_int("seed", seed)  # JSON cannot hold NumPy integers
+    k = as_int("k", k)  # JSON cannot hold NumPy integers
+    check_generator(generator)
     if block_size < 1:
         raise ValueError(f"expected block_size >= 1, got {block_size}")
     dim = H.shape[0]
     outer, inner = map(operator.index, sketch_sizes(k, dim, outer, inner, None, 0))
     if inner == dim:
         measurements = "ssrft"
-    _, omega_seed, psi_seed = _seeds(seed)
+    omega_seed, psi_seed = next_seeds(default_generator(generator), 2)
     omega, psi = (
         make_test_matrix(measurements, dim, inner, matrix_seed, H.dtype, H.device)
         for matrix_seed in (omega_seed, psi_seed)
@@ -293,7 +307,7 @@ def _plan(
         outer=outer,
         inner=inner,
         measurements=measurements,
-        seed=seed,
+        seed=default_generator(generator).initial_seed(),
         omega_seed=omega_seed,
         psi_seed=psi_seed,
         chunk=group_size(measurements, outer, block_size),
@@ -303,12 +317,6 @@ def _plan(
         operator=fingerprint(H),
     )
     return manifest, omega, psi
-
-
-def _seeds(seed: int) -> tuple[torch.Generator, int, int]:
-    """Return the generator and the two seeds that `single_pass` draws from it, in its order."""
-    generator = torch.Generator().manual_seed(seed)
-    return generator, draw_seed(generator), draw_seed(generator)
 
 
 def _test_matrices(manifest: Manifest, device: torch.device) -> tuple[TestMatrix, TestMatrix]:

@@ -19,7 +19,9 @@ from hesscurv.eigensolvers.tracked_eigenspace import (
     refresh_eigenspace,
 )
 from hesscurv.hooks.monitoring.layouts import carry_over, dense_layout, dense_names
+from hesscurv.linalg.precision import require_float64
 from hesscurv.linalg.projections import project_out_
+from hesscurv.objective.data.batches import check_source
 from hesscurv.objective.data.curvature_samples import take_samples
 from hesscurv.objective.data.samples import map_tensors
 from hesscurv.objective.parameters import (
@@ -251,6 +253,35 @@ class Probe:
                 if mask is not None:
                     start[part] *= mask.reshape(-1, 1).to(start)
             return start if bool(start.any()) else None
+
+
+def check_model(model: Any, task: Any, curvature: Any, batches: Any) -> None:
+    """Check that curvature can be measured.
+
+    Raises:
+        TypeError: If the model is not a module, the task is not callable or lacks the parts that
+            the curvature needs, or the batches cannot be read.
+        ValueError: If the curvature is unknown, the batches are a single one, or the model is on a
+            device without float64.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
+    if not callable(task):
+        raise TypeError(
+            f"expected a task (model, batch) -> scalar mean loss, got {type(task).__name__}; for a "
+            "loss module use hesscurv.supervised(loss)"
+        )
+    if curvature not in OPERATORS:
+        raise ValueError(f"expected curvature among {list(OPERATORS)}, got {curvature!r}")
+    parts = hasattr(task, "outputs") and hasattr(task, "loss")
+    if curvature != "hessian" and (batches is None or not parts):
+        raise TypeError(
+            f"curvature={curvature!r} needs batches and a task with the parts outputs and loss, as "
+            "hesscurv.supervised(loss) has; curvature='hessian' takes any callable"
+        )
+    check_source(batches)
+    for device in {p.device for p in model.parameters()}:
+        require_float64(device)
 
 
 class _Outside(LinearOperator):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 import os
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,17 +13,26 @@ from torch import Tensor, nn
 from hesscurv.distributed.steps import is_known
 from hesscurv.eigensolvers import Eigenpairs
 from hesscurv.hooks.loggers import Logger, Loggers, warn
-from hesscurv.hooks.monitoring import arguments
 from hesscurv.hooks.monitoring.budget import Budget
-from hesscurv.hooks.monitoring.curvature_probe import Probe
+from hesscurv.hooks.monitoring.curvature_probe import Probe, check_model
 from hesscurv.hooks.monitoring.layouts import dense_names
+from hesscurv.hooks.monitoring.monitor_options import OPERATOR_OPTIONS, MonitorOptions
 from hesscurv.hooks.monitoring.quantities import QUANTITIES, choose_quantities
-from hesscurv.hooks.monitoring.record import Measurements
+from hesscurv.hooks.monitoring.record import Measurements, check_optimizer
 from hesscurv.hooks.monitoring.unchanged import unchanged_random_states
 from hesscurv.hooks.schedules import Schedule, dense_then_sparse
 from hesscurv.interface.descriptions import Words, describe_object
 from hesscurv.interface.integers import as_int
+from hesscurv.interface.moved_arguments import moved_to_options, seed_moved
+from hesscurv.interface.options import as_options
+from hesscurv.interface.ranges import (
+    check_callable,
+    check_count,
+    check_generator,
+    check_positive,
+)
 from hesscurv.interface.uncompiled import uncompiled
+from hesscurv.linalg.random_matrices import draw_seed, next_seeds
 from hesscurv.objective.parameters import ParamSelection, unwrap
 from hesscurv.operators.summed_operator import device_of
 
@@ -63,8 +71,8 @@ class CurvatureMonitor:
       ``leverage_by_parameter`` (shares of the eigenspace, sum 1), ``mask_by_parameter`` (fraction
       of each that the mask keeps).
     - "space_overlap": ``space_overlap`` of the eigenspace with that of the last measurement,
-      ``space_overlap_first`` with the first one, and with `history` ``space_overlaps``, lists of
-      [earlier step, overlap].
+      ``space_overlap_first`` with the first one, and with ``options.history``
+      ``space_overlaps``, lists of [earlier step, overlap].
     - "mask_iou": the same for the mask by intersection over union, ``mask_iou``,
       ``mask_iou_first``, ``mask_ious``.
     - "trace": ``trace``, ``trace_standard_error`` and ``effective_rank``, that is
@@ -96,17 +104,11 @@ class CurvatureMonitor:
         curvature: "hessian" (default), "ggn" or "fisher".
         samples: Maximal number of samples, from the front of the batches; default all.
         tol: Relative residual with which an eigenpair counts as converged; default 1e-2.
-        max_matvecs: Maximal number of matvecs of a refresh; default 3 k. The first solve may take
-            four times as many. Pairs that have not converged by then are recorded as they are.
-        mask_size: Entries of the mask of largest weights, or as a float their fraction; default k.
-        trace_matvecs: Matvecs for the trace; default 16.
-        history: Number of recent spaces and masks to compare with, in addition to the first and the
-            last; default 16 with "full", otherwise 0.
         training: Mode during measurements: False (default) as in inference, True, None unchanged.
-        seed: Seed of random vectors, and of the order of a shuffling loader.
-        clock: Returns seconds; default `time.perf_counter`.
-        **options: More arguments of the operator: compute_dtype, way, memory_budget, check,
-            process_group.
+        generator: Source of the seed of random vectors, and of the order of a shuffling loader; in
+            the same state on all ranks. Default None: seed 0. The global one is never used.
+        options: Effort of a refresh, mask, comparisons with earlier measurements, clock, arguments
+            of the operator; default `MonitorOptions()`.
 
     Attributes:
         records: All records, a list of dicts.
@@ -133,6 +135,8 @@ class CurvatureMonitor:
         ...     monitor.step(step)
     """
 
+    @seed_moved
+    @moved_to_options(MonitorOptions, {"operator_options": OPERATOR_OPTIONS})
     def __init__(
         self,
         model: nn.Module,
@@ -149,36 +153,30 @@ class CurvatureMonitor:
         curvature: str = "hessian",
         samples: int | None = None,
         tol: float = 1e-2,
-        max_matvecs: int | None = None,
-        mask_size: int | float | None = None,
-        trace_matvecs: int = 16,
-        history: int | None = None,
         training: bool | None = False,
-        seed: int = 0,
-        clock: Callable[[], float] = time.perf_counter,
-        **options: Any,
+        generator: torch.Generator | None = None,
+        options: MonitorOptions | None = None,
     ) -> None:
-        arguments.check_model(model, task, curvature, batches)
+        own = as_options(MonitorOptions, options)
+        check_model(model, task, curvature, batches)
         k = as_int("k", k)
-        arguments.check_numbers(
-            k=k,
-            samples=samples,
-            max_matvecs=max_matvecs,
-            trace_matvecs=trace_matvecs,
-            history=history,
+        check_count("k", k)
+        check_count("samples", samples, optional=True)
+        check_positive("tol", tol)
+        check_callable(
+            "schedule",
+            schedule,
+            remedy=f"for an interval use hesscurv.hooks.every({schedule!r})",
         )
-        arguments.check_tol(tol)
-        arguments.check_mask_size(mask_size)
-        arguments.check_callables(schedule=schedule, clock=clock)
-        arguments.check_optimizer(optimizer)
-        arguments.check_options(options)
-        if max_fraction is not None:
-            arguments.check_share("max_fraction", max_fraction, open_above=True)
+        check_positive("max_fraction", max_fraction, below=1.0, optional=True)
+        check_generator(generator)
+        check_optimizer(optimizer)
         self.quantities = choose_quantities(quantities)
         self.model, self.task, self.schedule = model, task, schedule
         self.records: list[dict[str, Any]] = []
         self._loggers = Loggers(loggers)
-        self._budget = Budget(max_fraction, clock)
+        self._budget = Budget(max_fraction, own.clock)
+        history = own.history
         if history is None:
             history = _HISTORY if len(self.quantities) == len(QUANTITIES) else 0
         with unchanged_random_states(device_of(model) or torch.device("cpu")):
@@ -190,16 +188,16 @@ class CurvatureMonitor:
                 curvature=curvature,
                 samples=samples,
                 tol=tol,
-                max_matvecs=max_matvecs,
-                seed=seed,
-                options={"training": training, **options},
+                max_matvecs=own.max_matvecs,
+                seed=0 if generator is None else next_seeds(generator, 1)[0],
+                options={"training": training, **own.operator_options},
             )
         self._measurements = Measurements(
             self._probe,
             self.quantities,
             k,
-            mask_size=mask_size,
-            trace_matvecs=trace_matvecs,
+            mask_size=own.mask_size,
+            trace_matvecs=own.trace_matvecs,
             history=history,
             optimizer=optimizer,
         )
@@ -207,6 +205,8 @@ class CurvatureMonitor:
         self._ask_again: int | None = None  # the step at which a postponed one is reconsidered
         self._event: str | None = None
         self._has_warned = False
+        if generator is not None:  # last, so that a refused argument draws nothing
+            draw_seed(generator)
 
     def __repr__(self) -> str:
         """Return the quantities, the schedule, and the number of measurements."""

@@ -186,3 +186,16 @@ class Measurements:
     def _mask_entries(self, dim: int) -> int:
         size = self.k if self.mask_size is None else self.mask_size
         return max(1, min(dim, math.ceil(size * dim) if isinstance(size, float) else size))
+
+
+def check_optimizer(optimizer: Any) -> None:
+    """Require an optimizer with parameter groups.
+
+    Raises:
+        TypeError: If it has none.
+    """
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise TypeError(
+            f"expected an optimizer with param_groups, got {type(optimizer).__name__}; leave it "
+            "out to record no learning rate"
+        )

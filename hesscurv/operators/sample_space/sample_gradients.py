@@ -186,7 +186,8 @@ def refuse_outputs(count: int) -> NoReturn:
     """Raise for too many outputs per sample for rows="ggn"."""
     raise ValueError(
         f"expected at most {MOST_OUTPUTS} outputs a sample for rows='ggn', got {count}; use "
-        "rows='fisher', in prune_model as measuring=Measuring(rows='fisher')"
+        "rows='fisher', in prune_model by "
+        "options=PruningOptions(measuring=Measuring(rows='fisher'))"
     )
 
 

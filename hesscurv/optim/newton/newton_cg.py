@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from hesscurv.interface.moved_arguments import moved
+from hesscurv.interface.moved_arguments import moved_to_options, seed_moved
+from hesscurv.interface.options import as_options
+from hesscurv.interface.ranges import check_generator
 from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.linalg.random_matrices import draw_seed
 from hesscurv.optim.newton.closure_gauss_newton import ClosureGaussNewton
@@ -29,10 +31,9 @@ from hesscurv.optim.newton.newton_eigenspace import (
     read_eigenspace,
     write_eigenspace,
 )
-from hesscurv.optim.newton.newton_options import check_options, check_parameters
+from hesscurv.optim.newton.newton_options import NewtonOptions, check_parameters, check_settings
 from hesscurv.optim.newton.newton_steps import take_step
 from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
-from hesscurv.optim.ranges import check_generator
 from hesscurv.optim.snapshot import Snapshot
 
 
@@ -79,29 +80,12 @@ class NewtonCG(Optimizer):
         damping: The first mu, not negative, in units of the Hessian; default 1e-3.
         lr: The first t that the line search tries; default 1, Newton's own. Float or tensor.
         refresh_every: Steps between computations of the eigenpairs; default 20.
-        refresh_tol: Their relative residual at which a refresh ends early; default 0.1.
-        refresh_matvecs: The most products of a refresh; default 2 r for the first and 1.3 r for
-            the others, which start from the last eigenvectors; r + 1 at least.
         cg_tol: Conjugate gradients end at ``||(H + mu I) d + g|| <= cg_tol ||g||``; default 0.1.
         max_cg: The most iterations for one direction; default 200.
-        adapt_damping: Whether mu follows the ratio of the actual decrease to the one that the
-            quadratic model predicts: times 3 below 0.25, divided by 3 above 0.75, times 10 when
-            a step is refused. Default True; False for NysNewton-CG's constant mu.
-        damping_bounds: The least and the largest mu; default (1e-12, 1e6).
-        sufficient_decrease: c of ``f(t) <= f(0) + c t g^T d``; default 0.1.
-        backtracking: The factor between one t and the next; default 0.5.
-        max_backtracks: How often t is shortened, or another mu tried, before the step is refused;
-            default 20.
         curvature: "hessian" (default), or "gauss_newton": H is then :math:`2 J^T J` for the loss
             :math:`||r||^2`, and the closure returns r, a tensor or several, of any shapes.
-        damping_search: Whether the step length stays lr and mu is looked for instead, by factors of
-            4, from the last step's: one Krylov space has the steps of all mu, so that another one
-            costs a loss and no product (see `KrylovModel`). Default None: with "gauss_newton". With
-            the Hessian it came to no more than the line search.
-        vectorize: Whether the products of a refresh are computed 8 at once where that works (vmap):
-            two to four times faster for small networks, as fast for large ones, in more memory.
-            Default True.
         generator: Source of the seed of the vectors that a refresh starts from; default seed 0.
+        options: Effort of a refresh, adaption of mu, line search; default `NewtonOptions()`.
 
     Raises:
         TypeError: If an argument or a parameter has another type.
@@ -117,7 +101,7 @@ class NewtonCG(Optimizer):
     Cost of a step: one gradient; one product for each iteration of conjugate gradients, about two
     gradients each; one loss for each t or mu; every `refresh_every` steps 1.3 r products. Memory:
     the graph of the gradient until the direction is found, 2 r D numbers for the basis (4 r D in a
-    refresh) and 12 D for vectors; with `damping_search` D for each iteration besides.
+    refresh) and 12 D for vectors; with `options.damping_search` D for each iteration besides.
 
     Not supported: models wrapped in DDP or FSDP (NotImplementedError) and DTensors; sparse
     gradients; several devices; operations without a second derivative, except with "gauss_newton",
@@ -145,7 +129,8 @@ class NewtonCG(Optimizer):
         True
     """
 
-    @moved(seed="generator=torch.Generator().manual_seed(seed)")
+    @seed_moved
+    @moved_to_options(NewtonOptions)
     def __init__(
         self,
         params: ParamsT,
@@ -154,40 +139,24 @@ class NewtonCG(Optimizer):
         lr: float | Tensor = 1.0,
         *,
         refresh_every: int = 20,
-        refresh_tol: float = 0.1,
-        refresh_matvecs: int | None = None,
         cg_tol: float = 0.1,
         max_cg: int = 200,
-        adapt_damping: bool = True,
-        damping_bounds: tuple[float, float] = (1e-12, 1e6),
-        sufficient_decrease: float = 0.1,
-        backtracking: float = 0.5,
-        max_backtracks: int = 20,
         curvature: str = "hessian",
-        damping_search: bool | None = None,
-        vectorize: bool = True,
         generator: torch.Generator | None = None,
+        options: NewtonOptions | None = None,
     ) -> None:
         defaults = {
             "rank": rank,
             "damping": damping,
             "lr": lr,
             "refresh_every": refresh_every,
-            "refresh_tol": refresh_tol,
-            "refresh_matvecs": refresh_matvecs,
             "cg_tol": cg_tol,
             "max_cg": max_cg,
-            "adapt_damping": adapt_damping,
-            "damping_bounds": damping_bounds,
-            "sufficient_decrease": sufficient_decrease,
-            "backtracking": backtracking,
-            "max_backtracks": max_backtracks,
             "curvature": curvature,
-            "damping_search": damping_search,
-            "vectorize": vectorize,
+            **as_options(NewtonOptions, options).as_settings(),
             "seed": 0,
         }
-        check_options(defaults)
+        check_settings(defaults)
         check_generator(generator)
         super().__init__(params, defaults)
         if generator is not None:  # last, so that a refused argument draws nothing
@@ -229,7 +198,7 @@ class NewtonCG(Optimizer):
                     )
         super().add_param_group(param_group)
         try:
-            check_options(self.param_groups[0])
+            check_settings(self.param_groups[0])
             check_parameters(self._params())
         except BaseException:
             self.param_groups.pop()
@@ -279,7 +248,7 @@ class NewtonCG(Optimizer):
         """
         params = self._params()
         options = self.param_groups[0]
-        check_options(options)
+        check_settings(options)
         if closure is None:
             self._initialize_state(params, options)
             return None

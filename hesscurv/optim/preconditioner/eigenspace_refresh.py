@@ -22,7 +22,7 @@ class EigenspaceRefresh:
         tracker: Solves for the eigenspace.
         schedule: When.
         rate: Of the automatic learning rate, or None.
-        drift_tol: See `PreconditionedOptimizer`, as `check_every`.
+        drift_tol: See `PreconditionerOptions`, as `check_every`.
 
     Attributes:
         num_refreshes: Times that it was computed.

@@ -17,6 +17,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from hesscurv.interface.options import Options
+from hesscurv.interface.ranges import check_choice, check_count, check_positive
 from hesscurv.linalg.woodbury import (
     Block,
     DiagonalBlock,
@@ -106,8 +108,8 @@ class QuadraticModel:
         return out if self.gradient is None else out + float(self.gradient @ delta_D)
 
 
-@dataclass(frozen=True)
-class Measuring:
+@dataclass(frozen=True, repr=False)
+class Measuring(Options):
     """Options for measuring a `QuadraticModel`.
 
     A row of "ggn" or "fisher" represents one sample s of a batch b: its own loss, that of a batch
@@ -123,8 +125,8 @@ class Measuring:
             first-order term; or "both", half "ggn" and half "eigenspace".
         rest: K: "kronecker", the input covariance of linear and conv layers, scaled by output to
             the trace of the rows; "diagonal", the mean square of the rows by weight; "isotropic".
-        damping: Damping of K, relative to its mean diagonal by layer.
-        largest_block: Maximal size of one block of K.
+        damping: Damping of K, relative to its mean diagonal by layer; default 1e-2.
+        largest_block: Maximal number of rows of one block of K; default 1024.
         root_floor: For "ggn": damping of the samples' Hessian in the outputs, relative to its mean
             eigenvalue over the samples; positive. The loss of a trained network is nearly flat at
             its confident outputs; the damping preserves these, and outputs that the loss does not
@@ -132,6 +134,10 @@ class Measuring:
         target: For "ggn", the target of r: "outputs" of the dense network, or lower "loss". Fisher
             rows always use the loss.
         rank: For "eigenspace" and "both": the number of eigenpairs.
+
+    Raises:
+        TypeError: If a number has the wrong type.
+        ValueError: If an option is unknown or out of range.
     """
 
     rows: Rows = "ggn"
@@ -142,25 +148,15 @@ class Measuring:
     target: Target = "outputs"
     rank: int = 100
 
-    def check(self) -> None:
-        """Validate the options.
-
-        Raises:
-            ValueError: If an option is unknown or out of range.
-        """
-        for name, known in (
-            ("rows", ("ggn", "fisher", "eigenspace", "both")),
-            ("rest", ("kronecker", "diagonal", "isotropic")),
-            ("target", ("outputs", "loss")),
-        ):
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} one of {known}, got {getattr(self, name)!r}")
-        for name in ("damping", "root_floor"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"expected a positive {name}, got {getattr(self, name)!r}")
-        for name in ("largest_block", "rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"expected a positive {name}, got {getattr(self, name)!r}")
+    def __post_init__(self) -> None:
+        """Check the options."""
+        check_choice("rows", self.rows, ("ggn", "fisher", "eigenspace", "both"))
+        check_choice("rest", self.rest, ("kronecker", "diagonal", "isotropic"))
+        check_choice("target", self.target, ("outputs", "loss"))
+        check_positive("damping", self.damping)
+        check_positive("root_floor", self.root_floor)
+        check_count("largest_block", self.largest_block)
+        check_count("rank", self.rank)
 
 
 def with_rows_that_run(objective: Objective, batch: Any, how: Measuring | None) -> Measuring:
@@ -185,7 +181,7 @@ def with_rows_that_run(objective: Objective, batch: Any, how: Measuring | None) 
         refuse_outputs(count)
     logger.warning(
         "a sample has %d outputs, and rows='ggn' takes at most %d: pruning goes on with "
-        "measuring=Measuring(rows='fisher')",
+        "options=PruningOptions(measuring=Measuring(rows='fisher'))",
         *(count, MOST_OUTPUTS),
     )
     return replace(chosen, rows="fisher")
@@ -328,7 +324,7 @@ def _floor(
         raise ValueError(
             "expected a loss with curvature in the outputs for rows='ggn', got one whose Hessian "
             "there is zero, as that of nn.L1Loss or of a saturated softmax; use "
-            "measuring=Measuring(rows='fisher')"
+            "options=PruningOptions(measuring=Measuring(rows='fisher'))"
         )
     return how.root_floor * total / weight
 

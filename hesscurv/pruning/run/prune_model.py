@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from hesscurv.interface.moved_arguments import moved_to_options
+from hesscurv.interface.options import as_options
+from hesscurv.interface.ranges import check_count, check_generator
+from hesscurv.linalg.random_matrices import default_generator
 from hesscurv.objective.objective import Objective
 from hesscurv.objective.parameters import unwrap
 from hesscurv.pruning.attention import prepare_attention_
@@ -18,9 +22,10 @@ from hesscurv.pruning.masks.state_dicts import write_pruned_
 from hesscurv.pruning.rollback import unchanged_on_error
 from hesscurv.pruning.run.batch_statistics import recalibrate_
 from hesscurv.pruning.run.calibration_loss import CalibrationLoss, SampleStream
+from hesscurv.pruning.run.pruning_options import PruningOptions
 from hesscurv.pruning.run.pruning_report import PruningReport
 from hesscurv.pruning.run.pruning_run import METHODS, PruningRun
-from hesscurv.pruning.run.sparsity_schedules import Schedule, sparsities
+from hesscurv.pruning.run.sparsity_schedules import sparsities
 from hesscurv.pruning.targets import Pattern, Scope, make_budgets
 from hesscurv.pruning.weights import (
     Weight,
@@ -33,6 +38,7 @@ from hesscurv.pruning.weights import (
 logger = logging.getLogger(__name__)
 
 
+@moved_to_options(PruningOptions)
 def prune_model(
     model: nn.Module,
     task: Any,
@@ -43,19 +49,12 @@ def prune_model(
     scope: Scope = "global",
     structure: str | None = None,
     stages: int = 10,
-    schedule: Schedule = "cubic",
     steps_per_stage: int = 1,
     gradients_per_stage: int | None = None,
-    compensate: bool | None = None,
-    measuring: Measuring | None = None,
     weights: WeightSelection = None,
-    calibration: Iterable[Any] | None = None,
-    max_calibration: int = 2000,
-    layer_losses: bool = True,
-    recalibrate_batch_norm: bool = False,
-    on_step: Callable[[Any, dict[str, Tensor]], None] | None = None,
     generator: torch.Generator | None = None,
     progress: bool = False,
+    options: PruningOptions | None = None,
 ) -> PruningReport:
     """Prune a model to an exact sparsity and adjust the kept weights, by second-order models.
 
@@ -86,27 +85,15 @@ def prune_model(
             not divide are skipped. The input dimension of torch's layers and transformers' Conv1D
             is known; register others by `register_weight_axes`.
         stages: Number of curvature measurements.
-        schedule: "cubic", "linear", "geometric", a function, or the sparsities at the end of all
-            ``stages * steps_per_stage`` steps; see `sparsity_schedules.sparsities`. With several
-            target sparsities it applies to the highest, and the others scale with it.
         steps_per_stage: Pruning steps with the same curvature.
         gradients_per_stage: n, the samples of one stage, one gradient each; see `Measuring` for
             their weights if the task weights its batches. By default 1000, or as many as fit in the
             free memory, which is logged.
-        compensate: Whether the kept weights move; by default only for "obs".
-        measuring: Options of the curvature; default `Measuring()`, with rows="fisher" if there are
-            more outputs than "ggn" supports. A rank and a largest block at their defaults are
-            lowered to fit in the free memory.
         weights: The weights to prune, see `find_weights`; default all prunable ones.
-        calibration: Batches of the calibration set; `batches` by default.
-        max_calibration: Maximal number of calibration samples.
-        layer_losses: Whether to report the true change of the loss due to each layer, at the cost
-            of one pass over the calibration set each.
-        recalibrate_batch_norm: Whether to recalibrate batch-norm statistics at the end, on
-            `batches`; the resulting loss is reported separately.
-        on_step: Called after each step with its `StageReport` and the weights by dense name.
         generator: A CPU generator for the random signs; default one seeded with 0.
         progress: Whether to show a progress bar.
+        options: Schedule of the sparsity, compensation, kind of the curvature, calibration set, and
+            what is reported; default `PruningOptions()`.
 
     Returns:
         A `PruningReport`.
@@ -127,25 +114,19 @@ def prune_model(
         Hassibi and Stork, NIPS 1992, equation (5), for a single weight; Benbaki et al., ICML 2023
         (CHITA), for the joint problem; Martens and Grosse, ICML 2015, for K.
     """
+    how = as_options(PruningOptions, options)
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")
     if method not in METHODS:
         raise ValueError(f"expected method to be one of {METHODS}, got {method!r}")
     if not 0 < sparsity < 1:
         raise ValueError(f"expected a sparsity in (0, 1), got {sparsity!r}")
-    counts = {
-        "stages": stages,
-        "steps_per_stage": steps_per_stage,
-        "gradients_per_stage": 1 if gradients_per_stage is None else gradients_per_stage,
-        "max_calibration": max_calibration,
-    }
-    for what, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"expected {what} to be a positive int, got {value!r}")
-    how = measuring or Measuring()
-    how.check()
+    check_count("stages", stages)
+    check_count("steps_per_stage", steps_per_stage)
+    check_count("gradients_per_stage", gradients_per_stage, optional=True)
+    check_generator(generator)
     pattern = Pattern.parse(structure)
-    samples = batches if calibration is None else calibration
+    samples = batches if how.calibration is None else how.calibration
     inner = unwrap(model)
     with unchanged_on_error(inner.modules()):
         prepare_attention_(inner)
@@ -184,12 +165,12 @@ def prune_model(
             start=start,
             mask=mask,
             method=method,
-            compensate=method == "obs" if compensate is None else compensate,
+            compensate=method == "obs" if how.compensate is None else how.compensate,
             pattern=pattern,
-            measuring=how,
+            measuring=how.measuring or Measuring(),
             stream=SampleStream(objective, batches, gradients_per_stage or DEFAULT_GRADIENTS),
-            calibration=CalibrationLoss(objective, samples, max_calibration),
-            generator=generator or torch.Generator().manual_seed(0),
+            calibration=CalibrationLoss(objective, samples, how.max_calibration),
+            generator=default_generator(generator),
         )
         if pattern is not None:
             run.budgets, goal = [], 1 - pattern.n / pattern.m
@@ -200,30 +181,31 @@ def prune_model(
                 raise ValueError(f"expected a scope with some sparsity above 0, got {scope!r}")
         run.check()
         if run.needs_curvature:
-            run.measuring = with_rows_that_run(objective, run.calibration.batches[0], measuring)
+            first = run.calibration.batches[0]
+            run.measuring = with_rows_that_run(objective, first, how.measuring)
             # If the calibration set has all samples, their number is known.
             found = run.calibration.num_samples
             run.plan(
                 gradients_per_stage,
-                found if calibration is None and found < max_calibration else None,
+                found if how.calibration is None and found < how.max_calibration else None,
             )
         # With several sparsities the schedule applies to the highest; the others scale with it.
         begun = 0.0 if not isinstance(scope, str) else min(1 - float(mask.double().mean()), goal)
         steps = stages * steps_per_stage
-        path = [s / goal for s in sparsities(schedule, steps, begun, goal)]
+        path = [s / goal for s in sparsities(how.schedule, steps, begun, goal)]
         if len(path) != steps:
             raise ValueError(
                 f"expected a schedule of stages * steps_per_stage = {steps} sparsities, got "
                 f"{len(path)}"
             )
-        report = run.prune(path, steps_per_stage, on_step, progress, layer_losses)
+        report = run.prune(path, steps_per_stage, how.on_step, progress, how.layer_losses)
         with unchanged_on_error(inner.modules(), values=True):
             values, masks = run.layout.split(run.values), run.layout.split(run.mask)
             write_pruned_(inner, selected, values, masks)
-            if recalibrate_batch_norm:
+            if how.recalibrate_batch_norm:
                 recalibrate_(model, task, batches)
                 objective = _objective_of(model, task, batches, selected)
-                again = CalibrationLoss(objective, run.calibration.batches, max_calibration)
+                again = CalibrationLoss(objective, run.calibration.batches, how.max_calibration)
                 report = report.with_recalibrated(again(objective.parameters()))
     return report
 
