@@ -16,7 +16,7 @@ import torch.distributed as dist
 from hesscurv.hooks.page_server import PageServer
 from hesscurv.interface.descriptions import describe_object
 from hesscurv.interface.integers import as_int
-from hesscurv.optim.ranges import check_count, check_positive
+from hesscurv.interface.ranges import check_count, check_positive
 from hesscurv.plots.monitor_report import make_report
 from hesscurv.plots.records import Record, as_records
 from hesscurv.plots.report_page import assemble_page, check_file_path, encode_page, write_page
