@@ -1,0 +1,100 @@
+"""Hooks of the site's build: where pages run, which pages a section has, formulas as MathML."""
+
+from __future__ import annotations
+
+import html
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from mkdocs.plugins import event_priority
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parents[1]
+FORMULA = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<formula>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
+)
+
+
+@event_priority(100)  # before mkdocstrings reads where the sources are
+def on_config(config: Any) -> Any:
+    """Prepare the process for the code of the pages, and expand the navigation."""
+    config.config_file_path = str(HERE / "mkdocs.yml")  # whole, as the folder changes below
+    sys.path.insert(0, str(HERE))
+    os.environ["MPLBACKEND"] = "Agg"
+    # What pages write lands in a folder that is gone afterwards, and every build starts without it.
+    config.extra["workplace"] = tempfile.TemporaryDirectory(prefix="guide-")
+    os.chdir(config.extra["workplace"].name)
+    sources = mirror(Path("sources").absolute())
+    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(sources)]
+    config.nav = expand(config.nav, Path(config.docs_dir))
+    return config
+
+
+def mirror(folder: Path) -> Path:
+    """Fill a folder with links to the package as it is installed, integrations inside it."""
+    package = folder / "hesscurv"
+    package.mkdir(parents=True)
+    for path in [*(REPOSITORY / "hesscurv").iterdir(), REPOSITORY / "integrations"]:
+        (package / path.name).symlink_to(path)
+    return folder
+
+
+def on_post_build(config: Any) -> None:
+    """Leave the folder that pages wrote into, and remove it."""
+    os.chdir(REPOSITORY)
+    config.extra["workplace"].cleanup()
+
+
+def on_page_content(content: str, **_: Any) -> str:
+    """Replace formulas by MathML, which browsers render without a script."""
+    return FORMULA.sub(as_mathml, content)
+
+
+def as_mathml(found: re.Match[str]) -> str:
+    """Return a formula of LaTeX as a MathML element."""
+    from latex2mathml.converter import convert
+
+    display = "block" if found["tag"] == "div" else "inline"
+    formula = convert(html.unescape(found["formula"]).strip(), display=display)
+    return f'<div class="formula">{formula}</div>' if display == "block" else formula
+
+
+def expand(nav: list[Any], pages: Path) -> list[Any]:
+    """Replace each ``FOLDER/*`` by the pages of the folder that the navigation does not name."""
+    named = set(names(nav))
+    out: list[Any] = []
+    for item in nav:
+        if isinstance(item, dict):
+            out += [
+                {title: expand_in(value, pages, named) if isinstance(value, list) else value}
+                for title, value in item.items()
+            ]
+        else:
+            out.append(item)
+    # A section without pages yet has no tab.
+    return [item for item in out if not isinstance(item, dict) or all(item.values())]
+
+
+def expand_in(items: list[Any], pages: Path, named: set[str]) -> list[Any]:
+    """Return one section's items, with ``FOLDER/*`` expanded."""
+    out: list[Any] = []
+    for item in items:
+        if isinstance(item, str) and item.endswith("/*"):
+            found = sorted((pages / item[:-2]).glob("*.md"))
+            paths = [path.relative_to(pages).as_posix() for path in found]
+            out += [path for path in paths if path not in named]
+        else:
+            out.append(item)
+    return out
+
+
+def names(nav: Any) -> list[str]:
+    """Return the paths that a navigation names."""
+    if isinstance(nav, str):
+        return [nav]
+    values = nav.values() if isinstance(nav, dict) else nav
+    return [name for value in values for name in names(value)]
