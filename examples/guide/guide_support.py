@@ -6,6 +6,7 @@ import base64
 import html
 import io
 import re
+import sys
 from typing import Any
 
 # Beyond this an inline SVG (dense scatter plots, mostly) is slower to draw than a picture.
@@ -28,7 +29,9 @@ def show(fig: Any, alt: str, caption: str | None = None) -> None:
     if len(picture) > LARGEST_SVG:
         picture = as_png(fig, alt)
     line = "" if caption is None else f"<figcaption>{html.escape(caption)}</figcaption>"
-    print(f'<figure class="guide-figure">{picture}{line}</figure>')
+    # markdown-exec collects what the `print` of the block's own globals is given, and no other.
+    write = sys._getframe(1).f_globals.get("print", print)
+    write(f'<figure class="guide-figure">{picture}{line}</figure>')
 
 
 def as_svg(fig: Any, alt: str) -> str:

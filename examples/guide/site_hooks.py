@@ -19,6 +19,7 @@ FORMULA = re.compile(
 )
 
 
+
 @event_priority(100)  # before mkdocstrings reads where the sources are
 def on_config(config: Any) -> Any:
     """Prepare the process for the code of the pages, and expand the navigation."""
@@ -29,7 +30,9 @@ def on_config(config: Any) -> Any:
     config.extra["workplace"] = tempfile.TemporaryDirectory(prefix="guide-")
     os.chdir(config.extra["workplace"].name)
     sources = mirror(Path("sources").absolute())
-    config.plugins["mkdocstrings"].config.handlers["python"]["paths"] = [str(sources)]
+    reference = config.plugins["mkdocstrings"].config.handlers["python"]
+    reference["paths"] = [str(sources)]
+    reference["options"]["extensions"] = [str(HERE / "docstring_formulas.py")]
     config.nav = expand(config.nav, Path(config.docs_dir))
     return config
 
@@ -51,16 +54,18 @@ def on_post_build(config: Any) -> None:
 
 def on_page_content(content: str, **_: Any) -> str:
     """Replace formulas by MathML, which browsers render without a script."""
-    return FORMULA.sub(as_mathml, content)
+    return FORMULA.sub(
+        lambda found: as_mathml(found["formula"], "block" if found["tag"] == "div" else "inline"),
+        content,
+    )
 
 
-def as_mathml(found: re.Match[str]) -> str:
-    """Return a formula of LaTeX as a MathML element."""
+def as_mathml(formula: str, display: str) -> str:
+    """Return a formula of LaTeX, as HTML shows it, as a MathML element."""
     from latex2mathml.converter import convert
 
-    display = "block" if found["tag"] == "div" else "inline"
-    formula = convert(html.unescape(found["formula"]).strip(), display=display)
-    return f'<div class="formula">{formula}</div>' if display == "block" else formula
+    element = convert(html.unescape(formula).strip(), display=display)
+    return f'<div class="formula">{element}</div>' if display == "block" else element
 
 
 def expand(nav: list[Any], pages: Path) -> list[Any]:

@@ -21,7 +21,7 @@ Against = Literal["random_space", "random_mask"]
 class ChanceOverlap(NamedTuple):
     """Mean and standard deviation of an overlap under chance, both dimensionless.
 
-    Args:
+    Attributes:
         mean: The mean.
         std: The standard deviation.
     """

@@ -30,7 +30,7 @@ class Weight(NamedTuple):
     Equal to the plain tuple, and hashable: a key for the `importance_scores` of
     ``prune.global_unstructured``.
 
-    Args:
+    Attributes:
         module: The module that owns the tensor.
         name: The tensor's name in it when dense, such as "weight".
     """

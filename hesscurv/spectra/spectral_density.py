@@ -27,7 +27,7 @@ from hesscurv.spectra.lanczos import Tridiagonal, lanczos
 class Estimate(NamedTuple):
     """An estimate and its standard error over the probes, of the same shape, float64.
 
-    Args:
+    Attributes:
         value: The mean over the probes.
         standard_error: Its estimated standard deviation; NaN for a single probe.
     """
