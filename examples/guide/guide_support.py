@@ -49,9 +49,7 @@ def as_svg(fig: Any, alt: str) -> str:
     svg = re.sub(r"<style[^>]*>.*?</style>", "", svg, flags=re.DOTALL)
     # Names such as axes_1, which no element refers to, recur in each figure of a page.
     referred = set(re.findall(r'(?:href="#|url\(#)([^")]+)', svg))
-    svg = re.sub(
-        r' id="([^"]+)"', lambda found: found[0] if found[1] in referred else "", svg
-    )
+    svg = re.sub(r' id="([^"]+)"', lambda found: found[0] if found[1] in referred else "", svg)
     svg = svg.replace("#ffffff", "var(--md-default-bg-color, #fff)")
     svg = svg.replace("#000000", "currentColor")
     attributes = (
@@ -64,8 +62,6 @@ def as_svg(fig: Any, alt: str) -> str:
 def as_png(fig: Any, alt: str) -> str:
     """Return the figure as an image on white."""
     file = io.BytesIO()
-    fig.savefig(
-        file, format="png", dpi=144, bbox_inches="tight", metadata={"Software": None}
-    )
+    fig.savefig(file, format="png", dpi=144, bbox_inches="tight", metadata={"Software": None})
     data = base64.b64encode(file.getvalue()).decode()
     return f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{data}">'

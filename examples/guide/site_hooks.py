@@ -19,7 +19,6 @@ FORMULA = re.compile(
 )
 
 
-
 @event_priority(100)  # before mkdocstrings reads where the sources are
 def on_config(config: Any) -> Any:
     """Prepare the process for the code of the pages, and expand the navigation."""

@@ -30,6 +30,11 @@ class Estimate(NamedTuple):
     Attributes:
         value: The mean over the probes.
         standard_error: Its estimated standard deviation; NaN for a single probe.
+
+    Example:
+        >>> value, standard_error = hesscurv.spectral_density(H).moment(1)
+        >>> value.shape
+        torch.Size([])
     """
 
     value: Tensor
@@ -58,6 +63,12 @@ class SpectralDensity:
         dim: D, the number of eigenvalues.
         num_matvecs: Matvecs with H.
         info: Plain values about the run.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+        >>> density = hesscurv.spectral_density(A, num_probes=4)
+        >>> round(float(density.moment(1).value), 4)
+        2.0
     """
 
     nodes: Tensor
@@ -294,6 +305,13 @@ def spectral_density(
         deflation of the outliers.
         Chen, Trogdon, Ubaru, "Analysis of stochastic Lanczos quadrature for spectrum
         approximation", ICML 2021: the error of `cumulative`.
+
+    Example:
+        >>> density = hesscurv.spectral_density(H, num_steps=10, num_probes=4)
+        >>> x = density.grid()
+        >>> values, errors = density.density(x)
+        >>> values.shape == x.shape, bool((values >= 0).all())
+        (True, True)
     """
     H = check_operator(H)
     dim = H.shape[0]

@@ -68,6 +68,11 @@ class QuadraticModel:
         residual: r, shape (n,); None for zeros.
         gradient: First-order term in addition to R^T r, shape (D,); None for zeros.
         cost: Number of per-sample gradients; a matvec with the Hessian counts as two.
+
+    Example:
+        >>> quadratic = hesscurv.pruning.quadratic_model_of(model, pairs)
+        >>> float(quadratic.change(torch.zeros(18).double()))
+        0.0
     """
 
     layout: ParameterLayout
@@ -132,6 +137,10 @@ class Measuring:
         target: For "ggn", the target of r: "outputs" of the dense network, or lower "loss". Fisher
             rows always use the loss.
         rank: For "eigenspace" and "both": the number of eigenpairs.
+
+    Example:
+        >>> hesscurv.pruning.Measuring(rows="fisher").rows
+        'fisher'
     """
 
     rows: Rows = "ggn"
