@@ -1,4 +1,4 @@
-"""Extension of griffe: the formulas of docstrings, in Sphinx's notation, as those of the pages."""
+"""Extension of griffe: formulas and examples of docstrings, as those of the pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ BLOCK = re.compile(r"^(?P<indent> *)\.\. math:: *(?P<formula>.*(?:\n(?P=indent) 
 
 
 class DocstringFormulas(griffe.Extension):
-    """Rewrite ``:math:`x``` to ``$x$``, and ``.. math:: x`` to ``$$x$$``."""
+    """Rewrite Sphinx's formulas to dollars, and "Example:" to the plural that griffe knows."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of one object."""
@@ -22,7 +22,8 @@ class DocstringFormulas(griffe.Extension):
 
 
 def rewrite(text: str) -> str:
-    """Return a docstring with its formulas in dollars."""
+    """Return a docstring with its formulas in dollars, and its examples as examples."""
+    text = re.sub(r"^Example:$", "Examples:", text, flags=re.M)
     text = INLINE.sub(lambda found: f"${' '.join(found[1].split())}$", text)
     return BLOCK.sub(
         lambda found: f"\n{found['indent']}$${' '.join(found['formula'].split())}$$\n", text
