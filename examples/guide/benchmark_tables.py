@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -100,7 +101,9 @@ def show_table(
     """Print a table of Markdown, and below it the runs that its cells are from."""
     rows = [[str(value) for value in row] for row in rows]
     lines = ["", "| " + " | ".join(headers) + " |"]
-    lines.append("|" + "|".join([" --- ", *[" ---: "] * (len(headers) - 1)]) + "|")
+    columns = zip(*rows, strict=True)
+    marks = [" ---: " if any(map(is_figure, column)) else " --- " for column in columns]
+    lines.append("|" + "|".join(marks) + "|")
     lines += ["| " + " | ".join(row) + " |" for row in rows]
     runs = {cell.run.origin(): cell.run for cell in cells}
     lines += ["", '??? note "Measured ' + measured_on(runs.values()) + '"', ""]
@@ -108,6 +111,11 @@ def show_table(
         lines += [f"    {origin}:", "", "    ```", f"    {run.command()}", "    ```", ""]
     write = sys._getframe(1).f_globals.get("print", print)  # as in guide_support
     write("\n".join(lines))
+
+
+def is_figure(cell: str) -> bool:
+    """Whether a cell of a table is a number, with its unit perhaps."""
+    return re.fullmatch(r"[\d.,]+(e[+-]?\d+)?( %)?", cell) is not None
 
 
 def measured_on(runs: Iterable[Run]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import html
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -50,9 +51,16 @@ def show_errors(*folders: str) -> None:
         if found.subject != subject:
             subject = found.subject
             lines += ["", f"### {html.escape(subject)}", ""]
-        lines.append(f"- `{found.text.replace('`', chr(39))}` {{ .error-text }}  ")
-        lines.append(f"    {found.kind}")
+        text, _, remedy = found.text.replace("`", "'").partition("; ")
+        lines.append(f"- **{found.kind}**: `{text}`")
+        if remedy:
+            lines.append(f"  <br>Remedy: {escape(remedy)}")
     write("\n".join(lines))
+
+
+def escape(text: str) -> str:
+    """Return a text whose characters Markdown shows as they are."""
+    return re.sub(r"([\\`*_\[\]|#<>$])", lambda found: f"&#{ord(found[1])};", text)
 
 
 def find(*folders: str) -> list[ErrorText]:

@@ -28,6 +28,7 @@ def on_config(config: Any) -> Any:
     # What pages write lands in a folder that is gone afterwards, and every build starts without it.
     config.extra["workplace"] = tempfile.TemporaryDirectory(prefix="guide-")
     os.chdir(config.extra["workplace"].name)
+    os.environ["HESSCURV_CACHE"] = str(Path("calibration").absolute())
     sources = mirror(Path("sources").absolute())
     reference = config.plugins["mkdocstrings"].config.handlers["python"]
     reference["paths"] = [str(sources)]
