@@ -65,7 +65,10 @@ def as_mathml(formula: str, display: str) -> str:
     from latex2mathml.converter import convert
 
     element = convert(html.unescape(formula).strip(), display=display)
-    return f'<div class="formula">{element}</div>' if display == "block" else element
+    if display == "block":
+        return f'<div class="formula">{element}</div>'
+    # A long one scrolls on a phone; a short one stays on the baseline of its line.
+    return f'<span class="formula-long">{element}</span>' if len(formula) > 60 else element
 
 
 def expand(nav: list[Any], pages: Path) -> list[Any]:
