@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import html
+import logging
 import os
 import re
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ REPOSITORY = HERE.parents[1]
 FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<formula>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
+
+logger = logging.getLogger("mkdocs.hooks")
+started: dict[str, float] = {}  # processor time at which the rendering of a page began
 
 
 @event_priority(100)  # before mkdocstrings reads where the sources are
@@ -52,8 +57,17 @@ def on_post_build(config: Any) -> None:
     config.extra["workplace"].cleanup()
 
 
-def on_page_content(content: str, **_: Any) -> str:
-    """Replace formulas by MathML, which browsers render without a script."""
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Start the clock of a page, whose code runs while it is rendered."""
+    started[page.file.src_uri] = time.process_time()
+    return markdown
+
+
+def on_page_content(content: str, page: Any, **_: Any) -> str:
+    """Report pages that take long, and replace formulas by MathML, which needs no script."""
+    seconds = time.process_time() - started[page.file.src_uri]
+    if seconds > 5:
+        logger.info(f"{page.file.src_uri} took {seconds:.0f} s of processor time")
     return FORMULA.sub(
         lambda found: as_mathml(found["formula"], "block" if found["tag"] == "div" else "inline"),
         content,
