@@ -11,7 +11,7 @@ IN_VENV := $(VENV)/bin/python
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-gpu test-oldest test-newest lint bench bench-gpu benchmarks clean
+.PHONY: help demo test test-slow test-gpu test-oldest test-newest lint docs bench bench-gpu benchmarks clean
 
 help:
 	@echo 'make demo       overlap of magnitude masks and Hessian eigenspace, on real digits'
@@ -20,6 +20,7 @@ help:
 	@echo 'make test-gpu   the tests marked gpu, which a CUDA device has to be there for'
 	@echo 'make test-oldest, make test-newest   the same with the oldest versions allowed, and the newest'
 	@echo 'make lint       ruff and mypy'
+	@echo 'make docs       the documentation site, its pages executed and checked, into build/docs'
 	@echo 'make bench      products, eigensolves, spectra beside other libraries; memory, storage, scaling, pruning, optimizers, PINNs'
 	@echo 'make bench-gpu  on a CUDA device: products, 1000 eigenpairs of 3c3d and ResNet-18, overhead in training'
 	@echo 'make clean      remove the virtual environments, caches and build outputs'
@@ -57,6 +58,16 @@ lint: $(VENV)/.has-dev
 	@$(IN_VENV) -m ruff format --quiet --check . || \
 	    { echo 'Not formatted. Run: $(IN_VENV) -m ruff format .'; exit 1; }
 	@$(IN_VENV) -m mypy hesscurv integrations
+
+# Any warning fails: a block of code with an error, a broken link, a missing reference. Pages run on two
+# threads at most, as their 60 seconds are meant.
+docs: export OMP_NUM_THREADS ?= 2
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(VENV)/.has-docs
+	@$(IN_VENV) examples/guide/site_checks.py sources
+	@$(IN_VENV) -m mkdocs build --clean --strict -f examples/guide/mkdocs.yml $(ARGS)
+	@$(IN_VENV) examples/guide/site_checks.py site
+	@echo 'Open build/docs/index.html'
 
 # In an environment of its own: a library that is compared with brings a torchvision along, which need
 # not fit this torch, and then Lightning and Transformers, which the tests import, fail on it.

@@ -43,6 +43,12 @@ class Communicator:
     Raises:
         TypeError: If `group` is not a process group.
         ValueError: If this process is not in it.
+
+    Example:
+        >>> from hesscurv.distributed import Communicator
+        >>> alone = Communicator()
+        >>> alone.size, alone.rank
+        (1, 0)
     """
 
     def __repr__(self) -> str:

@@ -7,7 +7,12 @@ from typing import Any
 
 
 class DistributedError(RuntimeError):
-    """Another rank has failed, does not answer, or is in a different step."""
+    """Another rank has failed, does not answer, or is in a different step.
+
+    Example:
+        >>> issubclass(hesscurv.DistributedError, RuntimeError)
+        True
+    """
 
 
 class Step:
@@ -17,6 +22,13 @@ class Step:
         note: This rank's integer, sent to all others.
         notes: After the step, the notes of all ranks, in rank order.
         same: Values that must agree between the ranks: name to (`repr`, remedy).
+
+    Example:
+        >>> from hesscurv.distributed import Communicator
+        >>> with Communicator().together("choosing a size") as step:
+        ...     step.note = 3
+        >>> step.notes
+        [3]
     """
 
     def __init__(self) -> None:

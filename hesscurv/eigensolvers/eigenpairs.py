@@ -44,6 +44,13 @@ class Eigenpairs:
 
     Raises:
         ValueError: If shapes do not match.
+
+    Example:
+        >>> len(pairs), pairs.eigenvectors.shape, bool(pairs.converged.all())
+        (3, torch.Size([23, 3]), True)
+        >>> pairs.save("pairs.pt")
+        >>> hesscurv.Eigenpairs.load("pairs.pt").num_matvecs == pairs.num_matvecs
+        True
     """
 
     eigenvalues: Tensor

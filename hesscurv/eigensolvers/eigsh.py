@@ -102,8 +102,8 @@ def eigsh(
             reference linearization.
 
     Example:
-        >>> pairs = eigsh(torch.diag(torch.tensor([1.0, -3.0, 2.0])), k=2)
-        >>> pairs.eigenvalues
+        >>> pairs = hesscurv.eigsh(torch.diag(torch.tensor([1.0, -3.0, 2.0])), k=2)
+        >>> pairs.eigenvalues.round(decimals=3)
         tensor([-3.,  2.])
     """
     if method not in METHODS:

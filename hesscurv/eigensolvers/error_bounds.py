@@ -32,6 +32,12 @@ class ErrorEstimate:
         operator_norm_squared: Estimate of ``||H||_F^2``.
         approximation_norm_squared: Estimate of ``||Hhat||_F^2``, ``Hhat = V Lambda V^T``.
         error_norm_squared: Estimate of ``||H - Hhat||_F^2``.
+
+    Example:
+        >>> estimate = hesscurv.a_posteriori_error(H, pairs, num_probes=10)
+        >>> lower, upper = estimate.confidence_interval(0.95)
+        >>> lower <= estimate.error_norm_squared <= upper
+        True
     """
 
     num_probes: int
@@ -143,6 +149,11 @@ def a_posteriori_error(
     References:
         Tropp, Yurtsever, Udell, Cevher, "Streaming low-rank matrix approximation with an
         application to scientific simulation", SIAM J. Sci. Comput. 41 (2019), section 6.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([4.0, -3.0, 0.0]))
+        >>> hesscurv.a_posteriori_error(A, hesscurv.eigsh(A, k=2)).relative_error < 1e-5
+        True
     """
     H = as_linear_operator(H)
     dim = H.shape[0]

@@ -10,7 +10,16 @@ from hesscurv.operators.linear_operator import LinearOperator
 
 
 class ConvergenceWarning(UserWarning):
-    """Some of the returned eigenpairs have not converged."""
+    """Some of the returned eigenpairs have not converged.
+
+    Example:
+        >>> import warnings
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always")
+        ...     few = hesscurv.eigsh(torch.diag(torch.arange(99.0)), k=3, max_matvecs=5)
+        >>> caught[0].category is hesscurv.ConvergenceWarning, bool(few.converged.all())
+        (True, False)
+    """
 
 
 def evenly_spaced(count: int, total: int) -> Tensor:

@@ -9,7 +9,12 @@ from hesscurv.interface.user_warning import warn_user
 
 
 class MonitorWarning(UserWarning):
-    """A measurement or a logger of a `CurvatureMonitor` has failed; training goes on."""
+    """A measurement or a logger of a `CurvatureMonitor` has failed; training goes on.
+
+    Example:
+        >>> issubclass(hesscurv.hooks.MonitorWarning, UserWarning)
+        True
+    """
 
 
 class Logger(Protocol):

@@ -97,6 +97,19 @@ class PruneWhenStable:
     References:
         You et al., "Drawing early-bird tickets", ICLR 2020, for the distance of masks as a signal;
         Fernandez et al., TMLR 2025, for that of eigenspaces.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.0)
+        >>> watch = hesscurv.hooks.CurvatureMonitor(
+        ...     net, task, batches, k=3, quantities="overlap", schedule=hesscurv.hooks.every(1))
+        >>> trigger = hesscurv.hooks.PruneWhenStable(
+        ...     watch, batches, 0.5, optimizer=sgd, stability=hesscurv.hooks.Stability(patience=1))
+        >>> for step in range(2):  # nothing moves at a learning rate of zero
+        ...     _ = watch.step(step)
+        ...     _ = trigger.step(step)
+        >>> trigger.done
+        True
     """
 
     @moved_to_options(PruningOptions)

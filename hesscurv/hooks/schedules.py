@@ -22,6 +22,11 @@ class every:  # noqa: N801, reads as a function: schedule=every(100)
     Raises:
         TypeError: If a number is not an int.
         ValueError: If it is out of range.
+
+    Example:
+        >>> schedule = hesscurv.hooks.every(10)
+        >>> [step for step in range(31) if schedule(step)]
+        [0, 10, 20, 30]
     """
 
     n: int
@@ -47,6 +52,11 @@ class logarithmic:  # noqa: N801
     Raises:
         TypeError: If it is not an int.
         ValueError: If it is below 1.
+
+    Example:
+        >>> schedule = hesscurv.hooks.logarithmic(per_decade=2)
+        >>> [step for step in range(101) if schedule(step)]
+        [0, 1, 3, 10, 32, 100]
     """
 
     per_decade: int = 5
@@ -78,6 +88,11 @@ class dense_then_sparse:  # noqa: N801
     Raises:
         TypeError: If a number is not an int.
         ValueError: If it is out of range.
+
+    Example:
+        >>> schedule = hesscurv.hooks.dense_then_sparse(until=20, dense=10, sparse=100)
+        >>> [step for step in range(321) if schedule(step)]
+        [0, 10, 20, 120, 220, 320]
     """
 
     until: int = 100

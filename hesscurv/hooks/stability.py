@@ -27,6 +27,10 @@ class Stability:
     Raises:
         TypeError: If a bound is not a number, or `patience` not an int.
         ValueError: If one is out of range, or all are None.
+
+    Example:
+        >>> hesscurv.hooks.Stability(mask_iou=0.9, patience=2)
+        Stability(mask_iou=0.9, space_overlap=0.7, overlap_change=0.2, patience=2)
     """
 
     mask_iou: float | None = 0.95

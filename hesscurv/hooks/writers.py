@@ -34,8 +34,11 @@ class JSONLinesWriter:
         FileNotFoundError: If the folder does not exist.
 
     Example:
-        >>> CurvatureMonitor(..., loggers=[JSONLinesWriter("curvature.jsonl")])
-        >>> read_records("curvature.jsonl")
+        >>> writer = hesscurv.hooks.JSONLinesWriter("curvature.jsonl")
+        >>> for record in monitor.records:
+        ...     writer.log(record, record["step"])
+        >>> [record["step"] for record in hesscurv.hooks.read_records("curvature.jsonl")]
+        [1, 2]
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -65,6 +68,14 @@ class CSVWriter:
 
     Raises:
         FileNotFoundError: If the folder does not exist.
+
+    Example:
+        >>> writer = hesscurv.hooks.CSVWriter("curvature.csv")
+        >>> writer.log({"step": 1, "sharpness": 2.5}, 1)
+        >>> from pathlib import Path
+        >>> print(Path("curvature.csv").read_text().strip())
+        step,sharpness
+        1,2.5
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -128,6 +139,11 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If a line is not a record.
+
+    Example:
+        >>> hesscurv.hooks.JSONLinesWriter("curvature.jsonl").log({"step": 1, "sharpness": 2.5}, 1)
+        >>> hesscurv.hooks.read_records("curvature.jsonl")
+        [{'step': 1, 'sharpness': 2.5}]
     """
     path = Path(path)
     require_regular_file(path, "a file of JSONLinesWriter")

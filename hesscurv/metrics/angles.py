@@ -46,6 +46,12 @@ def principal_angles(a: Subspace, b: Subspace) -> Tensor:
     References:
         Björck and Golub, Math. Comp. 27 (1973), 579-594; the combination of cosines and sines is
         Algorithm 3.1 of Knyazev and Argentati, SIAM J. Sci. Comput. 23 (2002), 2008-2040.
+
+    Example:
+        >>> a = torch.tensor([True, True, False, False])
+        >>> b = torch.tensor([True, False, True, False])
+        >>> hesscurv.principal_angles(a, b)
+        tensor([0.0000, 1.5708], dtype=torch.float64)
     """
     return angles_of_spans(*as_spans(a, b))
 

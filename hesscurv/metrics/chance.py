@@ -21,9 +21,13 @@ Against = Literal["random_space", "random_mask"]
 class ChanceOverlap(NamedTuple):
     """Mean and standard deviation of an overlap under chance, both dimensionless.
 
-    Args:
+    Attributes:
         mean: The mean.
         std: The standard deviation.
+
+    Example:
+        >>> hesscurv.chance_overlap(100, 10000).mean
+        0.01
     """
 
     mean: float
@@ -67,7 +71,7 @@ def chance_overlap(
         Chikuse, Statistics on Special Manifolds, 2003. Exact at every D.
 
     Example:
-        >>> mean, std = chance_overlap(1, 2)
+        >>> mean, std = hesscurv.chance_overlap(1, 2)
         >>> mean, round(std, 4)
         (0.5, 0.3536)
     """
@@ -117,6 +121,11 @@ def overlap_z_score(a: Subspace, b: Subspace, *, against: Against = "random_spac
 
     References:
         As `chance_overlap`; Cochran, Sampling Techniques, 1977, theorem 2.2, for random masks.
+
+    Example:
+        >>> mask = hesscurv.best_mask(pairs)
+        >>> hesscurv.overlap_z_score(mask, pairs) > 0
+        True
     """
     _check_against(against)
     span_a, span_b = as_spans(a, b)

@@ -42,7 +42,7 @@ def overlap(a: Subspace, b: Subspace) -> float:
         angle between the projectors.
 
     Example:
-        >>> overlap(torch.tensor([True, True, False]), torch.tensor([False, True, True]))
+        >>> hesscurv.overlap(torch.tensor([True, True, False]), torch.tensor([False, True, True]))
         0.5
     """
     span_a, span_b = as_spans(a, b)
@@ -71,6 +71,12 @@ def geodesic_distance(a: Subspace, b: Subspace, *, normalized: bool = False) -> 
 
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3.
+
+    Example:
+        >>> a = torch.tensor([True, True, False, False])
+        >>> b = torch.tensor([True, False, True, False])
+        >>> round(hesscurv.geodesic_distance(a, b), 4)
+        1.5708
     """
     return _distance("geodesic", a, b, normalized)
 
@@ -97,6 +103,12 @@ def chordal_2_distance(a: Subspace, b: Subspace, *, normalized: bool = False) ->
 
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3.
+
+    Example:
+        >>> a = torch.tensor([True, True, False, False])
+        >>> b = torch.tensor([True, False, True, False])
+        >>> round(hesscurv.chordal_2_distance(a, b), 4)
+        1.4142
     """
     return _distance("chordal_2", a, b, normalized)
 
@@ -123,6 +135,12 @@ def chordal_f_distance(a: Subspace, b: Subspace, *, normalized: bool = False) ->
 
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3.
+
+    Example:
+        >>> a = torch.tensor([True, True, False, False])
+        >>> b = torch.tensor([True, False, True, False])
+        >>> round(hesscurv.chordal_f_distance(a, b), 4)
+        1.4142
     """
     return _distance("chordal_f", a, b, normalized)
 
@@ -149,6 +167,12 @@ def projection_2_distance(a: Subspace, b: Subspace, *, normalized: bool = False)
 
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3.
+
+    Example:
+        >>> a = torch.tensor([True, True, False, False])
+        >>> b = torch.tensor([True, False, True, False])
+        >>> round(hesscurv.projection_2_distance(a, b), 4)
+        1.0
     """
     return _distance("projection_2", a, b, normalized)
 
@@ -176,6 +200,12 @@ def projection_f_distance(a: Subspace, b: Subspace, *, normalized: bool = False)
 
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3.
+
+    Example:
+        >>> a = torch.tensor([True, True, False, False])
+        >>> b = torch.tensor([True, False, True, False])
+        >>> round(hesscurv.projection_f_distance(a, b), 4)
+        1.0
     """
     return _distance("projection_f", a, b, normalized)
 
@@ -202,6 +232,12 @@ def fubini_study_distance(a: Subspace, b: Subspace, *, normalized: bool = False)
 
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3.
+
+    Example:
+        >>> a = torch.tensor([True, True, False, False])
+        >>> b = torch.tensor([True, False, True, False])
+        >>> round(hesscurv.fubini_study_distance(a, b), 4)
+        1.5708
     """
     return _distance("fubini_study", a, b, normalized)
 
@@ -229,6 +265,13 @@ def grassmann_distances(a: Subspace, b: Subspace, *, normalized: bool = False) -
     References:
         Edelman, Arias and Smith, SIAM J. Matrix Anal. Appl. 20 (1998), section 4.3; Fernandez et
         al., TMLR 2025, arXiv 2504.14701, for the normalisers.
+
+    Example:
+        >>> a = torch.tensor([True, True, False, False])
+        >>> b = torch.tensor([True, False, True, False])
+        >>> distances = hesscurv.grassmann_distances(a, b, normalized=True)
+        >>> round(distances["projection_f"], 4)
+        0.7071
     """
     angles = _angles_at_equal_rank(a, b)
     return {name: _evaluate(name, angles, normalized) for name in _FORMULAS}

@@ -36,6 +36,11 @@ class ParameterOverlap:
         num_kept: Entries that the mask keeps.
         leverage_share: The parameter's share of the total leverage; sums to 1 over all parameters.
         overlap: Contribution of the kept entries; sums to the overlap over all parameters.
+
+    Example:
+        >>> mask = hesscurv.magnitude_mask(model, k=5)
+        >>> sum(part.num_kept for part in hesscurv.overlap_by_parameter(mask, pairs).values())
+        5
     """
 
     numel: int
@@ -65,6 +70,10 @@ def leverage_scores(pairs: Subspace, k: int | None = None) -> Tensor:
 
     References:
         Mahoney and Drineas, PNAS 106 (2009), 697-702, equation (3), without the factor 1/k.
+
+    Example:
+        >>> hesscurv.leverage_scores(torch.eye(4)[:, :2])
+        tensor([1., 1., 0., 0.])
     """
     return scores_of_span(as_column_span(pairs, "pairs"), k)
 
@@ -92,6 +101,11 @@ def best_mask(pairs: Subspace, k: int | None = None) -> Tensor:
 
     References:
         Fernandez et al., TMLR 2025, arXiv 2504.14701, for the identity.
+
+    Example:
+        >>> basis = torch.eye(4)[:, [2, 0]]
+        >>> hesscurv.best_mask(basis)
+        tensor([ True, False,  True, False])
     """
     span = as_column_span(pairs, "pairs")
     return top_k_mask(scores_of_span(span, k), span.rank if k is None else k)
@@ -124,6 +138,11 @@ def overlap_by_k(scores: Tensor, pairs: Subspace, ks: Iterable[int] | None = Non
 
     References:
         Fernandez et al., TMLR 2025, arXiv 2504.14701.
+
+    Example:
+        >>> weights = H.layout.flatten(dict(model.named_parameters())).abs()
+        >>> hesscurv.overlap_by_k(weights, pairs).shape
+        torch.Size([3])
     """
     span = as_column_span(pairs, "pairs")
     check_scores(scores)
@@ -169,6 +188,13 @@ def leverage_by_parameter(
 
     Cost:
         That of `leverage_scores`; the tensors are views of one vector (D,).
+
+    Example:
+        >>> scores = hesscurv.leverage_by_parameter(pairs)
+        >>> scores["0.weight"].shape
+        torch.Size([3, 4])
+        >>> round(float(sum(part.sum() for part in scores.values())), 6)
+        3.0
     """
     layout = _layout_for(pairs, layout)
     span = as_column_span(pairs, "pairs")
@@ -201,6 +227,12 @@ def overlap_by_parameter(
 
     References:
         Fernandez et al., TMLR 2025, arXiv 2504.14701, for the overlap.
+
+    Example:
+        >>> mask = hesscurv.magnitude_mask(model, k=5)
+        >>> parts = hesscurv.overlap_by_parameter(mask, pairs)
+        >>> abs(sum(p.overlap for p in parts.values()) - hesscurv.overlap(mask, pairs)) < 1e-9
+        True
     """
     layout = _layout_for(pairs, layout)
     axes, span = as_mask_span(mask, "mask"), as_column_span(pairs, "pairs")

@@ -36,6 +36,12 @@ def magnitude_mask(model: nn.Module | Tensor, k: int, params: ParamSelection = N
 
     References:
         Fernandez et al., TMLR 2025, arXiv 2504.14701.
+
+    Example:
+        >>> hesscurv.magnitude_mask(torch.tensor([0.1, -3.0, 2.0]), k=2)
+        tensor([False,  True,  True])
+        >>> int(hesscurv.magnitude_mask(model, k=5).sum())
+        5
     """
     if isinstance(model, nn.Module):
         parameters = list(select_parameters(model, params).values())
@@ -72,6 +78,10 @@ def top_k_mask(scores: Tensor, k: int) -> Tensor:
 
     Cost:
         A selection in O(D), and D scores.
+
+    Example:
+        >>> hesscurv.top_k_mask(torch.tensor([0.5, 2.0, 1.0]), k=1)
+        tensor([False,  True, False])
     """
     check_scores(scores)
     k = check_count(k, scores.shape[0], "k", "the number of scores D")
@@ -119,6 +129,11 @@ def random_mask(D: int, k: int, generator: torch.Generator | None = None) -> Ten
 
     Cost:
         D integers.
+
+    Example:
+        >>> mask = hesscurv.random_mask(10, 3, torch.Generator().manual_seed(0))
+        >>> int(mask.sum())
+        3
     """
     D = check_count(D, 2**62, "D", "a length")
     k = check_count(k, D, "k", "D")
@@ -149,6 +164,12 @@ def intersection_over_union(a: Tensor, b: Tensor) -> float:
 
     References:
         Fernandez et al., TMLR 2025, arXiv 2504.14701.
+
+    Example:
+        >>> a = torch.tensor([True, True, False, False])
+        >>> b = torch.tensor([True, False, True, False])
+        >>> round(hesscurv.intersection_over_union(a, b), 4)
+        0.3333
     """
     mask_a, mask_b = as_mask_span(a, "a").mask, as_mask_span(b, "b").mask
     if mask_a.shape != mask_b.shape:

@@ -35,6 +35,13 @@ class ParameterLayout:
 
     Raises:
         ValueError: If the numbers of names and shapes differ, or a name occurs twice.
+
+    Example:
+        >>> layout = hesscurv.ParameterLayout(("weight", "bias"), ((2, 3), (2,)))
+        >>> layout.numel
+        8
+        >>> layout.split(torch.arange(8.0))["bias"]
+        tensor([6., 7.])
     """
 
     names: tuple[str, ...]
@@ -184,6 +191,10 @@ def select_parameters(model: nn.Module, params: ParamSelection = None) -> dict[s
         ValueError: If a name or parameter is not the model's, nothing is selected, or a selected
             parameter does not require grad.
         TypeError: If `params` is none of the above, or a parameter is not of a real floating type.
+
+    Example:
+        >>> list(hesscurv.operators.select_parameters(model, lambda name, p: p.ndim > 1))
+        ['0.weight', '2.weight']
     """
     model = unwrap(model)
     by_alias = dict(model.named_parameters(remove_duplicate=False))

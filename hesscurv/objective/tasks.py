@@ -41,6 +41,16 @@ class Task:
     Subclass it for models or batches that `supervised` does not support. The Hessian only calls it;
     the GGN needs the two parts, and the empirical Fisher also `sample_losses`. A loss that averages
     anything but samples needs `weight`; without it, operators test the loss.
+
+    Example:
+        >>> class Regression(hesscurv.Task):
+        ...     def outputs(self, model, batch):
+        ...         return model(batch["x"])
+        ...     def loss(self, outputs, batch):
+        ...         return ((outputs - batch["y"]) ** 2).mean()
+        >>> data = [{"x": inputs, "y": torch.zeros(32, 2).double()}]
+        >>> hesscurv.GGNOperator(model, Regression(), data).shape
+        torch.Size([23, 23])
     """
 
     def __repr__(self) -> str:
@@ -211,6 +221,12 @@ def supervised(loss_fn: Callable[[Tensor, Tensor], Tensor]) -> SupervisedTask:
     Raises:
         TypeError: If `loss_fn` cannot be called.
         ValueError: If its `reduction` is not a mean ("sum", "none").
+
+    Example:
+        >>> task = hesscurv.supervised(torch.nn.CrossEntropyLoss())
+        >>> loss = task(model, (inputs, targets))
+        >>> loss.shape
+        torch.Size([])
     """
     return SupervisedTask(loss_fn)
 

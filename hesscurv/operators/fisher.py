@@ -102,6 +102,11 @@ class EmpiricalFisherOperator(CurvatureOperator):
     per-sample gradient is stored. The task must have the parts `outputs` and `loss`, and
     `sample_losses` where the loss is no mean of its samples' own. See `CurvatureOperator` for the
     arguments; ``F @ v`` costs about one gradient over the data.
+
+    Example:
+        >>> F = hesscurv.EmpiricalFisherOperator(model, task, batches)
+        >>> F.shape, int(torch.linalg.matrix_rank(F.to_dense())) <= 32
+        (torch.Size([23, 23]), True)
     """
 
     curvature = FisherCurvature

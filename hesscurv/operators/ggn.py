@@ -96,6 +96,11 @@ class GGNOperator(CurvatureOperator):
 
     The task must have the parts `outputs` and `loss`, as `supervised` provides. See
     `CurvatureOperator` for the arguments; ``G @ v`` costs about one gradient over the data.
+
+    Example:
+        >>> G = hesscurv.GGNOperator(model, task, batches)
+        >>> bool((torch.linalg.eigvalsh(G.to_dense()) > -1e-12).all())
+        True
     """
 
     curvature = GGNCurvature

@@ -101,8 +101,8 @@ class HessianOperator(CurvatureOperator):
     Example:
         >>> net = torch.nn.Linear(2, 1, bias=False).double()
         >>> x = torch.tensor([[1.0, 0.0], [0.0, 2.0]]).double()
-        >>> task = supervised(torch.nn.MSELoss())
-        >>> H = HessianOperator(net, task, [(x, torch.zeros(2, 1).double())])
+        >>> task = hesscurv.supervised(torch.nn.MSELoss())
+        >>> H = hesscurv.HessianOperator(net, task, [(x, torch.zeros(2, 1).double())])
         >>> H @ torch.ones(2).double()
         tensor([1., 4.], dtype=torch.float64)
     """

@@ -34,6 +34,14 @@ class LinearOperator(ABC):
         communicator: The ranks that multiply together, each with the same operator or a part of
             it; a single process unless set.
         checks_late: Whether NaN among the vectors is looked for in `_matmat`, not before it.
+
+    Example:
+        >>> class Scaled(hesscurv.LinearOperator):
+        ...     def _matmat(self, V):
+        ...         return 2.0 * V
+        >>> A = Scaled(3, torch.float64, torch.device("cpu"))
+        >>> A @ torch.ones(3).double(), A.num_matvecs
+        (tensor([2., 2., 2.], dtype=torch.float64), 1)
     """
 
     checks_late = False
@@ -319,6 +327,12 @@ class OperatorSum(LinearOperator):
         ValueError: If the operators do not fit.
 
     Cost: a product takes one with each operator, which counts it as well.
+
+    Example:
+        >>> A = hesscurv.operators.DenseOperator(torch.diag(torch.tensor([1.0, 2.0])))
+        >>> B = 2 * A - 1.0
+        >>> B @ torch.ones(2)
+        tensor([1., 3.])
     """
 
     def __init__(self, terms: list[tuple[float, LinearOperator]], shift: float = 0.0) -> None:

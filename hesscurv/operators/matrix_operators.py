@@ -25,6 +25,12 @@ class SymmetricOperator(Protocol):
         shape: (D, D).
         dtype: Of the vectors, torch.float32 or torch.float64.
         device: Of the vectors.
+
+    Example:
+        >>> isinstance(H, hesscurv.SymmetricOperator)
+        True
+        >>> isinstance("H", hesscurv.SymmetricOperator)
+        False
     """
 
     @property
@@ -52,6 +58,11 @@ class DenseOperator(LinearOperator):
     Raises:
         TypeError: If it is not a floating tensor.
         ValueError: If it is not square, finite and symmetric.
+
+    Example:
+        >>> A = hesscurv.operators.DenseOperator(torch.diag(torch.tensor([1.0, 2.0])))
+        >>> A @ torch.ones(2)
+        tensor([1., 2.])
     """
 
     def __init__(self, matrix: Tensor) -> None:
@@ -151,6 +162,11 @@ def as_linear_operator(operator: Any) -> LinearOperator:
     Raises:
         TypeError: If it is neither, or an array of a library whose products are no tensors.
         ValueError: If it is not square, finite and symmetric.
+
+    Example:
+        >>> A = hesscurv.operators.as_linear_operator(torch.eye(3))
+        >>> A.shape
+        torch.Size([3, 3])
     """
     if isinstance(operator, LinearOperator):
         return operator

@@ -143,9 +143,10 @@ class PreconditionedOptimizer(Optimizer):
         Rathore et al., "Challenges in training PINNs", ICML 2024, for the unit gain.
 
     Example:
-        >>> task = hesscurv.supervised(torch.nn.CrossEntropyLoss())
         >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        >>> optimizer = PreconditionedOptimizer(sgd, model, task, curvature_batches)
+        >>> optimizer = hesscurv.optim.PreconditionedOptimizer(sgd, model, task, batches, rank=8)
+        >>> optimizer.report().steps
+        0
     """
 
     @seed_moved

@@ -21,6 +21,12 @@ def stable_rate(curvature: float, group: dict[str, Any] | None = None) -> float:
         Polyak, "Some methods of speeding up the convergence of iteration methods" (1964).
         Cohen et al., "Gradient descent on neural networks typically occurs at the edge of
         stability", ICLR 2021, section 2 and appendix B.
+
+    Example:
+        >>> hesscurv.optim.stable_rate(10.0)
+        0.2
+        >>> round(hesscurv.optim.stable_rate(10.0, {"momentum": 0.9}), 4)
+        0.38
     """
     group = group or {}
     beta = float(group.get("momentum") or 0.0)

@@ -42,6 +42,10 @@ def leverage(source: Any, ax: Any = None) -> Any:
         TypeError: If `source` is none of them, or `ax` is not an Axes.
         ValueError: If there is no record, or none holds the quantity; or the eigenpairs have no
             layout.
+
+    Example:
+        >>> ax = hesscurv.plots.leverage(monitor)
+        >>> ax.figure.savefig("leverage.png")
     """
     label = "share of the eigenspace"
     if isinstance(source, Eigenpairs):
@@ -73,6 +77,10 @@ def sparsity(source: Any, ax: Any = None) -> Any:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
         TypeError: If `source` is none of them, or `ax` is not an Axes.
         ValueError: If there is no record, or none holds the quantity.
+
+    Example:
+        >>> ax = hesscurv.plots.sparsity(monitor)
+        >>> ax.figure.savefig("sparsity.png")
     """
     total = None
     if hasattr(source, "layers") and hasattr(source, "sparsity"):
@@ -115,6 +123,9 @@ def by_parameter(
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
         TypeError: If `records` are not records, or `ax` is not an Axes.
         ValueError: If there is no record, or none holds the quantity.
+
+    Example:
+        >>> ax = hesscurv.plots.by_parameter(monitor, "leverage_by_parameter")
     """
     found = having(records, quantity)
     given = canvas.plain(quantity.replace("_", " ")) if label is None else canvas.label(label)

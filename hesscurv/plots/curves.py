@@ -46,6 +46,11 @@ def by_step(records: Iterable[Record], quantity: str, ax: Any = None, *, label: 
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
         TypeError: If `records` are not records, or `ax` is not an Axes.
         ValueError: If there is no record, or none holds the quantity.
+
+    Example:
+        >>> ax = hesscurv.plots.by_step(monitor, "loss")
+        >>> ax.get_xlabel()
+        'training step'
     """
     found = series(records, quantity)
     ax = canvas.axes_or_new(ax)
@@ -97,6 +102,10 @@ def sharpness(records: Iterable[Record], ax: Any = None) -> Any:
     References:
         Cohen et al., Gradient descent on neural networks typically occurs at the edge of
         stability, ICLR 2021.
+
+    Example:
+        >>> ax = hesscurv.plots.sharpness(monitor)
+        >>> ax.figure.savefig("sharpness.png")
     """
     found = series(records, "sharpness")
     ax = canvas.axes_or_new(ax)

@@ -35,6 +35,10 @@ def space_overlaps(records: Iterable[Record], ax: Any = None) -> Any:
 
     References:
         Fernandez et al., TMLR 2025, arXiv 2504.14701.
+
+    Example:
+        >>> ax = hesscurv.plots.space_overlaps(monitor)
+        >>> ax.figure.savefig("space_overlaps.png")
     """
     ax = _matrix(records, "space_overlap", "overlap", ax)
     canvas.title(ax, "Overlap of eigenspaces")
@@ -56,6 +60,10 @@ def mask_ious(records: Iterable[Record], ax: Any = None) -> Any:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
         TypeError: If `records` are not records, or `ax` is not an Axes.
         ValueError: If there is no record, or none compares a mask with an earlier one.
+
+    Example:
+        >>> ax = hesscurv.plots.mask_ious(monitor)
+        >>> ax.figure.savefig("mask_ious.png")
     """
     ax = _matrix(records, "mask_iou", "intersection over union", ax)
     canvas.title(ax, "IoU of magnitude masks")

@@ -53,6 +53,11 @@ def overlap_by_k(
 
     References:
         Fernandez et al., TMLR 2025, arXiv 2504.14701.
+
+    Example:
+        >>> weights = H.layout.flatten(dict(model.named_parameters())).abs()
+        >>> ax = hesscurv.plots.overlap_by_k(weights, pairs)
+        >>> ax.figure.savefig("overlap_by_k.png")
     """
     curves: list[tuple[str, dict[int, float]]]
     if isinstance(scores, Tensor):
@@ -118,6 +123,10 @@ def overlap_by_step(records: Iterable[Record], ax: Any = None, *, label: str = "
 
     References:
         Fernandez et al., TMLR 2025, arXiv 2504.14701.
+
+    Example:
+        >>> ax = hesscurv.plots.overlap_by_step(monitor)
+        >>> ax.figure.savefig("overlap_by_step.png")
     """
     found = series(records, "overlap")
     ax = canvas.axes_or_new(ax)

@@ -37,6 +37,10 @@ def spectrum(pairs: Eigenpairs | Tensor | Record, ax: Any = None) -> Any:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
         TypeError: If `pairs` is none of the three, or `ax` is not an Axes.
         ValueError: If there is no finite nonzero eigenvalue.
+
+    Example:
+        >>> ax = hesscurv.plots.spectrum(pairs)
+        >>> ax.figure.savefig("spectrum.png")
     """
     values, residuals, converged = _parts(pairs)
     ranks = _ranks_by_sign(values)
@@ -104,6 +108,10 @@ def eigenvalues(records: Iterable[Record], ax: Any = None) -> Any:
         ImportError: If matplotlib is missing: ``pip install 'hesscurv[plots]'``.
         TypeError: If `records` are not records, or `ax` is not an Axes.
         ValueError: If there is no record, or none holds an eigenvalue that is not zero.
+
+    Example:
+        >>> ax = hesscurv.plots.eigenvalues(monitor)
+        >>> ax.figure.savefig("eigenvalues.png")
     """
     found = having(records, "eigenvalues")
     by_sign = []

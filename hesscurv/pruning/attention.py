@@ -36,6 +36,12 @@ def prepare_attention_(model: nn.Module) -> None:
 
     Args:
         model: The module; torch.compile and DDP wrappers are unwrapped.
+
+    Example:
+        >>> attention = torch.nn.MultiheadAttention(4, 2)
+        >>> hesscurv.pruning.prepare_attention_(attention)
+        >>> "out_proj.weight" in hesscurv.pruning.find_weights(attention)
+        True
     """
     for module in unwrap(model).modules():
         if isinstance(module, nn.MultiheadAttention) and is_unprepared(module.out_proj):

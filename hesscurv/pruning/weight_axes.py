@@ -191,6 +191,11 @@ def register_weight_axes(
     Raises:
         TypeError: If `layer_type` is not a module type, or a dimension not an int.
         ValueError: If a dimension is negative, or both are equal.
+
+    Example:
+        >>> class Transposed(torch.nn.Linear):  # stores its weight as (inputs, outputs)
+        ...     pass
+        >>> hesscurv.pruning.register_weight_axes(Transposed, outputs=1, inputs=0)
     """
     if not (isinstance(layer_type, type) and issubclass(layer_type, nn.Module)):
         raise TypeError(f"expected a subclass of torch.nn.Module, got {layer_type!r}")

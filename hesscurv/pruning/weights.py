@@ -30,9 +30,14 @@ class Weight(NamedTuple):
     Equal to the plain tuple, and hashable: a key for the `importance_scores` of
     ``prune.global_unstructured``.
 
-    Args:
+    Attributes:
         module: The module that owns the tensor.
         name: The tensor's name in it when dense, such as "weight".
+
+    Example:
+        >>> weight = hesscurv.pruning.Weight(model[0], "weight")
+        >>> weight == (model[0], "weight")
+        True
     """
 
     module: nn.Module
@@ -68,6 +73,10 @@ def find_weights(model: nn.Module, names: WeightSelection = None) -> dict[str, W
 
     Warns:
         UserWarning: If default weights are left out because they cannot be pruned.
+
+    Example:
+        >>> list(hesscurv.pruning.find_weights(model))
+        ['0.weight', '2.weight']
     """
     model = unwrap(model)
     candidates = _candidates(model)
@@ -107,6 +116,12 @@ def pruned_weights(model: nn.Module) -> dict[str, Weight]:
 
     Returns:
         A dict from dotted name to `Weight`; empty for a dense model.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> hesscurv.pruning.apply_masks_(net, {"0.weight": torch.arange(12).reshape(3, 4) > 2})
+        >>> list(hesscurv.pruning.pruned_weights(net))
+        ['0.weight']
     """
     return {
         f"{path}.{name}" if path else name: Weight(module, name)
@@ -170,6 +185,15 @@ def refresh_(module: nn.Module, name: str) -> None:
     Args:
         module: The module that owns the tensor; nothing is done if it is not pruned.
         name: The tensor's name when dense, such as "weight".
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> hesscurv.pruning.apply_masks_(net, {"0.weight": torch.arange(12).reshape(3, 4) > 2})
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight_orig.fill_(1.0)
+        >>> hesscurv.pruning.refresh_(net[0], "weight")
+        >>> int(net[0].weight.sum())
+        9
     """
     if current_mask(module, name) is None:
         return

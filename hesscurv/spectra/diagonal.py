@@ -30,6 +30,11 @@ class DiagonalEstimate(Described):
         standard_error: Shape (D,): the estimated standard deviation of each entry; 0 if exact.
         num_matvecs: Matvecs with H.
         method: "xdiag", "hutchinson", or "exact".
+
+    Example:
+        >>> estimate = hesscurv.diagonal(H, num_matvecs=10)
+        >>> estimate.values.shape, estimate.method
+        (torch.Size([23]), 'xdiag')
     """
 
     values: Tensor
@@ -90,6 +95,10 @@ def diagonal(
         estimation", SIAM J. Matrix Anal. Appl. 45 (2024), arXiv 2301.07825, section 2.5.
         Bekas, Kokiopoulou, Saad, "An estimator for the diagonal of a matrix", Appl. Numer. Math. 57
         (2007).
+
+    Example:
+        >>> hesscurv.diagonal(torch.diag(torch.tensor([1.0, 2.0])), num_matvecs=2).values
+        tensor([1., 2.])
     """
     H, generator = check_estimate(H, num_matvecs, method, _FEWEST, block_size, generator)
     dim = H.shape[0]

@@ -23,9 +23,14 @@ from hesscurv.spectra.lanczos import Tridiagonal, lanczos
 class Estimate(NamedTuple):
     """An estimate and its standard error over the probes, of the same shape, float64.
 
-    Args:
+    Attributes:
         value: The mean over the probes.
         standard_error: Its estimated standard deviation; NaN for a single probe.
+
+    Example:
+        >>> value, standard_error = hesscurv.spectral_density(H).moment(1)
+        >>> value.shape
+        torch.Size([])
     """
 
     value: Tensor
@@ -54,6 +59,12 @@ class SpectralDensity:
         dim: D, the number of eigenvalues.
         num_matvecs: Matvecs with H.
         info: Plain values about the run.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
+        >>> density = hesscurv.spectral_density(A, num_probes=4)
+        >>> round(float(density.moment(1).value), 4)
+        2.0
     """
 
     nodes: Tensor
@@ -290,6 +301,13 @@ def spectral_density(
         deflation of the outliers.
         Chen, Trogdon, Ubaru, "Analysis of stochastic Lanczos quadrature for spectrum
         approximation", ICML 2021: the error of `cumulative`.
+
+    Example:
+        >>> density = hesscurv.spectral_density(H, num_steps=10, num_probes=4)
+        >>> x = density.grid()
+        >>> values, errors = density.density(x)
+        >>> values.shape == x.shape, bool((values >= 0).all())
+        (True, True)
     """
     H = as_floating_operator(H)
     dim = H.shape[0]

@@ -31,6 +31,11 @@ class TraceEstimate:
         standard_error: The estimated standard deviation of `value`; 0 if exact.
         num_matvecs: Matvecs with H.
         method: "xtrace", "hutch++", "hutchinson", or "exact".
+
+    Example:
+        >>> estimate = hesscurv.trace(H, num_matvecs=23)
+        >>> estimate.method, estimate.standard_error
+        ('exact', 0.0)
     """
 
     value: float
@@ -96,6 +101,10 @@ def trace(
         algorithm 1.
         Hutchinson, "A stochastic estimator of the trace of the influence matrix for Laplacian
         smoothing splines" (1990).
+
+    Example:
+        >>> hesscurv.trace(torch.diag(torch.tensor([1.0, 2.0, 3.0])), num_matvecs=3).value
+        6.0
     """
     H, generator = check_estimate(H, num_matvecs, method, _FEWEST, block_size, generator)
     dim = H.shape[0]

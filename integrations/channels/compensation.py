@@ -108,6 +108,20 @@ def compensate_channels_(
     References:
         He et al., ICCV 2017, arXiv 1707.06168, equation (5), least squares on a layer's outputs;
         Kurtic et al., NeurIPS 2023, arXiv 2302.04089, equation (2), the same as OBS.
+
+    Example:
+        >>> import torch_pruning
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).double()
+        >>> importance = hesscurv.integrations.CompensatedImportance(net, task, batches)
+        >>> pruner = torch_pruning.pruner.BasePruner(
+        ...     net, inputs, importance, pruning_ratio=0.5, ignored_layers=[net[2]])
+        >>> groups = list(pruner.step(interactive=True))
+        >>> uncompensated = hesscurv.integrations.compensate_channels_(net, task, batches, groups)
+        >>> for group in groups:
+        ...     group.prune()
+        >>> net[0].out_features
+        4
     """
     return prepare_removal_(model, task, batches, list(groups), damping, None, must_run=False)
 

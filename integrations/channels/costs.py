@@ -33,6 +33,10 @@ def macs_per_entry(model: nn.Module, example_inputs: Any) -> dict[str, float]:
         ValueError: If no convolution or dense layer is called.
 
     Cost: one forward pass without gradients. The model is left as it was.
+
+    Example:
+        >>> hesscurv.integrations.macs_per_entry(torch.nn.Conv2d(1, 2, 3), torch.zeros(1, 1, 8, 8))
+        {'weight': 36.0}
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(model).__name__}")

@@ -53,6 +53,17 @@ def remove_channels_(
             `compensate_channels_`. The model is unchanged then.
 
     Cost: as `compensate_channels_`, and two copies of the model.
+
+    Example:
+        >>> import torch_pruning
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).double()
+        >>> importance = hesscurv.integrations.CompensatedImportance(net, task, batches)
+        >>> pruner = torch_pruning.pruner.BasePruner(
+        ...     net, inputs, importance, pruning_ratio=0.5, ignored_layers=[net[2]])
+        >>> uncompensated = hesscurv.integrations.remove_channels_(net, task, batches, pruner)
+        >>> net[0].out_features, list(uncompensated)
+        (4, ['2'])
     """
     if isinstance(groups, tp.pruner.BasePruner):
         repair_(groups.DG)  # before the pruner scores the channels

@@ -71,6 +71,18 @@ class CompensatedImportance(CurvatureImportance):
     References:
         Hassibi and Stork, NIPS 1992, equation (5), and Kurtic et al., NeurIPS 2023, arXiv
         2302.04089, equations (2) and (3), for the blocks.
+
+    Example:
+        >>> import torch_pruning
+        >>> from hesscurv.integrations import CompensatedImportance
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).double()
+        >>> importance = CompensatedImportance(net, task, batches)
+        >>> pruner = torch_pruning.pruner.BasePruner(
+        ...     net, inputs, importance, pruning_ratio=0.5, ignored_layers=[net[2]])
+        >>> _ = hesscurv.integrations.remove_channels_(net, task, batches, pruner)
+        >>> net[0].out_features
+        4
     """
 
     def __init__(

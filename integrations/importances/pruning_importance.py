@@ -76,6 +76,19 @@ class EigenspaceImportance(CurvatureImportance):
         LeCun, Denker, Solla, "Optimal Brain Damage", NeurIPS 1989, for the diagonal.
         Wang et al., "EigenDamage", ICML 2019, arXiv 1905.05934, for structured saliencies.
         Fang et al., "DepGraph", CVPR 2023, arXiv 2301.12900, for the groups.
+
+    Example:
+        >>> import torch_pruning
+        >>> from hesscurv.integrations import EigenspaceImportance
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).double()
+        >>> importance = EigenspaceImportance(
+        ...     net, lambda net: hesscurv.eigsh(hesscurv.HessianOperator(net, task, batches), k=3))
+        >>> pruner = torch_pruning.pruner.BasePruner(
+        ...     net, inputs, importance, pruning_ratio=0.5, ignored_layers=[net[2]])
+        >>> pruner.step()
+        >>> net[0].out_features
+        4
     """
 
     def __init__(
@@ -277,6 +290,18 @@ class FisherImportance(CurvatureImportance):
         1801.05787, equation (8).
         Liu et al., "Group Fisher Pruning for Practical Network Compression", ICML 2021, arXiv
         2108.00708, for coupled layers.
+
+    Example:
+        >>> import torch_pruning
+        >>> from hesscurv.integrations import FisherImportance
+        >>> net = torch.nn.Sequential(
+        ...     torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).double()
+        >>> importance = FisherImportance(net, task, batches)
+        >>> pruner = torch_pruning.pruner.BasePruner(
+        ...     net, inputs, importance, pruning_ratio=0.5, ignored_layers=[net[2]])
+        >>> pruner.step()
+        >>> net[0].out_features
+        4
     """
 
     def __init__(

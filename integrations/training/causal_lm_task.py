@@ -29,6 +29,16 @@ class ModelLossTask(Described):
     Args:
         shifted: Whether the model predicts each next token, so that the first label of a sequence
             has no loss; default False.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> class Net(torch.nn.Linear):
+        ...     def forward(self, x, labels):
+        ...         return SimpleNamespace(loss=((super().forward(x) - labels) ** 2).mean())
+        >>> batch = {"x": inputs, "labels": torch.zeros(32, 1).double()}
+        >>> task = hesscurv.integrations.ModelLossTask()
+        >>> hesscurv.HessianOperator(Net(4, 1).double(), task, [batch]).shape
+        torch.Size([5, 5])
     """
 
     tests_mean = True  # its weights are tested by operators
@@ -91,6 +101,10 @@ class CausalLMTask(Task):
 
     Cost: a product evaluates the head, from hidden states to logits, about twice as often as with
     all logits kept. Memory: a few tensors of shape (chunk, V).
+
+    Example:
+        >>> task = hesscurv.integrations.CausalLMTask(chunk=128)
+        >>> H = hesscurv.HessianOperator(language_model, task, dict_batches)  # doctest: +SKIP
     """
 
     def __init__(self, chunk: int = 256) -> None:

@@ -58,7 +58,11 @@ class CurvatureCallback(Callback):
             it.
 
     Example:
-        >>> Trainer(callbacks=[CurvatureCallback(schedule=every(100))])
+        >>> watch = hesscurv.integrations.CurvatureCallback(k=5)
+        >>> trainer = lightning.Trainer(max_epochs=1, callbacks=[watch])  # doctest: +SKIP
+        >>> trainer.fit(module, loader)  # doctest: +SKIP
+        >>> watch.records  # until then
+        []
     """
 
     @seed_moved

@@ -66,7 +66,11 @@ class CurvatureTrainerCallback(TrainerCallback):
             checkpoint is damaged.
 
     Example:
-        >>> Trainer(..., callbacks=[CurvatureTrainerCallback(schedule=every(100))])
+        >>> watch = hesscurv.integrations.CurvatureTrainerCallback(k=5)
+        >>> trainer = transformers.Trainer(net, args, callbacks=[watch])  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> watch.records  # until then
+        []
     """
 
     @seed_moved

@@ -76,6 +76,12 @@ class TensorBoardLogger:
     Raises:
         ImportError: If TensorBoard is not installed.
         TypeError: If `log_dir` is neither a folder's name nor a writer.
+
+    Example:
+        >>> logger = hesscurv.integrations.TensorBoardLogger("runs")
+        >>> for record in monitor.records:
+        ...     logger.log(record, record["step"])
+        >>> logger.close()
     """
 
     def __init__(
@@ -148,6 +154,10 @@ class WandbLogger:
     Raises:
         ImportError: If wandb is not installed.
         RuntimeError: By `log`, if there is no run.
+
+    Example:
+        >>> logger = hesscurv.integrations.WandbLogger()  # doctest: +SKIP
+        >>> logger.log(monitor.records[-1], step=2)  # doctest: +SKIP
     """
 
     def __init__(

@@ -27,6 +27,14 @@ class TrainingStepTask(Described):
 
     Raises:
         TypeError: When called, for a module without such a step, or whose loss is not a tensor.
+
+    Example:
+        >>> class Module(torch.nn.Linear):
+        ...     def training_step(self, batch, batch_idx):
+        ...         return ((self(batch) - 1.0) ** 2).mean()
+        >>> task = hesscurv.integrations.TrainingStepTask()
+        >>> hesscurv.HessianOperator(Module(4, 1).double(), task, [inputs]).shape
+        torch.Size([5, 5])
     """
 
     tests_mean = True  # its weights are tested by operators

@@ -301,18 +301,6 @@ def test_a_model_made_in_inference_mode_is_measured(kind):
     assert gap(operator @ vectors, expected) > 1e-3
 
 
-def test_the_docstrings_example_is_right():
-    import doctest
-
-    module = hesscurv.operators.hessian
-    names = {"torch": torch, "supervised": hesscurv.supervised, "HessianOperator": HessianOperator}
-    (example,) = doctest.DocTestFinder(recurse=False).find(
-        HessianOperator, "HessianOperator", module, globs=names
-    )
-    assert doctest.DocTestRunner().run(example).failed == 0
-    assert len(example.examples) > 3
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_gpus_random_numbers_and_settings_are_as_before():

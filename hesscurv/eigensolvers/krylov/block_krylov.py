@@ -129,6 +129,11 @@ def block_krylov(
         Wu, Simon, "Thick-restart Lanczos method", SIAM J. Matrix Anal. Appl. 22 (2000).
         Haynsworth, "Determination of the inertia of a partitioned Hermitian matrix", Linear Algebra
         Appl. 1 (1968); Parlett, "The symmetric eigenvalue problem" (1998), chapter 10.
+
+    Example:
+        >>> from hesscurv.eigensolvers import block_krylov
+        >>> block_krylov(H, 3, which="LA").eigenvalues.diff() <= 0
+        tensor([True, True])
     """
     k, (block_size, max_basis) = as_int("k", k), check_sizes(block_size, max_basis)
     sides_of(which)

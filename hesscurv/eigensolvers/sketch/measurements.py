@@ -114,6 +114,12 @@ def measure(
     References:
         Fernandez, Schneider, Mahsereci, Hennig, "Connecting parameter magnitudes and Hessian
         eigenspaces at scale using sketched methods", TMLR 2025, arXiv 2504.14701.
+
+    Example:
+        >>> hesscurv.measure(H, 3, "measurements", part=(0, 2)) != []
+        True
+        >>> hesscurv.measure(H, 3, "measurements", part=(1, 2))
+        []
     """
     H = as_linear_operator(H)
     if H.communicator.size > 1:
@@ -159,6 +165,12 @@ def missing(folder: str | os.PathLike[str]) -> list[tuple[int, int]]:
     Raises:
         FileNotFoundError: If no job has started there.
         ValueError: If the manifest is damaged, or a file belongs to other measurements.
+
+    Example:
+        >>> hesscurv.measure(H, 3, "measurements", 0, 4, block_size=4)
+        [(4, 12)]
+        >>> hesscurv.missing("measurements")
+        [(4, 12)]
     """
     return _joined(MeasurementFolder.open(folder).missing())
 
@@ -208,6 +220,13 @@ def assemble(
 
     References:
         As for `measure`.
+
+    Example:
+        >>> A = torch.diag(0.1 ** torch.arange(30.0).double())
+        >>> hesscurv.measure(A, 3, "measurements")
+        []
+        >>> hesscurv.assemble("measurements", A, tol=0.1).eigenvalues.round(decimals=3)
+        tensor([1.0000, 0.1000, 0.0100], dtype=torch.float64)
     """
     start = time.perf_counter()
     if block_size < 1:

@@ -87,6 +87,12 @@ def single_pass(
         eigenspaces at scale using sketched methods", TMLR 2025, arXiv 2504.14701.
         Tropp, Yurtsever, Udell, Cevher, "Streaming low-rank matrix approximation with an
         application to scientific simulation", SIAM J. Sci. Comput. 41 (2019).
+
+    Example:
+        >>> from hesscurv.eigensolvers import single_pass
+        >>> A = hesscurv.operators.DenseOperator(torch.diag(0.1 ** torch.arange(30.0).double()))
+        >>> single_pass(A, k=3, tol=0.1).eigenvalues.round(decimals=3)
+        tensor([1.0000, 0.1000, 0.0100], dtype=torch.float64)
     """
     start = time.perf_counter()
     H = as_linear_operator(H)

@@ -84,6 +84,12 @@ def rayleigh_ritz(
     References:
         Halko, Martinsson, Tropp, "Finding structure with randomness", SIAM Review 53 (2011),
         algorithms 4.4 and 5.3.
+
+    Example:
+        >>> from hesscurv.eigensolvers import rayleigh_ritz
+        >>> A = hesscurv.operators.DenseOperator(torch.diag(0.1 ** torch.arange(30.0).double()))
+        >>> rayleigh_ritz(A, k=3, subspace_iterations=1).eigenvalues.round(decimals=3)
+        tensor([1.0000, 0.1000, 0.0100], dtype=torch.float64)
     """
     start = time.perf_counter()
     H = as_linear_operator(H)

@@ -128,11 +128,11 @@ class CurvatureMonitor:
         Cohen et al., ICLR 2021, for sharpness; Gur-Ari et al., arXiv 1812.04754, for the gradient.
 
     Example:
-        >>> monitor = CurvatureMonitor(model, task, probe, schedule=every(100))
-        >>> for step, batch in enumerate(batches):
-        ...     ...
-        ...     optimizer.step()
-        ...     monitor.step(step)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> monitor = hesscurv.hooks.CurvatureMonitor(model, task, batches, k=3, optimizer=sgd)
+        >>> record = monitor.step(0)  # after each optimizer.step()
+        >>> len(record["eigenvalues"]), record["learning_rate"]
+        (3, 0.1)
     """
 
     @seed_moved

@@ -123,7 +123,7 @@ class NewtonCG(Optimizer):
     Example:
         >>> w = torch.nn.Parameter(torch.ones(2, dtype=torch.float64))
         >>> scale = torch.tensor([1.0, 1e6], dtype=torch.float64)
-        >>> optimizer = NewtonCG([w], damping=0.0, cg_tol=1e-12)
+        >>> optimizer = hesscurv.optim.NewtonCG([w], damping=0.0, cg_tol=1e-12)
         >>> loss = optimizer.step(lambda: (scale * w**2).sum() / 2)
         >>> bool(w.abs().max() < 1e-9)
         True

@@ -52,6 +52,12 @@ class LowRankPreconditioner:
         Rathore et al., ICML 2024 (NysNewton-CG's preconditioner, unit gain on the bulk).
         Frangella, Tropp, Udell, "Randomized Nystrom preconditioning", SIAM J. Matrix Anal. Appl.
         44 (2023). Dauphin et al., NeurIPS 2014 (saddle-free Newton: absolute eigenvalues).
+
+    Example:
+        >>> P = hesscurv.optim.LowRankPreconditioner(
+        ...     torch.eye(2, 3), torch.tensor([10.0, 1.0]), None, rank=1, damping=0.0)
+        >>> P.multiply_(torch.ones(3))
+        tensor([0.1000, 1.0000, 1.0000])
     """
 
     def __init__(

@@ -10,7 +10,12 @@ _LITTLE_TO_GAIN = 2.0
 
 
 class CurvatureWarning(UserWarning):
-    """Curvature could not be computed, or there is little to gain by it; training goes on."""
+    """Curvature could not be computed, or there is little to gain by it; training goes on.
+
+    Example:
+        >>> issubclass(hesscurv.optim.CurvatureWarning, UserWarning)
+        True
+    """
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,14 @@ class PreconditionerReport:
         stable_rate_after: The same with it.
         rate_factor: What multiplies the groups' learning rates; 1 but for the automatic rate.
         last_failure: Why the eigenspace could not be computed the last time; empty without any.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1)
+        >>> optimizer = hesscurv.optim.PreconditionedOptimizer(sgd, net, task, batches, rank=2)
+        >>> report = optimizer.report()
+        >>> report.steps, report.eigenvalues
+        (0, [])
     """
 
     steps: int

@@ -123,6 +123,11 @@ def quadratic_model_of(
 
     References:
         Hassibi and Stork, NIPS 1992, for the inverse from a low-rank and a diagonal part.
+
+    Example:
+        >>> quadratic = hesscurv.pruning.quadratic_model_of(model, pairs)
+        >>> quadratic.num_rows, quadratic.layout.numel
+        (3, 18)
     """
     if negative == "keep":
         raise ValueError("expected negative 'abs' or 'clip', got 'keep': H has to be positive")

@@ -65,6 +65,13 @@ def compensate_(
     References:
         Hassibi and Stork, NIPS 1992, equation (5), for one weight; Kurtic et al., EMNLP 2022, arXiv
         2203.07259, equation (5), for several.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> masks = {"0.weight": torch.arange(12).reshape(3, 4) > 2}  # without the first three
+        >>> change = hesscurv.pruning.compensate_(net, masks, pairs)
+        >>> int((net[0].weight == 0).sum())
+        3
     """
     model = unwrap(model)
     masks = masks_of(model) if masks is None else masks

@@ -70,6 +70,11 @@ class QuadraticModel:
         residual: r, shape (n,); None for zeros.
         gradient: First-order term in addition to R^T r, shape (D,); None for zeros.
         cost: Number of per-sample gradients; a matvec with the Hessian counts as two.
+
+    Example:
+        >>> quadratic = hesscurv.pruning.quadratic_model_of(model, pairs)
+        >>> float(quadratic.change(torch.zeros(18).double()))
+        0.0
     """
 
     layout: ParameterLayout
@@ -138,6 +143,10 @@ class Measuring(Options):
     Raises:
         TypeError: If a number has the wrong type.
         ValueError: If an option is unknown or out of range.
+
+    Example:
+        >>> hesscurv.pruning.Measuring(rows="fisher").rows
+        'fisher'
     """
 
     rows: Rows = "ggn"

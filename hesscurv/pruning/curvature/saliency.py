@@ -84,6 +84,11 @@ def saliency(
         LeCun, Denker and Solla, NIPS 1989, equation (5), and Hassibi and Stork, NIPS 1992, equation
         (5), both without first-order terms; Fernandez et al., TMLR 2025, arXiv 2504.14701, for the
         overlap.
+
+    Example:
+        >>> scores = hesscurv.pruning.saliency(model, pairs, kind="obd")
+        >>> scores[model[0], "weight"].shape
+        torch.Size([3, 4])
     """
     if kind not in _KINDS:
         raise ValueError(f"expected kind 'obd', 'obs' or 'leverage', got {kind!r}")

@@ -37,6 +37,14 @@ def curvature_global(
 
     Cost:
         A selection in O(D), two copies of the scores, and masks in the weights' dtypes.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> weights = hesscurv.pruning.find_weights(net).values()
+        >>> scores = hesscurv.pruning.saliency(net, pairs)
+        >>> hesscurv.pruning.curvature_global(weights, 0.5, scores)
+        >>> sum(int(mask.sum()) for mask in hesscurv.pruning.masks_of(net).values())
+        9
     """
     weights = [Weight(*pair) for pair in parameters]
     if not weights:

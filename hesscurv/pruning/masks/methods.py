@@ -54,6 +54,15 @@ class CurvatureUnstructured(_CurvatureMethod):
     Raises:
         TypeError: If `amount` is neither an int nor a float.
         ValueError: If it is out of range.
+
+    Example:
+        >>> from torch.nn.utils import prune
+        >>> net = copy.deepcopy(model)
+        >>> scores = hesscurv.pruning.saliency(net, pairs)
+        >>> prune.global_unstructured(
+        ...     list(scores), hesscurv.pruning.CurvatureUnstructured, scores, amount=9)
+        >>> int(net[0].weight_mask.sum() + net[2].weight_mask.sum())
+        9
     """
 
     PRUNING_TYPE = "unstructured"
@@ -114,6 +123,13 @@ class CurvatureStructured(_CurvatureMethod):
     Raises:
         TypeError: If `amount` is neither an int nor a float, or `dim` is not an int.
         ValueError: If `amount` is out of range.
+
+    Example:
+        >>> scores = torch.arange(8.0).reshape(2, 4)
+        >>> method = hesscurv.pruning.CurvatureStructured(amount=1)
+        >>> method.compute_mask(scores, torch.ones(2, 4))
+        tensor([[0., 0., 0., 0.],
+                [1., 1., 1., 1.]])
     """
 
     PRUNING_TYPE = "structured"
@@ -195,6 +211,13 @@ class CurvatureNM(_CurvatureMethod):
 
     References:
         Mishra et al., Accelerating Sparse Deep Neural Networks (2021), arXiv 2104.08378.
+
+    Example:
+        >>> scores = torch.arange(8.0).reshape(2, 4)
+        >>> method = hesscurv.pruning.CurvatureNM(n=2, m=4)
+        >>> method.compute_mask(scores, torch.ones(2, 4))
+        tensor([[0., 0., 1., 1.],
+                [0., 0., 1., 1.]])
     """
 
     PRUNING_TYPE = "global"
@@ -289,6 +312,14 @@ def curvature_unstructured(
 
     Cost:
         A selection in O(D), and a mask in the weight's dtype.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 2, bias=False)
+        >>> scores = torch.arange(8.0).reshape(2, 4)
+        >>> _ = hesscurv.pruning.curvature_unstructured(layer, "weight", 3, scores)
+        >>> layer.weight_mask
+        tensor([[0., 0., 0., 1.],
+                [1., 1., 1., 1.]])
     """
     CurvatureUnstructured.apply(module, name, amount, importance_scores)
     return module
@@ -326,6 +357,14 @@ def curvature_structured(
 
     Cost:
         A sum over the tensor, and a mask in the weight's dtype.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 2, bias=False)
+        >>> scores = torch.arange(8.0).reshape(2, 4)
+        >>> _ = hesscurv.pruning.curvature_structured(layer, "weight", 1, importance_scores=scores)
+        >>> layer.weight_mask
+        tensor([[0., 0., 0., 0.],
+                [1., 1., 1., 1.]])
     """
     CurvatureStructured.apply(module, name, amount, dim, importance_scores)
     return module
@@ -368,6 +407,14 @@ def curvature_nm(
 
     References:
         Mishra et al., Accelerating Sparse Deep Neural Networks (2021), arXiv 2104.08378.
+
+    Example:
+        >>> layer = torch.nn.Linear(4, 2, bias=False)
+        >>> scores = torch.arange(8.0).reshape(2, 4)
+        >>> _ = hesscurv.pruning.curvature_nm(layer, "weight", 2, 4, scores)
+        >>> layer.weight_mask
+        tensor([[0., 0., 1., 1.],
+                [0., 0., 1., 1.]])
     """
     CurvatureNM.apply(module, name, n, m, dim, importance_scores)
     return module

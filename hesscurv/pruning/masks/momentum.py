@@ -36,6 +36,15 @@ def mask_optimizer_state_(optimizer: Optimizer, model: nn.Module) -> int:
 
     Not supported: states that are not tensors of the parameter's shape, such as quantised ones or
     the flat history of L-BFGS, which are left unchanged.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> hesscurv.pruning.apply_masks_(net, {"0.weight": torch.arange(12).reshape(3, 4) > 2})
+        >>> sgd = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        >>> task(net, batches[0]).backward()
+        >>> sgd.step()
+        >>> hesscurv.pruning.mask_optimizer_state_(sgd, net)
+        1
     """
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"expected a torch.optim.Optimizer, got {type(optimizer).__name__}")

@@ -32,6 +32,10 @@ def is_semi_structured(mask: Tensor, n: int = 2, m: int = 4, dim: int = 1) -> bo
 
     Cost:
         One pass over the tensor.
+
+    Example:
+        >>> hesscurv.pruning.is_semi_structured(torch.tensor([[1, 1, 0, 0], [0, 1, 0, 1]]))
+        True
     """
     if not 1 <= n <= m:
         raise ValueError(f"expected 1 <= n <= m, got n={n} and m={m}")
@@ -68,6 +72,9 @@ def to_semi_structured_(model: nn.Module) -> list[str]:
 
     Cost:
         A temporary copy of all weights to convert.
+
+    Example:
+        >>> hesscurv.pruning.to_semi_structured_(model.cuda())  # doctest: +SKIP
     """
     # An attention uses the weight directly, in operations that this format may not support.
     read_by_attention = {

@@ -46,6 +46,14 @@ def save_sparse(model: nn.Module, path: str | os.PathLike[str]) -> int:
 
     Cost:
         A copy of the state on the CPU, and its file in memory.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> hesscurv.pruning.apply_masks_(net, {"0.weight": torch.arange(12).reshape(3, 4) > 2})
+        >>> nbytes = hesscurv.pruning.save_sparse(net, "sparse.pt")
+        >>> state = hesscurv.pruning.load_sparse("sparse.pt")
+        >>> torch.equal(state["0.weight"], net[0].weight)
+        True
     """
     state, masks = dense_state_dict(model), masks_of(model)
     entries: list[dict[str, Any]] = []
@@ -119,6 +127,13 @@ def load_sparse(path: str | os.PathLike[str], *, masks: bool = False) -> Ordered
 
     Cost:
         The file in memory, and the dense state.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> hesscurv.pruning.apply_masks_(net, {"0.weight": torch.arange(12).reshape(3, 4) > 2})
+        >>> _ = hesscurv.pruning.save_sparse(net, "sparse.pt")
+        >>> list(hesscurv.pruning.load_sparse("sparse.pt", masks=True))[:3]
+        ['0.bias', '0.weight_orig', '0.weight_mask']
     """
     path = Path(path)
     data = read_checked(path)

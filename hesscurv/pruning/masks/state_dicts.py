@@ -45,6 +45,14 @@ def dense_state_dict(model: nn.Module) -> OrderedDict[str, Any]:
 
     Cost:
         A copy of the masked weights.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> hesscurv.pruning.apply_masks_(net, {"0.weight": torch.arange(12).reshape(3, 4) > 2})
+        >>> "0.weight_orig" in net.state_dict()
+        True
+        >>> "0.weight_orig" in hesscurv.pruning.dense_state_dict(net)
+        False
     """
     model = unwrap(model)
     masked = _masked_names(model)
@@ -89,6 +97,14 @@ def load_pruned_(
 
     Cost:
         A copy of all parameters and buffers, for the rollback after an error.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> hesscurv.pruning.apply_masks_(net, {"0.weight": torch.arange(12).reshape(3, 4) > 2})
+        >>> other = copy.deepcopy(model)
+        >>> hesscurv.pruning.load_pruned_(other, net.state_dict())
+        >>> torch.equal(other(inputs), net(inputs))
+        True
     """
     model = unwrap(model)
     if not isinstance(state_dict, Mapping):
@@ -133,6 +149,12 @@ def masks_of(model: nn.Module) -> dict[str, Tensor]:
 
     Cost:
         A byte for each entry of the pruned weights.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> hesscurv.pruning.apply_masks_(net, {"0.weight": torch.arange(12).reshape(3, 4) > 2})
+        >>> hesscurv.pruning.masks_of(net)["0.weight"][0]
+        tensor([False, False, False,  True])
     """
     found = {}
     for dotted, weight in pruned_weights(model).items():
@@ -159,6 +181,12 @@ def apply_masks_(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
 
     Cost:
         A mask in the dtype of each weight.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> hesscurv.pruning.apply_masks_(net, {"0.weight": torch.arange(12).reshape(3, 4) > 2})
+        >>> int((net[0].weight == 0).sum())
+        3
     """
     model = unwrap(model)
     if not isinstance(masks, Mapping):

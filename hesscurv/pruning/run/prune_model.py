@@ -113,6 +113,12 @@ def prune_model(
     References:
         Hassibi and Stork, NIPS 1992, equation (5), for a single weight; Benbaki et al., ICML 2023
         (CHITA), for the joint problem; Martens and Grosse, ICML 2015, for K.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> report = hesscurv.pruning.prune_model(net, task, batches, sparsity=0.5, stages=2)
+        >>> report.sparsity, int((net[0].weight == 0).sum() + (net[2].weight == 0).sum())
+        (0.5, 9)
     """
     how = as_options(PruningOptions, options)
     if not isinstance(model, nn.Module):

@@ -25,6 +25,12 @@ class StageReport:
             were not changed.
         gradients: Per-sample gradients so far.
         seconds: Time since the start.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> report = hesscurv.pruning.prune_model(net, task, batches, sparsity=0.5, stages=1)
+        >>> report.stages[-1].sparsity
+        0.5
     """
 
     sparsity: float
@@ -47,6 +53,12 @@ class LayerReport:
         sparsity: Fraction of pruned entries.
         predicted_change: Change of the loss due to this weight only, by the last quadratic model.
         true_change: The same for the calibration loss; NaN if not measured.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> report = hesscurv.pruning.prune_model(net, task, batches, sparsity=0.5, stages=1)
+        >>> [layer.name for layer in report.layers]
+        ['0.weight', '2.weight']
     """
 
     name: str
@@ -78,6 +90,12 @@ class PruningReport:
         seconds: Total time.
         stages: Reports by step.
         layers: Reports by weight.
+
+    Example:
+        >>> net = copy.deepcopy(model)
+        >>> report = hesscurv.pruning.prune_model(net, task, batches, sparsity=0.5, stages=1)
+        >>> report.kept, report.numel, len(report.stages)
+        (9, 18, 1)
     """
 
     method: str
