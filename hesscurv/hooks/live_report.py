@@ -64,6 +64,12 @@ class LiveReport:
 
     Cost: some tenths of a second per figure and page, in the training thread; at most
     `max_fraction` of the time, but for the first and the final page. Memory for the records.
+
+    Example:
+        >>> live = hesscurv.hooks.LiveReport("run.html", serve=True)
+        >>> live.url.startswith("http://127.0.0.1:")
+        True
+        >>> live.close()
     """
 
     def __init__(

@@ -48,8 +48,14 @@ class SampleSpace:
         arXiv 1510.01799.
 
     Example:
-        >>> space = SampleSpace(G)
-        >>> space.eigenvalues[:3], space.trace(), space.overlap(mask, k=100)
+        >>> G = hesscurv.GGNOperator(model, task, batches)
+        >>> space = hesscurv.SampleSpace(G)
+        >>> pairs = hesscurv.eigsh(G, k=3)
+        >>> bool((space.eigenvalues[:3] - pairs.eigenvalues).abs().max() < 1e-3)
+        True
+        >>> mask = hesscurv.magnitude_mask(model, k=3)
+        >>> 0 <= space.overlap(mask, k=3) <= 1
+        True
     """
 
     def __init__(self, H: CurvatureOperator) -> None:

@@ -40,7 +40,7 @@ class MonitorOptions(Options):
         ValueError: If one is out of range.
 
     Example:
-        >>> MonitorOptions(history=4)
+        >>> hesscurv.hooks.MonitorOptions(history=4)
         MonitorOptions(history=4)
     """
 

@@ -43,7 +43,7 @@ class NewtonOptions(Options):
         ValueError: If one is out of range.
 
     Example:
-        >>> NewtonOptions(refresh_matvecs=40)
+        >>> hesscurv.optim.NewtonOptions(refresh_matvecs=40)
         NewtonOptions(refresh_matvecs=40)
     """
 

@@ -55,7 +55,7 @@ class PreconditionerOptions(Options):
         ValueError: If one is out of range.
 
     Example:
-        >>> PreconditionerOptions(tol=0.01, operator_options={"way": "retained"})
+        >>> hesscurv.optim.PreconditionerOptions(tol=0.01, operator_options={"way": "retained"})
         PreconditionerOptions(tol=0.01, operator_options={'way': 'retained'})
     """
 

@@ -43,7 +43,7 @@ class PruningOptions(Options):
         ValueError: If one is out of range.
 
     Example:
-        >>> PruningOptions(max_calibration=500, schedule="linear")
+        >>> hesscurv.pruning.PruningOptions(max_calibration=500, schedule="linear")
         PruningOptions(schedule='linear', max_calibration=500)
     """
 
