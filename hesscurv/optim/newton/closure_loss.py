@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.overrides import TorchFunctionMode
 
+from hesscurv.linalg.device_memory import memory_budget
 from hesscurv.objective.running.environment import compilation_suspended, differentiable
 from hesscurv.objective.running.plain_embeddings import with_plain_arguments
 from hesscurv.operators.ways.linearization import NonFiniteLossError, require_whole
 from hesscurv.optim.flat_parameters import FlatParameters
 from hesscurv.optim.newton.closure_derivatives import explain_closure, may_lack_derivative
+from hesscurv.optim.newton.residual_jacobian import RowPlaces, SampleWeights
 from hesscurv.optim.snapshot import RandomState
 
 Closure = Callable[[], Any]
@@ -35,11 +37,16 @@ class ResidualGraph:
         cotangent: c, shape (N,), at the values of r; requires grad.
         pullback: :math:`J^T c`, one tensor for each parameter that r depends on, with the graph
             that leads to c; None where an operation has no derivative of its backward pass.
+        rows: J, shape (N, D), of the parameters that r depends on, where it was asked for and
+            could be had cheaply; there is no pullback then.
+        places: Where the rows were found.
     """
 
     values: Tensor
     cotangent: Tensor
     pullback: list[Tensor] | None
+    rows: Tensor | None = None
+    places: RowPlaces | None = None
 
 
 @dataclass
@@ -110,8 +117,13 @@ class ClosureLoss:
         self._gradients: list[Tensor | None] = []
         self.num_evaluations = 0
 
-    def differentiate(self) -> LossGraph:
+    def differentiate(self, *, rows: bool = False, places: RowPlaces | None = None) -> LossGraph:
         """Run the closure once and keep the graph of its gradient, for products with the Hessian.
+
+        Args:
+            rows: Whether to look for the rows of the residuals' Jacobian, see `SampleWeights`;
+                where they cannot be had, the closure runs once more.
+            places: What an earlier graph's residuals had.
 
         ``.grad`` is filled as backward fills it: added to what is there. Only parameters of the
         optimizer get one.
@@ -123,13 +135,23 @@ class ClosureLoss:
             NotImplementedError: If the model is wrapped in DDP or FSDP.
         """
         recorder = _Recorder(self._params)
+        if rows:
+            budget = memory_budget(self._device, None) // 4
+            recorder.sample_weights = SampleWeights(self._params, budget)
         with _refusing_wrappers():
             returned = self._run(recorder)
-        graph = None
-        if self._residuals:
-            graph = recorder.pull_back(_require_residuals(returned, recorder.calls))
-            returned = graph.values.detach().square().sum()
-        elif not recorder.calls:
+            graph = None
+            if self._residuals:
+                values = _require_residuals(returned, recorder.calls)
+                graph = recorder.rows_of(returned, values, places) if rows else None
+                if rows and graph is None:
+                    self._random.restore()
+                    recorder = _Recorder(self._params)
+                    returned = self._run(recorder)
+                    values = _require_residuals(returned, recorder.calls)
+                graph = recorder.pull_back(values) if graph is None else graph
+                returned = graph.values.detach().square().sum()
+        if graph is None and not recorder.calls:
             loss = _require_loss(returned)
             with torch.enable_grad():
                 recorder.add(loss, None, fill=False)
@@ -217,6 +239,7 @@ class _Interception(TorchFunctionMode):
         self.params = params
         self.own = {id(p) for p in params}
         self.value, self.calls = 0.0, 0
+        self.sample_weights: SampleWeights | None = None
 
     def add(self, loss: Tensor, weight: Tensor | None, fill: bool = True) -> None:
         """Take a tensor that backward was called on, and the weights of its entries."""
@@ -229,6 +252,8 @@ class _Interception(TorchFunctionMode):
         if func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         args, kwargs = with_plain_arguments(func, args, kwargs)
+        if func is torch.nn.functional.linear and self.sample_weights is not None:
+            return self.sample_weights.linear(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -303,6 +328,28 @@ class _Recorder(_Interception):
             self.slopes[i] = slope if before is None else before + slope
             if fill:
                 _accumulate(p, slope.detach())
+
+    def rows_of(
+        self, returned: Any, values: Tensor, places: RowPlaces | None
+    ) -> ResidualGraph | None:
+        """Differentiate the sum of squares by the rows of its residuals' Jacobian, if there are."""
+        if self.sample_weights is None or len({p.dtype for p in self.params}) > 1:
+            return None
+        parts = returned if isinstance(returned, (tuple, list)) else (returned,)
+        found = self.sample_weights.jacobian(parts, values, places)
+        if found is None:
+            return None
+        rows_ND, slopes, places = found
+        kept = [rows for rows, s in zip(self.split(rows_ND), slopes, strict=True) if s is not None]
+        self.value = float(values.detach().square().sum())
+        self.slopes = slopes
+        rows_ND = rows_ND if len(kept) == len(slopes) else torch.cat(kept, 1)
+        values = values.detach()
+        return ResidualGraph(values, values, None, rows_ND, places)
+
+    def split(self, rows_ND: Tensor) -> tuple[Tensor, ...]:
+        """Return each parameter's columns."""
+        return rows_ND.split([p.numel() for p in self.params], dim=1)
 
     def pull_back(self, values: Tensor) -> ResidualGraph:
         """Differentiate the sum of squares, and keep the graph from a cotangent to its pullback."""

@@ -57,13 +57,3 @@ class DenseModel:
             shift *= 10
         solved = torch.cholesky_solve(right.unsqueeze(1), factor)[:, 0]
         return -(self._J_ND.mT @ solved if self._is_dual else solved)
-
-
-def is_small(num_residuals: int, num_parameters: int, budget: int, itemsize: int) -> bool:
-    """Whether the smaller system is cheap beside products, and the Jacobian fits the memory."""
-    least = min(num_residuals, num_parameters)
-    needed = (num_residuals * num_parameters * 3 + 3 * least**2) * itemsize
-    return least <= _LARGEST and needed <= budget
-
-
-_LARGEST = 2048  # of the matrix that is factorised a few times in each step

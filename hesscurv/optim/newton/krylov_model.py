@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.optim.newton.conjugate_gradients import require_finite
+from hesscurv.optim.newton.dense_model import DenseModel
 from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
 
 _FIRST_ROOM = 16
@@ -158,7 +159,7 @@ class DampedStep:
 def search_damping(
     evaluate: Callable[[Tensor, float], float],
     loss: float,
-    model: KrylovModel,
+    model: KrylovModel | DenseModel,
     damping: float,
     *,
     length: float,

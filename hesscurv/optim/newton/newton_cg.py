@@ -22,6 +22,7 @@ from hesscurv.optim.newton.conjugate_gradients import (
     ensure_descent,
     newton_direction,
 )
+from hesscurv.optim.newton.dense_model import DenseModel
 from hesscurv.optim.newton.krylov_model import KrylovModel, krylov_model
 from hesscurv.optim.newton.newton_eigenspace import (
     BASIS,
@@ -33,6 +34,7 @@ from hesscurv.optim.newton.newton_eigenspace import (
 )
 from hesscurv.optim.newton.newton_options import NewtonOptions, check_parameters, check_settings
 from hesscurv.optim.newton.newton_steps import take_step
+from hesscurv.optim.newton.residual_jacobian import RowPlaces
 from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
 from hesscurv.optim.snapshot import Snapshot
 
@@ -128,6 +130,9 @@ class NewtonCG(Optimizer):
         >>> bool(w.abs().max() < 1e-9)
         True
     """
+
+    _has_rows = True  # until a closure turns out to have none
+    _places: RowPlaces | None = None
 
     @seed_moved
     @moved_to_options(NewtonOptions)
@@ -293,7 +298,18 @@ class NewtonCG(Optimizer):
         numbers = self._numbers(options)
         new_space = solved = None
         with loss.explaining():
-            graph = loss.differentiate()
+            dense = least_squares and self._tries_rows(options)
+            graph = loss.differentiate(rows=dense, places=self._places)
+            if graph.residuals is not None:
+                self._places = graph.residuals.places
+            if dense and graph.residuals is not None and graph.residuals.rows is None:
+                self._has_rows = False
+                if options["solver"] == "dense":
+                    raise ValueError(
+                        "expected residuals that belong to one sample each and depend on the "
+                        "parameters through linear layers, at most 2048 of them or of the "
+                        "parameters, for solver='dense'; use solver='auto' or 'krylov'"
+                    )
             returned, moving = graph.returned, graph.params
             numbers |= {"loss": graph.value, "step_length": 0.0, "ratio": 0.0}
             if float(options["lr"]) > 0 and any(bool(slope.any()) for slope in graph.slopes):
@@ -312,8 +328,11 @@ class NewtonCG(Optimizer):
 
     def _solve(
         self, graph: LossGraph, options: dict[str, Any], numbers: dict[str, Any]
-    ) -> tuple[NewtonDirection | KrylovModel, NewtonEigenspace | None]:
+    ) -> tuple[NewtonDirection | KrylovModel | DenseModel, NewtonEigenspace | None]:
         """Return the direction, or a model of many, and the eigenspace if it is a new one."""
+        if graph.residuals is not None and graph.residuals.rows is not None:
+            numbers |= {"cg_iterations": 0, "fallback": 0, "negative_curvature": 0}
+            return DenseModel(graph.residuals.rows, graph.residuals.values), None
         kind = ClosureHessian if graph.residuals is None else ClosureGaussNewton
         H = kind(graph, vectorize=options["vectorize"])
         rank = min(options["rank"], H.shape[0])
@@ -354,6 +373,12 @@ class NewtonCG(Optimizer):
         numbers["negative_curvature"] = int(solved.negative_curvature)
         solved, numbers["fallback"] = ensure_descent(solved, gradient_D, precondition)
         return solved, new_space
+
+    def _tries_rows(self, options: dict[str, Any]) -> bool:
+        """Whether to look for the rows of the Jacobian: not again where there were none."""
+        if options["solver"] == "auto":
+            return self._has_rows and options["damping_search"] is not False
+        return bool(options["solver"] == "dense")
 
     def _read_eigenspace(
         self, params: Sequence[nn.Parameter], rank: int, numbers: dict[str, Any]

@@ -34,6 +34,11 @@ class NewtonOptions(Options):
             4, from the last step's: one Krylov space has the steps of all mu, so that another one
             costs a loss and no product (see `KrylovModel`). Default None: with "gauss_newton". With
             the Hessian it came to no more than the line search.
+        solver: How a step with "gauss_newton" is computed: "dense", by a Cholesky factorisation of
+            J J^T or J^T J, the smaller one, where the rows of J can be had at once
+            (`SampleWeights`) and there are at most 2048 residuals or parameters; "krylov", by
+            products, with the eigenspace as preconditioner. Default "auto": "dense" where that is
+            possible and the damping is looked for.
         vectorize: Whether the products of a refresh are computed 8 at once where that works (vmap):
             two to four times faster for small networks, as fast for large ones, in more memory.
             Default True.
@@ -55,6 +60,7 @@ class NewtonOptions(Options):
     backtracking: float = 0.5
     max_backtracks: int = 20
     damping_search: bool | None = None
+    solver: str = "auto"
     vectorize: bool = True
 
     def __post_init__(self) -> None:
@@ -66,6 +72,7 @@ class NewtonOptions(Options):
         check_positive("backtracking", self.backtracking, below=1.0)
         check_count("max_backtracks", self.max_backtracks, least=0)
         check_flag("damping_search", self.damping_search, optional=True)
+        check_choice("solver", self.solver, ("auto", "dense", "krylov"))
         check_flag("vectorize", self.vectorize)
         bounds = self.damping_bounds
         if not isinstance(bounds, (tuple, list)) or len(bounds) != 2:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hesscurv.optim.flat_parameters import FlatParameters
 from hesscurv.optim.newton.closure_loss import ClosureLoss
 from hesscurv.optim.newton.conjugate_gradients import NewtonDirection
+from hesscurv.optim.newton.dense_model import DenseModel
 from hesscurv.optim.newton.krylov_model import KrylovModel, search_damping
 from hesscurv.optim.newton.line_search import armijo, next_damping
 from hesscurv.optim.snapshot import Snapshot
@@ -22,7 +23,7 @@ _FACTOR = 4.0  # between one damping and the next; 10 missed the best one by too
 
 
 def take_step(
-    solved: NewtonDirection | KrylovModel,
+    solved: NewtonDirection | KrylovModel | DenseModel,
     loss: ClosureLoss,
     moving: Sequence[nn.Parameter],
     before: Snapshot,
@@ -51,7 +52,7 @@ def take_step(
         place(step_D, length)
         return loss.evaluate()
 
-    if isinstance(solved, KrylovModel):
+    if not isinstance(solved, NewtonDirection):
         _by_damping(solved, evaluate, place, options, numbers)
     else:
         _by_length(solved, evaluate, place, options, numbers)
@@ -61,7 +62,11 @@ def take_step(
 
 
 def _by_damping(
-    model: KrylovModel, evaluate: Any, place: Any, options: dict[str, Any], numbers: dict[str, Any]
+    model: KrylovModel | DenseModel,
+    evaluate: Any,
+    place: Any,
+    options: dict[str, Any],
+    numbers: dict[str, Any],
 ) -> None:
     length = float(options["lr"])
     found = search_damping(
