@@ -35,7 +35,7 @@ class DenseModel:
     def direction(self, damping: float) -> Tensor:
         """Return d(mu), shape (D,)."""
         if damping not in self._steps:
-            self._steps = {**dict(list(self._steps.items())[-1:]), damping: self._solve(damping)}
+            self._steps[damping] = self._solve(damping)
         return self._steps[damping]
 
     def decrease(self, damping: float, length: float = 1.0) -> float:

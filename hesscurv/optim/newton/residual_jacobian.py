@@ -138,7 +138,7 @@ class SampleWeights:
                     return None
                 found.append(rows)
                 numbers.append(own)
-        return _group(found, numbers) if found else None
+        return _group(found, numbers, start) if found else None
 
     def _places_of(self, values: Tensor, numbers: Tensor) -> list[Tensor] | None:
         """Return for each layer the residual that each of its samples has a part in, -1 for none.
@@ -214,9 +214,8 @@ class SampleWeights:
         return gap <= torch.finfo(values.dtype).eps ** 0.75 * size
 
 
-def _group(found: list[list[Tensor]], numbers: list[Tensor]) -> RowPlaces:
+def _group(found: list[list[Tensor]], numbers: list[Tensor], total: int) -> RowPlaces:
     """Put parts together whose samples differ, so that one backward pass has the rows of all."""
-    total = max(int(n.max()) for n in numbers) + 1
     weights: list[Tensor] = []
     groups: list[list[Tensor]] = []
     for rows_of_layers, own in zip(found, numbers, strict=True):
