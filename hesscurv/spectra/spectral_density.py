@@ -271,7 +271,7 @@ def spectral_density(
             is never used.
         block_size: Maximal number of probes, and matvecs, per block; default 8. The probes are
             split into groups of equal size.
-        progress: Whether to show a progress bar over the matvecs.
+        progress: Whether to show a progress bar over the matvecs, see `eigsh`.
 
     Returns:
         Nodes and weights, with `density`, `cumulative`, `moment` and `expectation`, each with a

@@ -106,7 +106,9 @@ def prune_model(
             `batches`; the resulting loss is reported separately.
         on_step: Called after each step with its `StageReport` and the weights by dense name.
         generator: A CPU generator for the random signs; default one seeded with 0.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar in a terminal or a notebook: steps, sparsity, loss,
+            the expected end, the memory in use. Elsewhere nothing is printed: the same goes to the
+            logger "hesscurv", level INFO, at most every 30 seconds.
 
     Returns:
         A `PruningReport`.
