@@ -9,23 +9,32 @@ CONSTRAINTS := .ci/constraints.txt
 IN_VENV := $(VENV)/bin/python
 
 .DEFAULT_GOAL := help
+
+ifeq ($(wildcard $(CONSTRAINTS)),)
+# Called from another folder, as make -f DIR/Makefile: the paths below are relative to DIR.
+HERE := $(shell dirname "$(strip $(MAKEFILE_LIST))")
+help: ; @$(MAKE) --no-print-directory -C "$(HERE)" help
+%: ; @$(MAKE) --no-print-directory -C "$(HERE)" $@
+else
+
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help demo test test-slow test-gpu test-oldest test-newest lint docs bench bench-gpu benchmarks clean
+.PHONY: help demo test test-slow test-gpu test-oldest test-newest lint docs dist bench bench-gpu benchmarks clean
 
 help:
-	@echo 'make demo       overlap of magnitude masks and Hessian eigenspace, on real digits'
+	@echo 'make demo       overlap of the largest weights and the Hessian eigenspace, on digits: half a minute'
 	@echo 'make test       the tests that take seconds'
 	@echo 'make test-slow  the tests marked slow'
 	@echo 'make test-gpu   the tests marked gpu, which a CUDA device has to be there for'
 	@echo 'make test-oldest, make test-newest   the same with the oldest versions allowed, and the newest'
 	@echo 'make lint       ruff and mypy'
 	@echo 'make docs       the documentation site, its pages executed and checked, into build/docs'
+	@echo 'make dist       sdist and wheel in dist/'
 	@echo 'make bench      products, eigensolves, spectra beside other libraries; memory, storage, scaling, pruning, optimizers, PINNs'
 	@echo 'make bench-gpu  on a CUDA device: products, 1000 eigenpairs of 3c3d and ResNet-18, overhead in training'
 	@echo 'make clean      remove the virtual environments, caches and build outputs'
 	@echo
-	@echo 'ARGS="..." is handed on to the command:  make demo ARGS="--quick"'
+	@echo 'ARGS="..." is handed on to the command:  make demo ARGS=--full, which adds the exact Hessian'
 	@echo 'PRUNING="--data DIR --checkpoints DIR": for the benchmarks of pruning, which need both.'
 	@echo 'PYTHON=...  picks the interpreter, VENV=... the folder of the virtual environment.'
 
@@ -68,6 +77,12 @@ docs: $(VENV)/.has-docs
 	@$(IN_VENV) -m mkdocs build --clean --strict -f examples/guide/mkdocs.yml $(ARGS)
 	@$(IN_VENV) examples/guide/site_checks.py site
 	@echo 'Open build/docs/index.html'
+
+# The sdist is built first, and the wheel from it: both hold the same.
+dist: $(VENV)/.has-dev
+	@rm -rf build dist hesscurv.egg-info
+	@$(IN_VENV) -m build --quiet --outdir dist .
+	@ls -l dist
 
 # In an environment of its own: a library that is compared with brings a torchvision along, which need
 # not fit this torch, and then Lightning and Transformers, which the tests import, fail on it.
@@ -117,6 +132,7 @@ $(VENV)/.made:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo 'hesscurv needs Python 3.10 or newer; "$(PYTHON)" is missing or older.'; \
 	      echo 'Name another: make PYTHON=python3.12 ...'; exit 1; }
+	@echo "Making a virtual environment in $(VENV)"
 	@if $(IN_VENV) -m pip --version > /dev/null 2>&1; then :; \
 	elif $(PYTHON) -c 'import ensurepip' 2> /dev/null; then $(PYTHON) -m venv $(VENV); \
 	else \
@@ -126,3 +142,5 @@ $(VENV)/.made:
 	        echo 'its pip is missing or older than 22.3. On Debian and Ubuntu,'; \
 	        echo '"apt-get install python3-venv" brings what is needed.'; exit 1; }
 	@touch $@
+
+endif

@@ -1,15 +1,19 @@
 """Do a net's largest parameters lie where its loss curves most? Measured while it trains.
 
 Trains the 7,030-parameter net of the paper (Fernandez et al., TMLR 2025, arXiv 2504.14701) on 16x16
-digits. Every 100 steps it takes two spaces of k = 355 dimensions, the axes of the k largest
+digits. At several steps it takes two spaces of k = 355 dimensions, the axes of the k largest
 parameters and the k Hessian eigenvectors of largest |eigenvalue|, and measures their overlap: 1 if
-they are the same, k/D by chance. The eigenvectors come from `block_krylov`, from the single-pass
-sketch of the paper and, at three steps, from the dense Hessian, with which the first must agree.
+they are the same, k/D by chance. At the end SciPy's `eigsh` computes the same eigenvectors from the
+same products and must agree.
 
     pip install 'hesscurv[examples]'
-    python examples/overlap.py              # scikit-learn's digits; 2 to 3 minutes on 2 cores
-    python examples/overlap.py --data DIR   # MNIST in torchvision's layout, beside the paper
+    python examples/overlap.py              # scikit-learn's digits; half a minute on 2 cores
+    python examples/overlap.py --full       # every 100 steps, beside the dense Hessian; minutes
+    python examples/overlap.py --data DIR   # MNIST in torchvision's layout; with --full the paper's
     python examples/overlap.py --quick      # 8x8 images, 3,190 parameters, 100 steps; seconds
+
+`--full` has the eigenvectors from the single-pass sketch of the paper too and, at three steps, from
+the dense Hessian, with which `block_krylov` must agree.
 
 The set-up is that of the paper's published script: PyTorch's default initialisation, cross-entropy,
 SGD without momentum or weight decay, pixels in [0, 1] with no other normalisation, the Hessian of
@@ -21,15 +25,25 @@ overlaps of .131 to .140 at step 0, .142 to .161 at step 100 and .089 to .098 at
 import argparse
 import gzip
 import itertools
+import os
+import shlex
+import sys
 import time
 from pathlib import Path
+
+if __name__ == "__main__":
+    START = time.perf_counter()
+    if not {"-h", "--help"} & set(sys.argv):
+        print("Loading PyTorch and hesscurv ...", flush=True)  # takes seconds, the first time
 
 import matplotlib
 import numpy as np
 import scipy.linalg
+import scipy.sparse.linalg
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from threadpoolctl import threadpool_limits  # scikit-learn brings it along
 from torch import nn
 
 import hesscurv
@@ -101,7 +115,7 @@ def train(net, data, optimizer, num_steps, seed):
         optimizer.step()
 
 
-def exact_eigenpairs(net, batches, k):
+def exact_eigenpairs(H, net, batches, k):
     """Return the k eigenvalues of largest magnitude and their vectors, from the dense Hessian.
 
     They are the k largest of H^2: one end of a spectrum, for which LAPACK needs half the time that
@@ -114,7 +128,24 @@ def exact_eigenpairs(net, batches, k):
     return (V * (H @ V)).sum(0), V
 
 
-def measure(step, net, test, k, with_exact):
+def scipy_eigenpairs(H, net, batches, k):
+    """Return the same from SciPy's `eigsh` (ARPACK), which takes the products of H one by one.
+
+    On one thread, as hesscurv here: more gain nothing on vectors of this length.
+    """
+
+    def product(v):
+        return (H @ torch.from_numpy(np.array(v, dtype=np.float32)).flatten()).numpy()
+
+    operator = scipy.sparse.linalg.LinearOperator(H.shape, matvec=product, dtype=np.float32)
+    start = np.random.default_rng(0).standard_normal(H.shape[0], dtype=np.float32)
+    with threadpool_limits(1):
+        values, V = scipy.sparse.linalg.eigsh(operator, k, v0=start, tol=1e-3)
+    order = np.argsort(-np.abs(values))
+    return torch.from_numpy(values[order]), torch.from_numpy(V[:, order])
+
+
+def measure(step, net, test, k, reference, with_sketches):
     """Measure at one step, print the row of the table bit by bit, and return it."""
     with torch.no_grad():
         logits = net(test[0])
@@ -123,49 +154,53 @@ def measure(step, net, test, k, with_exact):
 
     mask = hesscurv.magnitude_mask(net, k)
     row = {"step": step, "magnitudes": nn.utils.parameters_to_vector(net.parameters()).abs()}
-    if with_exact:
-        row["eigenvalues"], V = exact_eigenpairs(net, [test], k)
-        row["exact"] = hesscurv.overlap(mask, V)
-    print(f"  {row['exact']:.4f}" if with_exact else "       -", end="", flush=True)
 
     # Started from the pairs of 100 steps before it would take twice the products.
     H = hesscurv.HessianOperator(net, TASK, [test])
     row["pairs"] = pairs = hesscurv.eigsh(H, k, method="block_krylov")
     row["block_krylov"] = hesscurv.overlap(mask, pairs)
     seconds = pairs.info["seconds"]
-    print(f"   {row['block_krylov']:.4f} {pairs.num_matvecs:5d} {seconds:5.1f}", end="", flush=True)
-
-    small, large = (  # the paper's sketch, and one twice as large
-        hesscurv.eigsh(H, k, "single_pass", outer=outer, inner=2 * outer, residuals=False)
-        for outer in (k, 2 * k)
-    )
-    row["sketched_eigenvalues"] = small.eigenvalues
-    row["single_pass"], row["single_pass_2k"] = (hesscurv.overlap(mask, s) for s in (small, large))
+    print(f"  {row['block_krylov']:.4f} {pairs.num_matvecs:5d} {seconds:5.1f}", end="", flush=True)
 
     chance, z = hesscurv.chance_overlap(k, len(mask)).mean, hesscurv.overlap_z_score(mask, pairs)
     row["ratio"] = row["block_krylov"] / chance
-    print(f"   {row['single_pass']:.4f}  {row['single_pass_2k']:.4f}", end="")
-    print(f"   {chance:.4f} {row['ratio']:5.2f} {z:6.0f}", flush=True)
+    print(f"   {chance:.4f} {row['ratio']:5.2f} {z:6.0f}", end="", flush=True)
+
+    if with_sketches:  # the paper's, and one twice as large
+        for name, outer in (("single_pass", k), ("single_pass_2k", 2 * k)):
+            options = {"outer": outer, "inner": 2 * outer, "residuals": False}
+            sketched = hesscurv.eigsh(H, k, "single_pass", **options)
+            row.setdefault("sketched_eigenvalues", sketched.eigenvalues)
+            row[name] = hesscurv.overlap(mask, sketched)
+            print(f"   {row[name]:.4f}", end="", flush=True)
+    if reference:
+        begun = time.perf_counter()
+        row["eigenvalues"], V = reference(H, net, [test], k)
+        row["reference_seconds"] = time.perf_counter() - begun
+        row["reference"] = hesscurv.overlap(mask, V)
+        print(f"   {row['reference']:.4f} {row['reference_seconds']:5.1f}", end="", flush=True)
+    print(flush=True)
     return row
 
 
-def plot(rows, k, D, path, with_paper):
+def plot(rows, k, D, path, reference_name, with_paper):
     blue, red, green, sky, grey = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#888888"
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
     style |= {"axes.titlesize": 11, "legend.fontsize": 9, "legend.frameon": False}
     matplotlib.rcParams.update(style | {"lines.linewidth": 1.8})
     figure = Figure(figsize=(13, 4), layout="constrained")
     by_step, by_k, spectrum = figure.subplots(1, 3)
-    last, exact = rows[-1], [row for row in rows if "exact" in row]
+    last, drawn = rows[-1], [rows[0], *(row for row in rows[1:] if row["step"] in (100, 1000))]
 
     for name, look, color, label in (
         ("block_krylov", "-", blue, "block Krylov"),
         ("single_pass", "--", red, "single pass, k / 2k"),
         ("single_pass_2k", ":", green, "single pass, 2k / 4k"),
-        ("exact", "o", "black", "exact (dense)"),
+        ("reference", "o", "black", reference_name),
     ):
         points = {row["step"]: row[name] for row in rows if name in row}
-        by_step.plot(points.keys(), points.values(), look, color=color, label=label)
+        if points:
+            by_step.plot(points.keys(), points.values(), look, color=color, label=label)
     if with_paper:
         points = PAPER.keys(), PAPER.values()
         by_step.plot(*points, "D", color=red, markerfacecolor="none", label="paper, k / 2k")
@@ -176,7 +211,7 @@ def plot(rows, k, D, path, with_paper):
     by_step.legend(loc="lower left", ncols=2)
 
     ks = torch.arange(1, k + 1)
-    for row, color in zip(exact, (sky, blue, "black"), strict=False):
+    for row, color in zip(drawn, (sky, blue, "black"), strict=False):
         overlaps = hesscurv.overlap_by_k(row["magnitudes"], row["pairs"])
         by_k.plot(ks, overlaps, color=color, label=f"step {row['step']}")
     by_k.plot(ks, ks / D, "--", color=grey, label="chance, k / D")
@@ -186,9 +221,11 @@ def plot(rows, k, D, path, with_paper):
 
     for sign, color, name in ((1, blue, "positive"), (-1, red, "negative")):
         for key, look, source in (
-            ("eigenvalues", "-", "exact"),
+            ("eigenvalues", "-", reference_name.partition(" (")[0]),
             ("sketched_eigenvalues", "--", "single pass, k / 2k"),
         ):
+            if key not in last:
+                continue
             values = sign * last[key][sign * last[key] > 0]
             ranks = range(1, len(values) + 1)
             spectrum.plot(ranks, values, look, color=color, label=f"{name}, {source}")
@@ -201,17 +238,89 @@ def plot(rows, k, D, path, with_paper):
     figure.savefig(path, dpi=200)
 
 
-def main():
+def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--full", action="store_true", help="every 100 steps, exact and sketched")
     parser.add_argument("--data", type=Path, help="folder of MNIST; default: scikit-learn's digits")
     parser.add_argument("--out", type=Path, default=Path("overlap.png"), help="the figure's file")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the batches")
     parser.add_argument("--quick", action="store_true", help="a smaller net and fewer steps")
     args = parser.parse_args()
-    if not args.out.resolve().parent.is_dir():
-        parser.error(f"--out: there is no folder {args.out.resolve().parent}")
-    size, k, num_steps = (8, 160, 100) if args.quick else (16, 355, 1000)
-    start = time.perf_counter()
+    args.out = args.out.resolve()
+    if not args.out.parent.is_dir():
+        parser.error(f"--out: there is no folder {args.out.parent}")
+    written = args.out if args.out.exists() else args.out.parent
+    if args.out.is_dir() or not os.access(written, os.W_OK):
+        parser.error(f"--out: cannot write {args.out}; name another file")
+    return args
+
+
+def report_full(rows, k, D, steps, with_paper):
+    """Print what the exact overlap says about the others."""
+    exact = [row for row in rows if "reference" in row]
+    mean, std = hesscurv.chance_overlap(k, D)
+
+    def largest_error(name):
+        return max(abs(row[name] - row["reference"]) for row in exact)
+
+    print(
+        f"\nThe {k} largest parameters and the top {k} Hessian eigenvectors overlap"
+        f" {rows[0]['ratio']:.1f} times as much as\nchance ({mean:.4f} ± {std:.4f}) at step 0 and"
+        f" {rows[-1]['ratio']:.1f} times as much at step {steps[-1]}. Largest distance\nfrom the"
+        f" exact overlap: {largest_error('block_krylov'):.0e} by block_krylov,"
+        f" {largest_error('single_pass'):.0e} by a single pass of {2 * k} products,"
+        f"\n{largest_error('single_pass_2k'):.0e} by one of {4 * k}."
+    )
+    if with_paper:
+        print("\n step   paper  single_pass   exact     (the paper's come from a single pass too)")
+        for row in exact:
+            paper, ours = PAPER[row["step"]], row["single_pass"]
+            print(f"{row['step']:5d}   {paper:.3f}        {ours:.3f}   {row['reference']:.3f}")
+
+
+def report(rows, k, D):
+    """Print the three numbers that the demo shows."""
+    last, most = rows[-1], max(row["ratio"] for row in rows)
+    pairs, (mean, std) = last["pairs"], hesscurv.chance_overlap(k, D)
+    largest, smallest = pairs.eigenvalues.abs()[[0, -1]].tolist()
+    gap = abs(last["reference"] - last["block_krylov"])
+    print(
+        f"\nOverlap           {last['block_krylov']:.4f} at step {last['step']},"
+        f" {last['ratio']:.1f} times chance ({mean:.4f} ± {std:.4f}); at most {most:.1f} times"
+        f"\nLargest residual  {pairs.residuals.max():.1e} of {k} pairs, |eigenvalue| {largest:.3g}"
+        f" to {smallest:.3g}; {int(pairs.converged.sum())} have converged"
+        f"\nSeconds           {pairs.info['seconds']:.1f} by hesscurv.eigsh,"
+        f" {last['reference_seconds']:.1f} by SciPy's eigsh on the same products, each on a thread;"
+        f"\n                  their overlaps differ by {gap:.0e}"
+    )
+
+
+def print_next():
+    """Print what to type next, with paths as they are from here."""
+
+    def command(script, *arguments):
+        paths = (sys.executable, str(Path(__file__).resolve().parent / script))
+        return shlex.join([*(min(p, os.path.relpath(p), key=len) for p in paths), *arguments])
+
+    print("\nNext:")
+    for line, meaning in (
+        (command("overlap.py", "--full"), "beside the exact Hessian and the paper's sketch"),
+        (command("quick_start.py"), "the same for a net of your own, in 45 lines"),
+        (command("watch_training.py"), "the eigenspace while a net trains"),
+    ):
+        print(f"  {line}\n      {meaning}")
+
+
+def main():
+    args = parse_arguments()
+    size, k = (8, 160) if args.quick else (16, 355)
+    if args.full:
+        steps = range(0, 101 if args.quick else 1001, 100)
+        reference, reference_name = exact_eigenpairs, "exact (dense)"
+        checked = {100} if args.quick else {0, 100, 1000}
+    else:
+        steps = (0, 100) if args.quick else (0, 100, 200, 400, 700, 1000)
+        reference, reference_name, checked = scipy_eigenpairs, "SciPy's eigsh", {steps[-1]}
 
     # More threads gain little on so small a net, and their rounding leads training elsewhere.
     torch.set_num_threads(1)
@@ -221,39 +330,35 @@ def main():
     D = sum(p.numel() for p in net.parameters())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.3)
 
-    print(f"{D:,} parameters, {len(data[1]):,} training images, Hessian of 500 others, k = {k}.")
-    print(f"The exact overlap takes most of the time.\n\n{'':29} block_krylov         single_pass")
-    print(" step   loss   acc   exact  overlap  HVPs  secs   k / 2k 2k / 4k   chance  ratio     z")
-    rows, with_exact = [], {num_steps} if args.quick else {0, 100, num_steps}
-    for step in train(net, data, optimizer, num_steps, args.seed):
-        if step % 100 == 0:
-            rows.append(measure(step, net, test, k, with_exact=step in with_exact))
-
-    def largest_error(name):
-        return max(abs(row[name] - row["exact"]) for row in exact)
-
-    exact = [row for row in rows if "exact" in row]
-    mean, std = hesscurv.chance_overlap(k, D)
     print(
-        f"\nThe {k} largest parameters and the top {k} Hessian eigenvectors overlap"
-        f" {rows[0]['ratio']:.1f} times as much as\nchance ({mean:.4f} ± {std:.4f}) at step 0 and"
-        f" {rows[-1]['ratio']:.1f} times as much at step {num_steps}. Largest distance\nfrom the"
-        f" exact overlap: {largest_error('block_krylov'):.0e} by block_krylov,"
-        f" {largest_error('single_pass'):.0e} by a single pass of {2 * k} products,"
-        f"\n{largest_error('single_pass_2k'):.0e} by one of {4 * k}."
+        f"A net of {D:,} parameters learns {len(data[1]):,} images of digits. At {len(steps)} steps"
+        f" the space of its {k} largest\nparameters is compared with that of the top {k}"
+        " eigenvectors of its loss Hessian (500 other images):\nif they overlap far above chance,"
+        " pruning by magnitude keeps what the loss depends on most.\n"
     )
-    with_paper = args.data is not None and not args.quick
-    if with_paper:
-        print("\n step   paper  single_pass   exact     (the paper's come from a single pass too)")
-        for row in exact:
-            paper, ours = PAPER[row["step"]], row["single_pass"]
-            print(f"{row['step']:5d}   {paper:.3f}        {ours:.3f}   {row['exact']:.3f}")
-    plot(rows, k, D, args.out, with_paper)
-    print(f"\nFigure in {args.out}. {time.perf_counter() - start:.0f} s in all.")
+    if args.full:
+        print("The exact overlap takes most of the time.\n")
+    sketches = "   k / 2k 2k / 4k" if args.full else ""
+    print(" step   loss   acc overlap  HVPs  secs   chance  ratio     z" + sketches, end="")
+    print(f"   {'exact' if args.full else 'SciPy'}   secs", flush=True)
+    rows = []
+    for step in train(net, data, optimizer, steps[-1], args.seed):
+        if step in steps:
+            look = reference if step in checked else None
+            rows.append(measure(step, net, test, k, look, args.full))
+
+    with_paper = args.full and args.data is not None and not args.quick
+    if args.full:
+        report_full(rows, k, D, steps, with_paper)
+    else:
+        report(rows, k, D)
+    plot(rows, k, D, args.out, reference_name, with_paper)
+    print(f"\nFigure in {args.out}. {time.perf_counter() - START:.0f} s in all.")
 
     assert all(row["pairs"].converged.all() for row in rows), "block_krylov has not converged"
-    error = largest_error("block_krylov")
-    assert error < TOLERANCE, f"block_krylov is {error:.1e} from the exact overlap, not {TOLERANCE}"
+    error = max(abs(r["block_krylov"] - r["reference"]) for r in rows if "reference" in r)
+    assert error < TOLERANCE, f"block_krylov is {error:.1e} off {reference_name}, not {TOLERANCE}"
+    print_next()
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from hesscurv.spectra import (
     trace,
 )
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     # Uses

@@ -37,6 +37,13 @@ def seeded():
 
 
 @pytest.fixture
+def terminal(capsys, monkeypatch):
+    """Capture what a program writes whose stderr is a terminal."""
+    monkeypatch.setattr("hesscurv.interface.progress_bar.is_shown_somewhere", lambda: True)
+    return capsys
+
+
+@pytest.fixture
 def compiler():
     """Skip where torch 2.6 compiles nothing any more: it may, after threads have differentiated."""
     torch.compiler.reset()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from contextlib import ExitStack
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from hesscurv.interface.progress_bar import ProgressBar
+from hesscurv.linalg.device_memory import used_memory
 from hesscurv.linalg.floating_range import require_range
 from hesscurv.operators.linear_operator import LinearOperator
 
@@ -24,7 +26,7 @@ class CountedOperator(LinearOperator):
         H: The symmetric operator.
         total: Planned number of matvecs.
         description: Label of the bar.
-        progress: Whether to show the bar.
+        progress: Whether to show the bar, on the first rank.
     """
 
     def __init__(self, H: LinearOperator, total: int, description: str, progress: bool) -> None:
@@ -32,7 +34,9 @@ class CountedOperator(LinearOperator):
         self.layout = getattr(H, "layout", None)
         self._operator, self._in_range = H, False
         self._solve = ExitStack()
-        self._bar = tqdm(total=total, desc=description, unit=" products", disable=not progress)
+        memory = partial(used_memory, H.device)
+        progress = progress and H.communicator.rank == 0
+        self._bar = ProgressBar(total, description, " products", progress, memory)
 
     def __enter__(self) -> CountedOperator:
         """Return the operator; its own check of products is off, as `_matmat` makes it."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hesscurv.distributed.sharded import is_sharded, whole
+from hesscurv.interface.notebook_html import Points, draw_points, notebook_html
 from hesscurv.objective.parameters import ParameterLayout
 from hesscurv.storage.checked_archives import read_archive, write_archive
 
@@ -143,6 +144,35 @@ class Eigenpairs:
             f"Eigenpairs(k={k}, D={dim}{lam}, num_matvecs={self.num_matvecs}, "
             f"method={self.method!r}, dtype={self.eigenvectors.dtype}, "
             f"device={str(self.eigenvectors.device)!r})"
+        )
+
+    def _repr_html_(self) -> str:
+        """Show sizes, convergence, the spectrum by sign, and the first pairs."""
+        dim, k = self.eigenvectors.shape
+        facts = {"D": dim, "products": self.num_matvecs, "method": self.method or None}
+        title = f"{k:,} eigenpairs"
+        if self.eigenvalues.device.type == "meta":
+            return notebook_html(title, facts)
+        values, residuals = (t.detach().tolist() for t in (self.eigenvalues, self.residuals))
+        done = self.converged.tolist()
+        facts |= {
+            "converged": f"{sum(done):,} of {k:,}",
+            "largest residual": max(residuals, default=None),
+            "dtype": str(self.eigenvectors.dtype).removeprefix("torch."),
+            "device": str(self.eigenvectors.device),
+        }
+        signs = (("positive", 1), ("negative", -1))
+        ranks = {name: [i for i, v in enumerate(values) if v * sign > 0] for name, sign in signs}
+        series = [
+            Points(name, [i + 1 for i in found], [abs(values[i]) for i in found])
+            for name, found in ranks.items()
+        ]
+        return notebook_html(
+            title,
+            facts,
+            drawing=draw_points(series, x="rank", y="|eigenvalue|", logarithmic=True),
+            columns=("rank", "eigenvalue", "residual", "converged"),
+            rows=[(i + 1, values[i], residuals[i], done[i]) for i in range(k)],
         )
 
     def truncate(self, k: int) -> Eigenpairs:

@@ -86,7 +86,9 @@ def eigsh(
             disk; by default chosen from the free memory. With "block_krylov" also `storage_dtype`.
         checkpoint: A folder for checkpoints, from which the same call resumes after a kill; for
             "block_krylov". For the single pass use `measure` and `assemble`.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar in a terminal or a notebook: converged pairs,
+            products, their rate, the expected end, the memory in use. Elsewhere nothing is printed:
+            the same goes to the logger "hesscurv", level INFO, at most every 30 seconds.
         **options: The method's own options; see `block_krylov`, `single_pass`, `rayleigh_ritz`.
 
     Returns:

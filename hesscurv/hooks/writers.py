@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from hesscurv.hooks.monitoring.record_list import Records
 from hesscurv.storage.atomic_files import write_atomically
 from hesscurv.storage.destinations import (
     follow_links,
@@ -158,7 +159,7 @@ def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
                 f"expected a record of a CurvatureMonitor in line {number} of {path}, got "
                 f"{line[:80]!r}; look for another program that writes to this file"
             ) from error
-    return [found[step] for step in sorted(found)]
+    return Records(found[step] for step in sorted(found))
 
 
 def _cell(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -63,6 +64,25 @@ def free_memory(device: torch.device) -> int:
         left = max(0, limit - used)
         available = left if available is None else min(available, left)
     return device_memory(device) if available is None else available
+
+
+def used_memory(device: torch.device) -> int:
+    """Return the memory in use in bytes: of tensors on a GPU, of this process on the CPU.
+
+    0 if the system does not report it.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.memory_allocated(device))
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError, AttributeError):
+        pass
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(peak if sys.platform == "darwin" else peak * 1024)
 
 
 def _container() -> tuple[int | None, int]:

@@ -77,7 +77,7 @@ def diagonal(
         generator: Source of the test vectors' seed; default a new one with seed 0. The global
             generator is never used.
         block_size: Matvecs per block; default 32.
-        progress: Whether to show a progress bar over the matvecs.
+        progress: Whether to show a progress bar over the matvecs, see `eigsh`.
 
     Returns:
         The estimate with a standard error for each entry from the scatter of the samples,

@@ -14,6 +14,7 @@ from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.interface.descriptions import describe_object
+from hesscurv.interface.notebook_html import Points, draw_points, notebook_html
 from hesscurv.interface.ranges import check_choice, check_count
 from hesscurv.linalg.random_matrices import KINDS, default_generator, draw_seed, make_test_matrix
 from hesscurv.operators.matrix_operators import as_floating_operator
@@ -87,6 +88,18 @@ class SpectralDensity:
             range=(low, high),
             num_matvecs=self.num_matvecs,
         )
+
+    def _repr_html_(self) -> str:
+        """Show sizes, range of the spectrum, cost, and the smoothed density."""
+        probes, steps = self.nodes.shape
+        facts = {"D": self.dim, "probes": probes, "steps": steps, "known": len(self.eigenvalues)}
+        facts["products"] = self.num_matvecs
+        drawing = ""
+        if self.nodes.numel():
+            grid = self.grid(200)
+            line = Points("density", grid.tolist(), self.density(grid).value.tolist(), joined=True)
+            drawing = draw_points([line], x="eigenvalue", y="density", logarithmic=True)
+        return notebook_html("Spectral density", facts, drawing=drawing)
 
     def expectation(self, fn: Callable[[Tensor], Tensor]) -> Estimate:
         """Estimate the mean of a function over the eigenvalues, ``tr f(H) / D``.
@@ -278,7 +291,7 @@ def spectral_density(
             is never used.
         block_size: Maximal number of probes, and matvecs, per block; default 8. The probes are
             split into groups of equal size.
-        progress: Whether to show a progress bar over the matvecs.
+        progress: Whether to show a progress bar over the matvecs, see `eigsh`.
 
     Returns:
         Nodes and weights, with `density`, `cumulative`, `moment` and `expectation`, each with a

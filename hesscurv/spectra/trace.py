@@ -79,7 +79,7 @@ def trace(
         generator: Source of the test vectors' seeds; default a new one with seed 0. The global
             generator is never used.
         block_size: Matvecs per block; default 32.
-        progress: Whether to show a progress bar over the matvecs.
+        progress: Whether to show a progress bar over the matvecs, see `eigsh`.
 
     Returns:
         The estimate with its standard error from the scatter of the m samples,

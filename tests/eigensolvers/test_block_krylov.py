@@ -1,6 +1,7 @@
 """block_krylov against planted spectra: the oracle is the spectrum a matrix was made from."""
 
 import math
+import re
 import warnings
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hesscurv import ConvergenceWarning, eigsh
+from hesscurv.eigensolvers.progress import expected_matvecs
 from hesscurv.operators import DenseOperator
 
 SEEDS = (0, 1, 2)
@@ -298,12 +300,19 @@ def test_a_basis_that_cannot_fit_the_memory_is_refused_before_the_first_product(
     assert H.num_matvecs == 0
 
 
-def test_progress_bar_shows_pairs_products_and_rate(capfd):
+def test_progress_bar_shows_pairs_products_rate_and_memory(terminal):
     eigsh(planted(decaying(), 0)[0], 5, progress=True)
-    shown = capfd.readouterr().err
+    shown = terminal.readouterr().err
     assert "5/5" in shown
-    assert "products" in shown
-    assert "/s" in shown
+    assert re.search(r"\d+ products, [\d.e+]+/s, .*[\d.]+ GB", shown)
+
+
+def test_expected_products_of_a_solve():
+    assert expected_matvecs(100, 0, (0, 0), (0, 0)) == pytest.approx(220)
+    assert expected_matvecs(100, 300, (0, 0), (0, 0)) == pytest.approx(330)  # longer than expected
+    # 40 of 100 pairs after 120 products, 60 after 140: one product for each further pair.
+    assert expected_matvecs(100, 150, (120, 40), (140, 60)) == pytest.approx(180)
+    assert expected_matvecs(100, 210, (120, 40), (200, 100)) == 210
 
 
 def test_no_progress_by_default(capfd):

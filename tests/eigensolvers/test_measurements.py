@@ -260,12 +260,12 @@ def test_a_missing_place_is_named(folder):
     assert not folder.exists()
 
 
-def test_progress_is_shown_on_request_only(folder, capsys):
+def test_progress_is_shown_on_request_only(folder, terminal):
     H = planted(indefinite(100), 100)
     measure(H, 10, folder, part=(0, 2))
-    assert capsys.readouterr().err == ""
+    assert terminal.readouterr().err == ""
     measure(H, 10, folder, progress=True)
-    assert "20/20" in capsys.readouterr().err
+    assert "20/20" in terminal.readouterr().err
 
 
 @pytest.mark.gpu

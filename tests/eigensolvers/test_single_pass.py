@@ -237,12 +237,12 @@ def test_a_dense_tensor_serves_as_an_operator():
     torch.testing.assert_close(pairs.eigenvalues, torch.tensor([3.0, 2.0, 1.0]).double())
 
 
-def test_progress_is_shown_on_request_only(capsys):
+def test_progress_is_shown_on_request_only(terminal):
     H = planted([3.0, 2.0, 1.0], 50)
     single_pass(H, 3)
-    assert capsys.readouterr().err == ""
+    assert terminal.readouterr().err == ""
     single_pass(H, 3, progress=True)
-    shown = capsys.readouterr().err
+    shown = terminal.readouterr().err
     assert "single_pass" in shown
     assert "15/15" in shown
     assert "products/s" in shown

@@ -106,9 +106,9 @@ def test_the_plan_is_logged_and_in_the_result(caplog):
     assert (pairs.info["storage"], pairs.info["storage_dtype"]) == ("device", "float64")
 
 
-def test_the_plan_is_shown_with_the_progress_bar(capsys):
+def test_the_plan_is_shown_with_the_progress_bar(terminal):
     solve(planted(EIGENVALUES, DIM), progress=True)
-    shown = capsys.readouterr()
+    shown = terminal.readouterr()
     assert "basis of up to" in shown.out + shown.err
 
 

@@ -192,12 +192,12 @@ def test_pairs_beyond_the_tolerance_come_with_a_warning():
     assert not pairs.converged.any()
 
 
-def test_progress_is_shown_on_request_only(capsys):
+def test_progress_is_shown_on_request_only(terminal):
     H = planted(indefinite(50) ** 3, 50)
     rayleigh_ritz(H, 3, tol=1.0)
-    assert capsys.readouterr().err == ""
+    assert terminal.readouterr().err == ""
     rayleigh_ritz(H, 3, tol=1.0, progress=True)
-    assert "15/15" in capsys.readouterr().err
+    assert "15/15" in terminal.readouterr().err
 
 
 @pytest.mark.parametrize(

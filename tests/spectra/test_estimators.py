@@ -143,9 +143,9 @@ def test_bad_methods_and_numbers_are_refused_before_any_product(estimate):
 
 
 @every_estimator
-def test_the_bar_shows_all_products(name, capsys):
+def test_the_bar_shows_all_products(name, terminal):
     ESTIMATORS[name](planted(indefinite(40), 40), progress=True)
-    shown = capsys.readouterr().err
+    shown = terminal.readouterr().err
     assert "100%" in shown
     ESTIMATORS[name](planted(indefinite(40), 40))
-    assert capsys.readouterr().err == ""
+    assert terminal.readouterr().err == ""

@@ -95,7 +95,7 @@ def block_krylov(
             is at least 5e-3. The eigenvectors are returned in this dtype.
         checkpoint: A folder for checkpoints; if it holds one, the same call resumes from it, and
             its result is bit-identical on a CPU. See below.
-        progress: Whether to show a progress bar: converged pairs, matvecs, rate.
+        progress: Whether to show a progress bar, see `eigsh`.
 
     Returns:
         The eigenpairs, in the order of `which`: largest magnitude first, both signs. Residuals are
@@ -178,8 +178,8 @@ def block_krylov(
             with ranks.together("checking the disk"):
                 check_disk(checkpoint, placement, k, block, ranks.size)
         space = KrylovSpace(H, k, tol, block, placement, generator, which)
-        with H.solving(), Progress(k, progress) as bar:
-            bar.say(str(placement), unusual=placement.is_unusual(H.dtype))
+        with H.solving(), Progress(k, progress, H) as bar:
+            bar.announce(str(placement), unusual=placement.is_unusual(H.dtype))
             most = 20 * k + 1000 if max_matvecs is None else max_matvecs
             run = KrylovRun(space, most, verify, bar, journal)
             # The basis before the state, which is checked against its size.
@@ -194,7 +194,7 @@ def block_krylov(
                 assert checkpoint is not None
                 require_same_operator(space, checkpoint)
                 bar.go_on_from(space.num_matvecs)
-                bar.say(f"going on from {checkpoint} after {space.num_matvecs} products")
+                bar.announce(f"going on from {checkpoint} after {space.num_matvecs} products")
             run.solve()
             return run.result()
     except BaseException:

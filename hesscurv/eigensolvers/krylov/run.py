@@ -162,7 +162,7 @@ class KrylovRun:
                 done = int(space.converged(space.H.dtype).sum())
                 if done == space.k:
                     done = int(space.converged().sum())
-                self.progress.show(done, space.num_matvecs)
+                self.progress.advance(done, space.num_matvecs)
                 if expanded == space.dim or (done == space.k and self._knows_enough()):
                     return True
                 if done < space.k and self._at_noise():
@@ -189,7 +189,7 @@ class KrylovRun:
                 space.select(size, limiting)
                 space.expand(size)
             limiting = None
-            self.progress.show(None, space.num_matvecs)
+            self.progress.advance(None, space.num_matvecs)
 
     def _at_noise(self) -> bool:
         """Whether the unconverged residuals are at the noise of the products."""
@@ -287,7 +287,7 @@ class KrylovRun:
             self._save_if_due()
             if space.fits(search.added) and self._affordable(search.added) == search.added:
                 search.advance(space)
-                self.progress.show(None, space.num_matvecs)
+                self.progress.advance(None, space.num_matvecs)
             else:
                 search.outcome = "stalled"
         self.search = None
@@ -352,7 +352,7 @@ class KrylovRun:
         residuals = torch.hypot(residuals, space.eps / 2 * values.abs())
         within = (residuals <= space.thresholds(values)) & (not unknown)
         done = within & (torch.arange(space.k, device="cpu") < complete)
-        self.progress.show(int(done.sum()), space.num_matvecs)
+        self.progress.advance(int(done.sum()), space.num_matvecs)
         if not bool(done.all()):
             noise_seen = max(space.noise, 0.0 if math.isnan(noise) else noise)
             repeated = self._repeated_noise(V_Dk) if not bool(within.all()) else 0.0

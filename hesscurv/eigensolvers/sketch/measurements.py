@@ -93,7 +93,7 @@ def measure(
             Default None: a new one with seed 0.
         block_size: Matvecs per block, default 32. The first job's sets the chunks; the others'
             may be smaller, to save memory.
-        progress: Whether to show a progress bar over this job's products.
+        progress: Whether to show a progress bar over this job's products, see `eigsh`.
 
     Returns:
         The ranges still missing in the folder afterwards: none if it can be assembled.
@@ -199,7 +199,7 @@ def assemble(
         tol: Pair i has converged when its residual is at most
             ``max(tol |lambda_i|, 10 eps |lambda_1|)``; default 1e-3.
         block_size: Matvecs per block for the residuals; default 32.
-        progress: Whether to show a progress bar over the matvecs for the residuals.
+        progress: Whether to show a progress bar over the matvecs for the residuals, see `eigsh`.
 
     Returns:
         The k eigenpairs, both signs, largest magnitude first. `num_matvecs` counts the measurements

@@ -64,7 +64,7 @@ def single_pass(
         storage: Location of the basis: "device" or, for an operator on the CPU (where "host" and
             "cpu" mean the same), a folder on a disk for a memory-mapped file; by default a
             temporary one if memory is short.
-        progress: Whether to show a progress bar over the matvecs.
+        progress: Whether to show a progress bar over the matvecs, see `eigsh`.
 
     Returns:
         The eigenpairs, both signs, largest magnitude first. The eigenvectors are a view of storage

@@ -19,6 +19,7 @@ from hesscurv.hooks.monitoring.layouts import dense_names
 from hesscurv.hooks.monitoring.monitor_options import OPERATOR_OPTIONS, MonitorOptions
 from hesscurv.hooks.monitoring.quantities import QUANTITIES, choose_quantities
 from hesscurv.hooks.monitoring.record import Measurements, check_optimizer
+from hesscurv.hooks.monitoring.record_list import Records, records_html
 from hesscurv.hooks.monitoring.unchanged import unchanged_random_states
 from hesscurv.hooks.schedules import Schedule, dense_then_sparse
 from hesscurv.interface.descriptions import Words, describe_object
@@ -173,7 +174,7 @@ class CurvatureMonitor:
         check_optimizer(optimizer)
         self.quantities = choose_quantities(quantities)
         self.model, self.task, self.schedule = model, task, schedule
-        self.records: list[dict[str, Any]] = []
+        self.records = Records()
         self._loggers = Loggers(loggers)
         self._budget = Budget(max_fraction, own.clock)
         history = own.history
@@ -222,6 +223,9 @@ class CurvatureMonitor:
             failed=failed,
             last_step=self._last,
         )
+
+    def _repr_html_(self) -> str:
+        return records_html(f"Curvature of {type(unwrap(self.model)).__name__}", self.records)
 
     @property
     def pairs(self) -> Eigenpairs | None:

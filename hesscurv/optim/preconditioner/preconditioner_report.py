@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from hesscurv.interface.notebook_html import Points, draw_points, notebook_html
 from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
 
 _LITTLE_TO_GAIN = 2.0
@@ -67,6 +68,28 @@ class PreconditionerReport:
     def refresh_fraction(self) -> float:
         """The share of the time that refreshes took."""
         return self.refresh_seconds / max(self.seconds, 1e-9)
+
+    def _repr_html_(self) -> str:
+        """Show the numbers, and the eigenvalues by rank."""
+        facts = {
+            "steps": self.steps,
+            "refreshes": self.refreshes,
+            "failures": self.failures,
+            "products": self.num_matvecs,
+            "time in refreshes": f"{self.refresh_fraction:.1%}",
+            "damping": self.damping,
+            "stable rate": self.stable_rate,
+            "with it": self.stable_rate_after,
+        }
+        if self.last_failure:
+            facts["last failure"] = self.last_failure
+        values = self.eigenvalues
+        line = Points("eigenvalues", range(1, len(values) + 1), [abs(v) for v in values])
+        return notebook_html(
+            "Preconditioned optimizer",
+            facts,
+            drawing=draw_points([line], x="rank", y="|eigenvalue|", logarithmic=True),
+        )
 
     def __str__(self) -> str:
         """Tell it in two to four lines."""

@@ -91,7 +91,9 @@ def prune_model(
             free memory, which is logged.
         weights: The weights to prune, see `find_weights`; default all prunable ones.
         generator: A CPU generator for the random signs; default one seeded with 0.
-        progress: Whether to show a progress bar.
+        progress: Whether to show a progress bar in a terminal or a notebook: steps, sparsity, loss,
+            the expected end, the memory in use. Elsewhere nothing is printed: the same goes to the
+            logger "hesscurv", level INFO, at most every 30 seconds.
         options: Schedule of the sparsity, compensation, kind of the curvature, calibration set, and
             what is reported; default `PruningOptions()`.
 

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from hesscurv.interface.notebook_html import Points, draw_points, notebook_html
+
 # Weights shown in the table, which has ten lines with its header.
 _MOST_LINES = 7
 
@@ -212,6 +214,32 @@ class PruningReport:
         if more := len(self.layers) - len(shown):
             lines.append(f"... and {more} smaller ones; all are in `layers`, and in to_dict()")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Show the summary, the loss by sparsity, and the largest weights."""
+        facts = {
+            "kept": f"{self.kept:,} of {self.numel:,}",
+            "sparsity": self.sparsity,
+            "loss before": self.dense_loss,
+            "loss": self.loss,
+            "loss by magnitude": self.magnitude_loss,
+            "recalibrated": self.recalibrated_loss,
+            "gradients": self.gradients,
+            "seconds": self.seconds,
+        }
+        sparsities = [0.0, *(stage.sparsity for stage in self.stages)]
+        losses = [self.dense_loss, *(stage.loss for stage in self.stages)]
+        line = Points("loss", sparsities, losses, joined=True)
+        return notebook_html(
+            f"Pruned by {self.method}",
+            {name: value for name, value in facts.items() if value is not None},
+            drawing=draw_points([line], x="sparsity", y="calibration loss"),
+            columns=("weight", "kept", "of", "sparsity", "predicted", "true"),
+            rows=[
+                (w.name, w.kept, w.numel, w.sparsity, w.predicted_change, w.true_change)
+                for w in sorted(self.layers, key=lambda layer: -layer.numel)
+            ],
+        )
 
     def _summary(self) -> str:
         return (

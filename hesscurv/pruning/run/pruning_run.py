@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
-from hesscurv.linalg.device_memory import free_memory
+from hesscurv.interface.progress_bar import ProgressBar
+from hesscurv.linalg.device_memory import free_memory, used_memory
 from hesscurv.linalg.woodbury import SupportSystem
 from hesscurv.objective.objective import Objective
 from hesscurv.objective.parameters import layout_of
@@ -150,9 +151,11 @@ class PruningRun:
         if not math.isfinite(loss):
             raise ValueError("expected a finite loss on the calibration set, got NaN or inf")
         stages: list[StageReport] = []
-        with tqdm(total=len(path), disable=not progress, desc="pruning", unit="step") as bar:
+        memory = partial(used_memory, self.objective.device)
+        with ProgressBar(len(path), "pruning", " steps", progress, memory) as bar:
             for number, end in enumerate(path):
                 if number % steps_per_stage == 0 and self.needs_curvature:
+                    bar.show(note="measuring curvature", at_once=True)
                     self._measure()
                 before = loss
                 loss, predicted, mu = self._step(end)
@@ -169,8 +172,7 @@ class PruningRun:
                 )
                 if on_step is not None:
                     on_step(stages[-1], self.layout.split(self.values))
-                bar.set_postfix_str(f"sparsity {stages[-1].sparsity:.3f}, loss {loss:.4g}")
-                bar.update()
+                bar.update(note=f"sparsity {stages[-1].sparsity:.3f}, loss {loss:.4g}")
         self._system = None
         method, magnitude_loss = self.method, loss
         if self.method != "magnitude" or self.compensate:
