@@ -134,7 +134,7 @@ class ForeignOperator(LinearOperator):
         }
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
-        # Products come without a graph, but one that is a second backward pass has to record its own.
+        # The result has no graph, but a product by a second backward pass has to record one.
         with full_precision(self.device), torch.enable_grad():
             out = self._operator @ vectors_DB
         like = isinstance(out, Tensor) and out.shape == vectors_DB.shape
