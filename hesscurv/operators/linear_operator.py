@@ -75,7 +75,10 @@ class LinearOperator(ABC):
 
     @abstractmethod
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
-        """Apply the operator to the columns of a checked block (D, b)."""
+        """Apply the operator to the columns of a checked block (D, b).
+
+        Runs in no-grad mode: a product by autograd belongs under `torch.enable_grad`.
+        """
 
     @uncompiled
     def __matmul__(self, other: Tensor) -> Tensor:

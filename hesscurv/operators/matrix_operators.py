@@ -145,7 +145,8 @@ class ForeignOperator(LinearOperator):
         }
 
     def _matmat(self, vectors_DB: Tensor) -> Tensor:
-        with full_precision(self.device):
+        # The result has no graph, but a product by a second backward pass has to record one.
+        with full_precision(self.device), torch.enable_grad():
             out = self._operator @ vectors_DB
         like = isinstance(out, Tensor) and out.shape == vectors_DB.shape
         if not like or out.dtype != self.dtype or out.device != vectors_DB.device:

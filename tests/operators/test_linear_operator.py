@@ -6,7 +6,7 @@ import cases
 import pytest
 import torch
 
-from hesscurv import HessianOperator
+from hesscurv import HessianOperator, eigsh
 from hesscurv.operators import DenseOperator, LinearOperator, as_linear_operator
 
 
@@ -108,6 +108,26 @@ def test_an_object_with_a_shape_and_products_is_an_operator():
     assert isinstance(operator, LinearOperator)
     torch.testing.assert_close(operator.to_dense(), A, rtol=0, atol=0)
     assert operator.num_matvecs == 6
+
+
+def test_a_product_by_autograd_records_its_graph_and_returns_none():
+    A, w = symmetric(), torch.ones(6, dtype=torch.float64, requires_grad=True)
+
+    class ByBackward(Foreign):
+        def __matmul__(self, other):
+            (slope,) = torch.autograd.grad(w @ A @ w / 2, w, create_graph=True)
+            columns = other.unbind(1) if other.ndim == 2 else [other]
+            found = [torch.autograd.grad(slope, w, c, create_graph=True)[0] for c in columns]
+            return torch.stack(found, 1) if other.ndim == 2 else found[0]
+
+    operator = as_linear_operator(ByBackward(A, dtype=A.dtype))
+    V = torch.randn(6, 3, dtype=torch.float64)
+    with torch.no_grad():
+        product = operator @ V
+    torch.testing.assert_close(product, A @ V)
+    assert not product.requires_grad
+    largest = torch.linalg.eigvalsh(A).abs().max()
+    torch.testing.assert_close(eigsh(operator, 1).eigenvalues.abs()[0], largest)
 
 
 def test_without_dtype_and_device_it_is_float32_on_the_cpu():
