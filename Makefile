@@ -68,11 +68,11 @@ lint: $(VENV)/.has-dev
 	    { echo 'Not formatted. Run: $(IN_VENV) -m ruff format .'; exit 1; }
 	@$(IN_VENV) -m mypy hesscurv integrations
 
-# Any warning fails: a block of code with an error, a broken link, a missing reference. Pages run on two
-# threads at most, as their 60 seconds are meant.
-docs: export OMP_NUM_THREADS ?= 2
+# Any warning fails: a block of code with an error, a broken link, a missing reference. Pages run on one
+# thread: their nets are small.
+docs: export OMP_NUM_THREADS ?= 1
 docs: export NO_MKDOCS_2_WARNING = 1
-docs: $(VENV)/.has-docs
+docs: $(VENV)/.has-docs $(VENV)/.curvlinops
 	@$(IN_VENV) examples/guide/site_checks.py sources
 	@$(IN_VENV) -m mkdocs build --clean --strict -f examples/guide/mkdocs.yml $(ARGS)
 	@$(IN_VENV) examples/guide/site_checks.py site
@@ -125,6 +125,13 @@ $(VENV)/.has-%: $(VENV)/.made pyproject.toml $(CONSTRAINTS)
 	@echo "Installing hesscurv[$*] into $(VENV) (minutes, the first time)"
 	@$(IN_VENV) -m pip install -qq --disable-pip-version-check \
 	    -c $(CONSTRAINTS) -e '.[$*]'
+	@touch $@
+
+# curvlinops alone: what it names as needed brings a torchvision, and with it another torch, for one of
+# its examples.
+$(VENV)/.curvlinops: $(VENV)/.has-docs
+	@$(IN_VENV) -m pip install -qq --disable-pip-version-check --no-deps -c $(CONSTRAINTS) \
+	    curvlinops-for-pytorch backpack-for-pytorch einconv unfoldNd einops linear_operator opt_einsum
 	@touch $@
 
 # Some systems ship Python without ensurepip: there the pip at hand installs the environment's own.

@@ -26,7 +26,7 @@ FIELDS = {
     PreconditionerOptions: "drift_tol check_every mode rate_fraction max_growth tol process_group "
     "operator_options",
     NewtonOptions: "refresh_tol refresh_matvecs adapt_damping damping_bounds sufficient_decrease "
-    "backtracking max_backtracks damping_search vectorize",
+    "backtracking max_backtracks damping_search solver vectorize",
 }
 OF_OPERATORS = "compute_dtype way memory_budget check process_group precision"
 

@@ -160,7 +160,7 @@ class SampleWeights:
                 for s, c in zip(sums[parts], counted[parts], strict=True)
                 if s is not None
             ]
-            rows = torch.full((len(layer.own_weights),), -1, device=values.device)
+            rows = torch.full((len(layer.own_weights),), -1, dtype=torch.long, device=values.device)
             out.append(rows)
             if not pairs:
                 continue
@@ -229,7 +229,7 @@ def _group(found: list[list[Tensor]], numbers: list[Tensor], total: int) -> RowP
                 break
         else:
             groups.append(list(rows_of_layers))
-            weights.append(torch.zeros(total, device=own.device))
+            weights.append(torch.zeros(total, dtype=torch.float64, device=own.device))
             weights[-1][own] = 1
     return RowPlaces(weights, groups)
 
