@@ -57,8 +57,11 @@ def on_post_build(config: Any) -> None:
     config.extra["workplace"].cleanup()
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Start the clock of a page, whose code runs while it is rendered."""
+def on_page_markdown(markdown: str, page: Any, config: Any, **_: Any) -> str:
+    """Give a page a folder of its own, and start its clock: its code runs while it is rendered."""
+    folder = Path(config.extra["workplace"].name) / Path(page.file.src_uri).with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    os.chdir(folder)
     started[page.file.src_uri] = time.process_time()
     return markdown
 
