@@ -133,14 +133,9 @@ def scipy_eigenpairs(H, net, batches, k):
 
     On one thread, as hesscurv here: more gain nothing on vectors of this length.
     """
-
-    def product(v):
-        return (H @ torch.from_numpy(np.array(v, dtype=np.float32)).flatten()).numpy()
-
-    operator = scipy.sparse.linalg.LinearOperator(H.shape, matvec=product, dtype=np.float32)
     start = np.random.default_rng(0).standard_normal(H.shape[0], dtype=np.float32)
     with threadpool_limits(1):
-        values, V = scipy.sparse.linalg.eigsh(operator, k, v0=start, tol=1e-3)
+        values, V = scipy.sparse.linalg.eigsh(H.to_scipy(), k, v0=start, tol=1e-3)
     order = np.argsort(-np.abs(values))
     return torch.from_numpy(values[order]), torch.from_numpy(V[:, order])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -24,6 +24,7 @@ from hesscurv.optim.newton.closure_derivatives import explain_closure, may_lack_
 from hesscurv.optim.snapshot import RandomState
 
 Closure = Callable[[], Any]
+Loss = TypeVar("Loss")  # what a closure returns
 
 
 @dataclass

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hesscurv.interface.notebook_html import Points, draw_points, notebook_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Weights shown in the table, which has ten lines with its header.
 _MOST_LINES = 7
@@ -99,7 +102,7 @@ class PruningReport:
         """Return the report with the loss after recalibration of batch-norm statistics."""
         return replace(self, recalibrated_loss=loss)
 
-    def plot(self, axes: Any = None) -> Any:
+    def plot(self, axes: Any = None) -> Figure:
         """Draw the calibration loss against sparsity, and the density of each layer.
 
         Args:
