@@ -214,16 +214,23 @@ def plot(rows, k, D, path, reference_name, with_paper):
     by_k.set_title("Overlap against k, block Krylov")
     by_k.legend()
 
-    for sign, color, name in ((1, blue, "positive"), (-1, red, "negative")):
-        for key, look, source in (
-            ("eigenvalues", "-", reference_name.partition(" (")[0]),
+    last["krylov_eigenvalues"] = last["pairs"].eigenvalues
+    if "sketched_eigenvalues" in last:
+        curves = [
+            ("eigenvalues", "-", "exact"),
             ("sketched_eigenvalues", "--", "single pass, k / 2k"),
-        ):
-            if key not in last:
-                continue
+        ]
+    else:
+        curves = [
+            ("krylov_eigenvalues", "-", "block Krylov"),
+            ("eigenvalues", "k:", "SciPy's eigsh"),
+        ]
+    for sign, color, name in ((1, blue, "positive"), (-1, red, "negative")):
+        for key, look, source in curves:
             values = sign * last[key][sign * last[key] > 0]
             ranks = range(1, len(values) + 1)
-            spectrum.plot(ranks, values, look, color=color, label=f"{name}, {source}")
+            style = {} if look[0] == "k" else {"color": color}
+            spectrum.plot(ranks, values, look, label=f"{name}, {source}", **style)
     floor = float(last["pairs"].residuals.max())
     spectrum.axhline(floor, linestyle=":", color=grey)
     spectrum.text(1, 1.3 * floor, "largest residual, block Krylov", fontsize=9, color="#555555")
