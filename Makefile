@@ -81,7 +81,7 @@ docs: $(VENV)/.has-docs $(VENV)/.curvlinops
 # The sdist is built first, and the wheel from it: both hold the same.
 dist: $(VENV)/.has-dev
 	@rm -rf build dist hesscurv.egg-info
-	@$(IN_VENV) -m build --quiet --outdir dist .
+	@$(IN_VENV) -m build --outdir dist .
 	@ls -l dist
 
 # In an environment of its own: a library that is compared with brings a torchvision along, which need

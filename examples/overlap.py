@@ -133,14 +133,9 @@ def scipy_eigenpairs(H, net, batches, k):
 
     On one thread, as hesscurv here: more gain nothing on vectors of this length.
     """
-
-    def product(v):
-        return (H @ torch.from_numpy(np.array(v, dtype=np.float32)).flatten()).numpy()
-
-    operator = scipy.sparse.linalg.LinearOperator(H.shape, matvec=product, dtype=np.float32)
     start = np.random.default_rng(0).standard_normal(H.shape[0], dtype=np.float32)
     with threadpool_limits(1):
-        values, V = scipy.sparse.linalg.eigsh(operator, k, v0=start, tol=1e-3)
+        values, V = scipy.sparse.linalg.eigsh(H.to_scipy(), k, v0=start, tol=1e-3)
     order = np.argsort(-np.abs(values))
     return torch.from_numpy(values[order]), torch.from_numpy(V[:, order])
 
@@ -219,16 +214,23 @@ def plot(rows, k, D, path, reference_name, with_paper):
     by_k.set_title("Overlap against k, block Krylov")
     by_k.legend()
 
-    for sign, color, name in ((1, blue, "positive"), (-1, red, "negative")):
-        for key, look, source in (
-            ("eigenvalues", "-", reference_name.partition(" (")[0]),
+    last["krylov_eigenvalues"] = last["pairs"].eigenvalues
+    if "sketched_eigenvalues" in last:
+        curves = [
+            ("eigenvalues", "-", "exact"),
             ("sketched_eigenvalues", "--", "single pass, k / 2k"),
-        ):
-            if key not in last:
-                continue
+        ]
+    else:
+        curves = [
+            ("krylov_eigenvalues", "-", "block Krylov"),
+            ("eigenvalues", "k:", "SciPy's eigsh"),
+        ]
+    for sign, color, name in ((1, blue, "positive"), (-1, red, "negative")):
+        for key, look, source in curves:
             values = sign * last[key][sign * last[key] > 0]
             ranks = range(1, len(values) + 1)
-            spectrum.plot(ranks, values, look, color=color, label=f"{name}, {source}")
+            style = {} if look[0] == "k" else {"color": color}
+            spectrum.plot(ranks, values, look, label=f"{name}, {source}", **style)
     floor = float(last["pairs"].residuals.max())
     spectrum.axhline(floor, linestyle=":", color=grey)
     spectrum.text(1, 1.3 * floor, "largest residual, block Krylov", fontsize=9, color="#555555")

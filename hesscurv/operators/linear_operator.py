@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from hesscurv.interface.descriptions import Words, describe_object, inherit_argu
 from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.linalg.precision import require_float64
 from hesscurv.linalg.transfers import all_finite
+
+if TYPE_CHECKING:
+    from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
 
 
 class LinearOperator(ABC):
@@ -51,7 +54,7 @@ class LinearOperator(ABC):
         self.dtype = dtype
         self.device = torch.device(device)
         require_float64(self.device)
-        self.num_matvecs = 0
+        self.num_matvecs: int = 0
         self.communicator = Communicator()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -256,14 +259,14 @@ class LinearOperator(ABC):
             dense[:, start:stop] = self @ unit
         return (dense + dense.mT) / 2
 
-    def to_scipy(self) -> Any:
+    def to_scipy(self) -> ScipyLinearOperator:
         """Return a `scipy.sparse.linalg.LinearOperator` over NumPy vectors (needs SciPy).
 
         Raises:
             ImportError: If SciPy is not installed.
         """
         try:
-            from scipy.sparse.linalg import LinearOperator as ScipyLinearOperator
+            from scipy.sparse import linalg
         except ImportError as error:
             raise ImportError("to_scipy needs SciPy: pip install 'hesscurv[bench]'") from error
 
@@ -273,7 +276,7 @@ class LinearOperator(ABC):
             return (self @ tensor).cpu().numpy()
 
         numpy_dtype = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
-        return ScipyLinearOperator(
+        return linalg.LinearOperator(
             shape=tuple(self.shape), matvec=apply, rmatvec=apply, matmat=apply, dtype=numpy_dtype
         )
 

@@ -45,7 +45,7 @@ class SymmetricOperator(Protocol):
     def device(self) -> Any:
         """Return the vectors' device."""
 
-    def __matmul__(self, vectors: Tensor) -> Tensor:
+    def __matmul__(self, vectors: Tensor, /) -> Tensor:
         """Return the product with a vector (D,) or a block (D, b)."""
 
 

@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +44,7 @@ from hesscurv.optim.group_settings import (
     own_settings,
     write_to_groups,
 )
+from hesscurv.optim.newton.closure_loss import Loss
 from hesscurv.optim.preconditioner.damped_steps import DampedUpdate, damp_gradient
 from hesscurv.optim.preconditioner.eigenspace_refresh import EigenspaceRefresh
 from hesscurv.optim.preconditioner.eigenspace_tracker import EigenspaceTracker
@@ -263,6 +264,11 @@ class PreconditionedOptimizer(Optimizer):
         self._follow_parameters()
 
     # -- steps ----------------------------------------------------------------------------------
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @uncompiled
     @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -15,12 +15,15 @@ from hesscurv.plots import canvas
 from hesscurv.plots.hover import Value, brief, show_cells, show_values
 from hesscurv.plots.records import Record, as_records, failed, having, number
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _LONGEST_NAME, _LONGEST_WHOLE = 34, 80
 _ROW = 0.2  # inches for a row with a name
 _TALLEST = 15.0
 
 
-def leverage(source: Any, ax: Any = None) -> Any:
+def leverage(source: Any, ax: Any = None) -> Axes:
     """Draw the share of the top eigenspace that each parameter carries.
 
     The leverage of a weight is the squared length of its axis projected onto the space; the shares
@@ -60,7 +63,7 @@ def leverage(source: Any, ax: Any = None) -> Any:
     return ax
 
 
-def sparsity(source: Any, ax: Any = None) -> Any:
+def sparsity(source: Any, ax: Any = None) -> Axes:
     """Draw the fraction of each parameter that is zero, or pruned.
 
     Args:
@@ -104,7 +107,7 @@ def by_parameter(
     *,
     label: str | None = None,
     limits: tuple[float, float] | None = None,
-) -> Any:
+) -> Axes:
     """Draw any number of each parameter: bars of one record, a heat map of several.
 
     Args:

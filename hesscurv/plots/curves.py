@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hesscurv.plots import canvas
 from hesscurv.plots.records import Record, as_records, failed, number, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 # Axis labels of quantities whose key is not descriptive.
 _NAMES = {
@@ -27,7 +30,7 @@ def name_of(quantity: str) -> str:
     return _NAMES.get(quantity, quantity.replace("_", " "))
 
 
-def by_step(records: Iterable[Record], quantity: str, ax: Any = None, *, label: str = "") -> Any:
+def by_step(records: Iterable[Record], quantity: str, ax: Any = None, *, label: str = "") -> Axes:
     """Draw a scalar quantity of the records against the training step.
 
     A trace is drawn with a band of two standard errors. The line breaks, with a mark, at failed
@@ -79,7 +82,7 @@ def by_step(records: Iterable[Record], quantity: str, ax: Any = None, *, label: 
     return ax
 
 
-def sharpness(records: Iterable[Record], ax: Any = None) -> Any:
+def sharpness(records: Iterable[Record], ax: Any = None) -> Axes:
     r"""Draw the sharpness against the training step, together with 2 / learning rate.
 
     Full-batch gradient descent drives the sharpness :math:`\lambda_{max}` up to the edge of

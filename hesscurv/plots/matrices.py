@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hesscurv.plots import canvas
 from hesscurv.plots.by_parameter import name_steps
 from hesscurv.plots.hover import show_cells
 from hesscurv.plots.records import Record, as_records, failed, missing, number
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _MOST_WITH_NUMBERS = 8
 
 
-def space_overlaps(records: Iterable[Record], ax: Any = None) -> Any:
+def space_overlaps(records: Iterable[Record], ax: Any = None) -> Axes:
     """Draw the overlap of the eigenspaces of every two measurements as a matrix.
 
     A space that stops changing shows as a bright block from there on. Pairs that were not measured
@@ -45,7 +48,7 @@ def space_overlaps(records: Iterable[Record], ax: Any = None) -> Any:
     return ax
 
 
-def mask_ious(records: Iterable[Record], ax: Any = None) -> Any:
+def mask_ious(records: Iterable[Record], ax: Any = None) -> Axes:
     """Draw the intersection over union of the masks of every two measurements as a matrix.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,6 +14,9 @@ from hesscurv.metrics import overlap_by_k as compute_overlap_by_k
 from hesscurv.plots import canvas
 from hesscurv.plots.curves import curve
 from hesscurv.plots.records import Record, as_records, failed, having, number, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 _MOST_IN_LEGEND = 6
 _CHANCE = "chance ± 3 std, k / D"
@@ -26,7 +29,7 @@ def overlap_by_k(
     *,
     num_parameters: int | None = None,
     label: str = "overlap",
-) -> Any:
+) -> Axes:
     """Draw the overlap of the top-k mask with the top-k eigenspace against k.
 
     The chance level k / D is dashed, with a band of three standard deviations.
@@ -102,7 +105,7 @@ def overlap_by_k(
     return ax
 
 
-def overlap_by_step(records: Iterable[Record], ax: Any = None, *, label: str = "overlap") -> Any:
+def overlap_by_step(records: Iterable[Record], ax: Any = None, *, label: str = "overlap") -> Axes:
     """Draw the overlap of magnitude mask and eigenspace against the training step.
 
     The chance level is dashed, with a band of three standard deviations.

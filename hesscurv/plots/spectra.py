@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -13,11 +13,14 @@ from hesscurv.plots import canvas
 from hesscurv.plots.hover import Value, brief, show_values
 from hesscurv.plots.records import Record, as_records, having, missing, number
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
 _SIGNS = ((1, canvas.BLUE, "o", "positive"), (-1, canvas.RED, "v", "negative"))
 _NOT_CONVERGED = {canvas.BLUE: canvas.SKY, canvas.RED: canvas.ORANGE}
 
 
-def spectrum(pairs: Eigenpairs | Tensor | Record, ax: Any = None) -> Any:
+def spectrum(pairs: Eigenpairs | Tensor | Record, ax: Any = None) -> Axes:
     r"""Draw the magnitude of each eigenvalue, by sign, with its residual.
 
     The residual :math:`\|H v_i - \lambda_i v_i\|` bounds the error of :math:`\lambda_i`: values
@@ -94,7 +97,7 @@ def spectrum(pairs: Eigenpairs | Tensor | Record, ax: Any = None) -> Any:
     return ax
 
 
-def eigenvalues(records: Iterable[Record], ax: Any = None) -> Any:
+def eigenvalues(records: Iterable[Record], ax: Any = None) -> Axes:
     """Draw the magnitude of all measured eigenvalues, by sign, against the training step.
 
     Args:

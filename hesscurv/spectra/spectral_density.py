@@ -97,7 +97,9 @@ class SpectralDensity:
         drawing = ""
         if self.nodes.numel():
             grid = self.grid(200)
-            line = Points("density", grid.tolist(), self.density(grid).value.tolist(), joined=True)
+            values = self.density(grid).value
+            values = values.clamp(min=1e-6 * float(values.max()))  # Gaussian tails say nothing
+            line = Points("density", grid.tolist(), values.tolist(), joined=True)
             drawing = draw_points([line], x="eigenvalue", y="density", logarithmic=True)
         return notebook_html("Spectral density", facts, drawing=drawing)
 

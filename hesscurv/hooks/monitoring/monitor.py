@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -317,7 +318,7 @@ class CurvatureMonitor:
         """Announce that weights were pruned: the next record has ``event`` "pruned"."""
         self.notify("pruned")
 
-    def report(self, path: str | os.PathLike[str], **options: Any) -> Any:
+    def report(self, path: str | os.PathLike[str], **options: Any) -> Path:
         """Write the records as a page with figures; see `plots.monitor_report.write_report`.
 
         Args:

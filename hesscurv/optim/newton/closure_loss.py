@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
@@ -26,6 +26,7 @@ from hesscurv.optim.newton.residual_jacobian import RowPlaces, SampleWeights
 from hesscurv.optim.snapshot import RandomState
 
 Closure = Callable[[], Any]
+Loss = TypeVar("Loss")  # what a closure returns
 
 
 @dataclass

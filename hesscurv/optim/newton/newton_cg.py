@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.linalg.random_matrices import draw_seed
 from hesscurv.optim.newton.closure_gauss_newton import ClosureGaussNewton
 from hesscurv.optim.newton.closure_hessian import ClosureHessian
-from hesscurv.optim.newton.closure_loss import Closure, ClosureLoss, LossGraph
+from hesscurv.optim.newton.closure_loss import Closure, ClosureLoss, Loss, LossGraph
 from hesscurv.optim.newton.conjugate_gradients import (
     NewtonDirection,
     ensure_descent,
@@ -208,6 +208,11 @@ class NewtonCG(Optimizer):
         except BaseException:
             self.param_groups.pop()
             raise
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], Loss]) -> Loss: ...
 
     @uncompiled
     @torch.no_grad()

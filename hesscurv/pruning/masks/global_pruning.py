@@ -16,7 +16,7 @@ from hesscurv.pruning.weights import Weight, check_prunable, current_mask
 def curvature_global(
     parameters: Iterable[tuple[nn.Module, str]],
     amount: float,
-    importance_scores: Mapping[tuple[nn.Module, str], Tensor],
+    importance_scores: Mapping[Weight, Tensor] | Mapping[tuple[nn.Module, str], Tensor],
 ) -> None:
     """Prune the entries of lowest score over several tensors together, in place.
 

@@ -7,7 +7,7 @@ on an error; and leave a pruned module that can be copied at once.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,8 @@ from hesscurv.pruning.ranking import as_scores, check_amount, check_int, check_s
 from hesscurv.pruning.rollback import unchanged_on_error
 from hesscurv.pruning.weight_axes import axes_of, check_groups_of_inputs, output_dimension
 from hesscurv.pruning.weights import check_prunable, refresh_, restore_hook_
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class _CurvatureMethod(Described, prune.BasePruningMethod):
@@ -291,8 +293,8 @@ class CurvatureNM(_CurvatureMethod):
 
 
 def curvature_unstructured(
-    module: nn.Module, name: str, amount: float, importance_scores: Tensor
-) -> nn.Module:
+    module: Module, name: str, amount: float, importance_scores: Tensor
+) -> Module:
     """Prune the entries of lowest score of one tensor, in place.
 
     Args:
@@ -326,12 +328,12 @@ def curvature_unstructured(
 
 
 def curvature_structured(
-    module: nn.Module,
+    module: Module,
     name: str,
     amount: float,
     dim: int | None = None,
     importance_scores: Tensor | None = None,
-) -> nn.Module:
+) -> Module:
     """Prune the slices of lowest score along one dimension of a tensor, in place.
 
     ``score of slice i = sum of the scores in it that are not yet pruned``
@@ -371,14 +373,14 @@ def curvature_structured(
 
 
 def curvature_nm(
-    module: nn.Module,
+    module: Module,
     name: str,
     n: int,
     m: int,
     importance_scores: Tensor,
     *,
     dim: int | None = None,
-) -> nn.Module:
+) -> Module:
     """Keep n of every m consecutive entries along the inputs of a tensor, in place.
 
     Args:

@@ -6,9 +6,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hesscurv.interface.notebook_html import Points, draw_points, notebook_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Weights shown in the table, which has ten lines with its header.
 _MOST_LINES = 7
@@ -149,7 +152,7 @@ class PruningReport:
 
         return write_pruning_report(self, path, title=title, accuracy=accuracy)
 
-    def plot(self, axes: Any = None) -> Any:
+    def plot(self, axes: Any = None) -> Figure:
         """Draw the calibration loss against sparsity, and the density of each layer.
 
         Args:
