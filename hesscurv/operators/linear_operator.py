@@ -266,7 +266,7 @@ class LinearOperator(ABC):
             ImportError: If SciPy is not installed.
         """
         try:
-            from scipy.sparse import linalg
+            from scipy.sparse.linalg import LinearOperator as OperatorOfScipy
         except ImportError as error:
             raise ImportError("to_scipy needs SciPy: pip install 'hesscurv[bench]'") from error
 
@@ -276,7 +276,7 @@ class LinearOperator(ABC):
             return (self @ tensor).cpu().numpy()
 
         numpy_dtype = torch.empty(0, dtype=self.dtype, device="cpu").numpy().dtype
-        return linalg.LinearOperator(
+        return OperatorOfScipy(
             shape=tuple(self.shape), matvec=apply, rmatvec=apply, matmat=apply, dtype=numpy_dtype
         )
 
