@@ -9,9 +9,3 @@ README = Path(__file__).parent.parent / "README.md"
 def readme_blocks() -> list[str]:
     """All of them, in order."""
     return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-
-
-def readme_block(name: str) -> str:
-    """The one that imports a name."""
-    (block,) = [block for block in readme_blocks() if f"import {name} " in block]
-    return block

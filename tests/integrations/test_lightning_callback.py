@@ -6,7 +6,6 @@ import random
 import numpy
 import pytest
 import torch
-from readme_blocks import readme_block
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -297,11 +296,11 @@ def test_batches_go_through_the_modules_transfer_hooks(tmp_path):
     assert given.records[0]["loss"] == by_hand.records[0]["loss"]
 
 
-def test_the_example_in_the_readme(tmp_path, monkeypatch):
+def test_a_plain_call(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {"hesscurv": hesscurv, "lightning": lightning, "module": Net(), "loader": loader()}
-    exec(readme_block("CurvatureCallback"), names)
-    assert [r["step"] for r in names["watch"].records] == [0]
+    watch = CurvatureCallback(k=10, schedule=every(100))
+    lightning.Trainer(max_epochs=1, callbacks=[watch]).fit(Net(), loader())
+    assert [r["step"] for r in watch.records] == [0]
 
 
 class Stream(IterableDataset):

@@ -6,7 +6,6 @@ import shutil
 import numpy
 import pytest
 import torch
-from readme_blocks import readme_block
 from torch import nn
 from torch.utils.data import IterableDataset
 
@@ -221,14 +220,14 @@ def test_the_learning_rate_is_the_schedulers(tmp_path):
     assert got == [(s, pytest.approx(0.01 * (1 - s / 6))) for s in (0, 3, 6)]
 
 
-def test_the_example_in_the_readme(tmp_path):
+def test_a_plain_call(tmp_path):
     arguments = TrainingArguments(
         str(tmp_path), max_steps=2, use_cpu=True, report_to="none", dataloader_pin_memory=False
     )
-    names = {"hesscurv": hesscurv, "transformers": transformers, "args": arguments}
-    names |= {"model": language_model(), "data": tokens()}
-    exec(readme_block("CurvatureTrainerCallback"), names)
-    assert [r["step"] for r in names["watch"].records] == [0]
+    watch = CurvatureTrainerCallback(k=10, schedule=every(100))
+    model = language_model()
+    transformers.Trainer(model, arguments, train_dataset=tokens(), callbacks=[watch]).train()
+    assert [r["step"] for r in watch.records] == [0]
 
 
 class Stream(IterableDataset):

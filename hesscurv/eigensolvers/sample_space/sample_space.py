@@ -68,7 +68,7 @@ class SampleSpace:
                     f"{n:,}; take fewer samples, or method='block_krylov'"
                 )
             values, vectors = torch.linalg.eigh(self.rows.gram())
-        self.eigenvalues = values.flip(0).clamp(min=0)
+        self.eigenvalues: Tensor = values.flip(0).clamp(min=0)
         self._vectors_nn = vectors.flip(1)
 
     def __repr__(self) -> str:
