@@ -163,5 +163,5 @@ def _residuals(rows: SampleRows, V_kD: Tensor, values: Tensor, W_nk: Tensor) -> 
         product_kP = V_kD.new_empty(len(V_kD), parameter.numel)
         parameter.combine_into(product_kP, weights_nk)
         product_kP -= values.to(V_kD).unsqueeze(1) * V_kD[:, place]
-        square_k += product_kP.double().square().sum(1)
+        square_k += torch.linalg.vector_norm(product_kP, dim=1, dtype=torch.float64).square()
     return square_k.sqrt()

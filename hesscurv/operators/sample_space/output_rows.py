@@ -50,8 +50,12 @@ def root_columns(curvature: LinearMap, outputs: Tensor) -> Tensor:
             "sample, got one that couples samples"
         )
     values, vectors = torch.linalg.eigh((blocks_nqq + blocks_nqq.mT) / 2)
-    floor = 10 * values.shape[-1] * torch.finfo(z.dtype).eps * values.abs().amax(-1, keepdim=True)
-    if bool((values < -floor).any()):
+    # Rounding is that of numbers of order one, also where a sample's curvature is tiny: a confident
+    # classifier's is.
+    eps, largest = torch.finfo(z.dtype).eps, values.abs().amax()
+    rounding = 10 * values.shape[-1] * eps
+    floor = (rounding * values.abs().amax(-1, keepdim=True)).clamp(min=float(eps * largest))
+    if bool((values < -rounding * largest).any()):
         raise NoRowsError(
             "expected a loss that is convex in the outputs, got a Hessian in these with negative "
             "eigenvalues: J^T C J has no real rows"

@@ -24,9 +24,9 @@ ALL = [
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}  # sums of some hundred terms in float64
 
 
-def products_of(rows, dim):
+def products_of(rows, dim, dtype=torch.float64):
     """R V of the identity, and the matrix R^T R that it makes."""
-    R_nD = rows.apply(torch.eye(dim, dtype=torch.float64))
+    R_nD = rows.apply(torch.eye(dim, dtype=dtype))
     return R_nD, R_nD.mT @ R_nD
 
 
@@ -219,6 +219,20 @@ def test_a_root_reproduces_a_block_diagonal_curvature(shape):
     assert len(columns) == 2  # its rank
     flat = columns.reshape(len(columns), n, dim)
     torch.testing.assert_close(torch.einsum("cnp,cnq->npq", flat, flat), blocks, **CLOSE)
+
+
+def test_a_confident_classifier_has_rows():
+    # In float32 the curvature of its outputs is rounding, with eigenvalues of both signs.
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5))
+    with torch.no_grad():
+        net[2].weight *= 30
+    x = torch.randn(40, 6)
+    batch = (torch.cat([x, 1e-2 * x]), net(torch.cat([x, x])).argmax(1))
+    operator = GGNOperator(net, hesscurv.supervised(nn.CrossEntropyLoss()), [batch])
+    dense = operator.to_dense().double()
+    matrix = products_of(SampleRows(operator), len(dense), torch.float32)[1]
+    assert float((matrix - dense).norm() / dense.norm()) < 1e-5
 
 
 def test_curvature_without_rows_is_refused():
