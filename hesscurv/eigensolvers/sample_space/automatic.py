@@ -7,6 +7,7 @@ import warnings
 from math import prod
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
@@ -91,5 +92,15 @@ def predicted_costs(H: CurvatureOperator, k: int) -> tuple[float, float]:
     matvecs = 1.25 * k + 30
     products = matvecs * (4.5 * forward + _OVERHEAD) + 2 * matvecs**2 * dim
     passes = 1 + columns * len(objective.batches.kept or [None])
-    gram = 0.6 * n**2 * dim + _EIGH * n**3
-    return (1 + columns) * forward + passes * _OVERHEAD + gram + 3 * n * k * dim, products
+    # Of linear layers that see one vector a sample, nothing of size n^2 D or n k D is computed.
+    factored = 0 if z.ndim > 2 else _numel_of_linear_layers(H)
+    multiplied_out = dim - factored
+    gram = 0.6 * n**2 * multiplied_out + _EIGH * n**3
+    vectors = 3 * k * (n * multiplied_out + samples * factored)
+    return (1 + columns) * forward + passes * _OVERHEAD + gram + vectors, products
+
+
+def _numel_of_linear_layers(H: CurvatureOperator) -> int:
+    own = {id(p): p.numel() for p in H.objective.model.parameters() if p.requires_grad}
+    layers = (m for m in H.objective.model.modules() if isinstance(m, nn.Linear))
+    return min(H.shape[0], sum(own.get(id(layer.weight), 0) for layer in layers))
