@@ -12,7 +12,7 @@ from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers.counted_operator import CountedOperator
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.linalg.precision import full_precision
-from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
+from hesscurv.linalg.random_matrices import default_generator, draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.matrix_operators import as_linear_operator
 
@@ -163,7 +163,7 @@ def a_posteriori_error(
         )
     if num_probes < 1:
         raise ValueError(f"expected num_probes >= 1, got {num_probes}")
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    generator = default_generator(generator)
     seed = draw_seed(generator) ^ _PROBE_SEED
     probes = make_test_matrix("gaussian", dim, num_probes, seed, H.dtype, H.device)
     V_Dk = whole(pairs.eigenvectors).to(H.device, H.dtype)

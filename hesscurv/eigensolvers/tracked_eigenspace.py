@@ -85,8 +85,3 @@ def refresh_eigenspace(
             block_size=block_size,
             verify=verify_cold and initial is None,
         ).gather()
-
-
-def narrow_block(count: int, least: int = 4) -> int:
-    """Return a block of 4 to 16, a quarter of the pairs: narrow ones need fewer matvecs."""
-    return min(count, max(least, min(16, count // 4)))

@@ -18,6 +18,7 @@ from hesscurv.integrations.importances.curvature_importance import (
 from hesscurv.integrations.importances.reader_rows import ReaderRows, reader_rows
 from hesscurv.integrations.importances.ridge import centred, relative_ridge, ridge_factor
 from hesscurv.integrations.importances.sample_rows import Rows, check_rows
+from hesscurv.linalg.random_matrices import default_generator
 from hesscurv.objective.objective import Objective
 from hesscurv.objective.parameters import ParamSelection, select_parameters
 from hesscurv.pruning.curvature.layer_inputs import has_covariance
@@ -111,7 +112,7 @@ class CompensatedImportance(CurvatureImportance):
         self._damping, self._exact = damping, exact
         self._kind, self._draws = rows, draws if rows == "ggn" else 1
         self._task, self._batches = task, batches
-        self._signs = generator or torch.Generator().manual_seed(0)
+        self._signs = default_generator(generator)
         chosen = set(select_parameters(self.model, params))
         # By name, since pruning replaces the parameters.
         self._layers = [

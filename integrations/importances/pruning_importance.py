@@ -27,6 +27,7 @@ from hesscurv.integrations.importances.curvature_importance import (
     Weights,
 )
 from hesscurv.integrations.importances.sample_rows import Rows, SampleRows, check_rows
+from hesscurv.linalg.random_matrices import default_generator
 from hesscurv.objective.parameters import ParamSelection, select_parameters
 
 if TYPE_CHECKING:
@@ -330,7 +331,7 @@ class FisherImportance(CurvatureImportance):
         check_rows(rows, draws, chunk_size)
         # By name, since pruning replaces the parameters.
         self._selected = tuple(select_parameters(self.model, params))
-        source = generator or torch.Generator().manual_seed(0)
+        source = default_generator(generator)
         self._measure = lambda: SampleRows(
             self.model,
             task,

@@ -14,6 +14,7 @@ from hesscurv.eigensolvers.krylov.plan import (
     check_sizes,
     expected_matvecs,
     identity,
+    narrow_block,
     newest_state,
     plan,
 )
@@ -22,6 +23,7 @@ from hesscurv.eigensolvers.krylov.run import KrylovRun
 from hesscurv.eigensolvers.krylov.space import KrylovSpace
 from hesscurv.eigensolvers.progress import Progress
 from hesscurv.interface.integers import as_int
+from hesscurv.linalg.random_matrices import default_generator
 from hesscurv.linalg.ritz import sides_of
 from hesscurv.operators.linear_operator import LinearOperator
 
@@ -137,7 +139,7 @@ def block_krylov(
     """
     k, (block_size, max_basis) = as_int("k", k), check_sizes(block_size, max_basis)
     sides_of(which)
-    generator = generator or torch.Generator().manual_seed(0)
+    generator = default_generator(generator)
     ranks, asked = H.communicator, {"block_size": block_size, "max_basis": max_basis}
     before, journal, state = generator.get_state(), None, None
     given = None if initial is None else tuple(initial.shape)
@@ -160,7 +162,7 @@ def block_krylov(
             with ranks.together("opening the checkpoint"):
                 journal = Checkpoint(checkpoint, marks, ranks.rank)
             state = newest_state(journal, H)
-        H.expect(expected_matvecs(k, block_size or min(16, max(4, k // 4))))
+        H.expect(expected_matvecs(k, block_size or narrow_block(k, H.shape[0])))
         if state is not None:
             # Resume with the same linearization: another one rounds differently.
             H.adopt(state["operator"])

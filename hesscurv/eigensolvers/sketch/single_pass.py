@@ -13,7 +13,12 @@ from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.sketch.ritz_result import ritz_result
 from hesscurv.interface.integers import as_int
 from hesscurv.linalg.orthogonalization import orthonormalize_
-from hesscurv.linalg.random_matrices import TestMatrix, draw_seed, make_test_matrix
+from hesscurv.linalg.random_matrices import (
+    TestMatrix,
+    default_generator,
+    draw_seed,
+    make_test_matrix,
+)
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.matrix_operators import as_linear_operator
 from hesscurv.storage.placement import allocate_basis
@@ -102,7 +107,7 @@ def single_pass(
         raise ValueError(f"expected block_size >= 1, got {block_size}")
     if inner == dim:
         measurements = "ssrft"
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    generator = default_generator(generator)
     omega, psi = (
         make_test_matrix(measurements, dim, inner, draw_seed(generator), H.dtype, H.device)
         for _ in range(2)

@@ -14,7 +14,7 @@ from hesscurv.eigensolvers.sketch.ritz_result import ritz_result
 from hesscurv.interface.integers import as_int
 from hesscurv.linalg.orthogonalization import orthonormalize_
 from hesscurv.linalg.projections import inner_products
-from hesscurv.linalg.random_matrices import draw_seed, make_test_matrix
+from hesscurv.linalg.random_matrices import default_generator, draw_seed, make_test_matrix
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.matrix_operators import as_linear_operator
 from hesscurv.storage.placement import allocate_basis
@@ -105,7 +105,7 @@ def rayleigh_ritz(
     m = _num_measurements(k, dim, num_measurements, num_initial, passes, max_matvecs, extra)
     if m == dim:
         measurements = "ssrft"  # any basis of R^D will do; orthogonal columns surely form one
-    generator = torch.Generator().manual_seed(0) if generator is None else generator
+    generator = default_generator(generator)
     omega = make_test_matrix(
         measurements, dim, m - num_initial, draw_seed(generator), H.dtype, H.device
     )

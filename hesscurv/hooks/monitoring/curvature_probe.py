@@ -13,11 +13,8 @@ from hesscurv import spectra
 from hesscurv.distributed import Communicator
 from hesscurv.distributed.sharded import whole
 from hesscurv.eigensolvers import Eigenpairs
-from hesscurv.eigensolvers.tracked_eigenspace import (
-    RefreshLimit,
-    narrow_block,
-    refresh_eigenspace,
-)
+from hesscurv.eigensolvers.krylov.plan import narrow_block
+from hesscurv.eigensolvers.tracked_eigenspace import RefreshLimit, refresh_eigenspace
 from hesscurv.hooks.monitoring.layouts import carry_over, dense_layout, dense_names
 from hesscurv.linalg.precision import require_float64
 from hesscurv.linalg.projections import project_out_
@@ -165,7 +162,7 @@ class Probe:
         most = _LIMIT.matvecs(count, is_warm)
         if self.max_matvecs is not None:
             most = max(count, self.max_matvecs) * (1 if is_warm else _COLD)
-        return self._refresh(count, seed, initial, most, block_size=narrow_block(count))
+        return self._refresh(count, seed, initial, most, block_size=narrow_block(count, count))
 
     def largest(
         self, pairs: Eigenpairs, seed: int, initial: Tensor | None, source: ParameterLayout | None

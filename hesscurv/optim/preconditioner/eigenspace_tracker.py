@@ -11,11 +11,8 @@ from torch import Tensor, nn
 
 from hesscurv.distributed import Communicator
 from hesscurv.eigensolvers import Eigenpairs
-from hesscurv.eigensolvers.tracked_eigenspace import (
-    RefreshLimit,
-    narrow_block,
-    refresh_eigenspace,
-)
+from hesscurv.eigensolvers.krylov.plan import narrow_block
+from hesscurv.eigensolvers.tracked_eigenspace import RefreshLimit, refresh_eigenspace
 from hesscurv.objective.data.curvature_samples import take_samples
 from hesscurv.objective.parameters import unwrap
 from hesscurv.operators.curvature_operator import CurvatureOperator
@@ -118,7 +115,7 @@ class EigenspaceTracker:
                 tol=self.tol,
                 generator=generator,
                 initial=initial,
-                block_size=narrow_block(count, least),
+                block_size=narrow_block(count, count, least),
             )
 
     def drift(self, vector: Tensor, expected: Tensor) -> float:
