@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -21,6 +20,7 @@ from hesscurv.distributed.sharded import (
 from hesscurv.linalg.device_memory import memory_budget
 from hesscurv.objective.changes import marks_of_model, marks_of_task
 from hesscurv.objective.data.batches import Batches
+from hesscurv.objective.loss_changes import LossChanges
 from hesscurv.objective.parameters import (
     ParameterLayout,
     ParamSelection,
@@ -43,9 +43,6 @@ from hesscurv.objective.running.environment import (
 from hesscurv.objective.running.plain_embeddings import PlainEmbeddings, dense, makes_plain
 from hesscurv.objective.tasks import Task, as_loss, weight_of
 from hesscurv.objective.value_changes import differ, read_values
-
-# Reordering a sum of many terms changes a loss by at most about this many eps.
-_ROUNDINGS = 32
 
 
 class Objective:
@@ -121,11 +118,9 @@ class Objective:
         self._marks: tuple[Any, ...] = ()
         self._marks_seen: tuple[Any, ...] = ()
         self.is_closure = batches is None
-        self._closure_loss: float | None = None
+        self._loss_changes = LossChanges(self.dtype)
         self._task_marks = marks_of_task(task)
-        self._comparing = False
         self._compares_values, self._once = True, False
-        self._first_loss: float | None = None
 
     @property
     def task_parts(self) -> Task:
@@ -210,7 +205,7 @@ class Objective:
                 if name not in self._selected
             }
             self._marks = self._marks_seen
-            self._first_loss = None
+            self._loss_changes.forget()
 
     def invalidate(self) -> None:
         """Make the next `refresh` report a changed model."""
@@ -226,32 +221,21 @@ class Objective:
 
         Detects changes that leave no mark: plain attributes of a model, state captured by a loss.
         """
-        self._comparing = not self.is_closure
-
-    def _loss_differs(self) -> bool:
-        if not (self._comparing and self._values and self.batches.kept):
-            return False
-        self._comparing = False
-        with self.environment():
-            loss = float(self.loss(self._values, self.batches.kept[0]).detach())
-        before, self._first_loss = self._first_loss, loss
-        # The loss is not finite if all targets of the batch are ignored.
-        return before is not None and math.isfinite(loss) and not self._is_same(loss, before)
-
-    def _is_same(self, loss: float, before: float) -> bool:
-        # On GPUs, atomic additions sum in a different order every time.
-        return abs(loss - before) <= _ROUNDINGS * torch.finfo(self.dtype).eps * abs(before)
+        self._loss_changes.compare_next()
 
     def closure_differs(self) -> bool:
         """Whether a closure's loss has changed by more than rounding."""
-        if not self.is_closure:
-            return False
+        return self.is_closure and self._loss_changes.closure_differs(self._evaluate)
+
+    def _loss_differs(self) -> bool:
+        known = bool(self._values) and not self.is_closure
+        batches = self.batches.kept if known else None
+        return self._loss_changes.first_differs(self._evaluate, batches)
+
+    def _evaluate(self, batch: Any) -> float:
+        """Return the loss of a batch at the values that were taken."""
         with self.environment():
-            loss = float(self.loss(self._values, None).detach())
-        if self._closure_loss is not None and self._is_same(loss, self._closure_loss):
-            return False
-        self._closure_loss = loss
-        return True
+            return float(self.loss(self._values, batch).detach())
 
     def is_sharded(self) -> bool:
         """Whether any of the model's parameters is sharded over ranks."""
@@ -393,17 +377,6 @@ class Objective:
         with self.environment(compiling=compiling):
             params = self._leaves() if params is None else params
             return self._call(lambda *_: fn(), params, None, constants)
-
-    def count_operations(self, batch: Any) -> int:
-        """Count the differentiable operations of a forward pass."""
-        waiting = [self.run(lambda: self.loss(self.leaves(), batch)).grad_fn]
-        seen = set(waiting) - {None}
-        while waiting:
-            node = waiting.pop()
-            new = {n for n, _ in node.next_functions if n is not None} - seen if node else set()
-            seen |= new
-            waiting += new
-        return len(seen)
 
     def _leaves(self) -> tuple[Tensor, ...]:
         return tuple(p.detach().requires_grad_() for p in self._values)

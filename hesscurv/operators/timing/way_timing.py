@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hesscurv.objective.objective import Objective
 from hesscurv.operators.checks.agreement import agree
 from hesscurv.operators.local_product import LocalProduct
 from hesscurv.operators.ways.way import on_batch
@@ -68,7 +69,7 @@ class WayTiming:
         self._budget = self._spent + _SHARE * expected * passes * self._best()
         if self._best() > _OVERHEAD:  # then one vector at once, by a better graph, gains most
             others.sort(key=lambda way: not local[way].looped)
-        tracing = _TRACING * local.objective.count_operations(batch)
+        tracing = _TRACING * _count_operations(local.objective, batch)
         for way in others:
             if self._spent + (tracing if local[way].traced else 0.0) >= self._budget:
                 continue
@@ -163,3 +164,15 @@ def probes(local: LocalProduct, width: int) -> torch.Tensor:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _count_operations(objective: Objective, batch: Any) -> int:
+    """Count the differentiable operations of a forward pass."""
+    waiting = [objective.run(lambda: objective.loss(objective.leaves(), batch)).grad_fn]
+    seen = set(waiting) - {None}
+    while waiting:
+        node = waiting.pop()
+        new = {n for n, _ in node.next_functions if n is not None} - seen if node else set()
+        seen |= new
+        waiting += new
+    return len(seen)
