@@ -9,17 +9,19 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from hesscurv.hooks.page_server import PageServer
 from hesscurv.interface.descriptions import describe_object
 from hesscurv.interface.integers import as_int
-from hesscurv.interface.ranges import check_count, check_positive
+from hesscurv.interface.ranges import check_callable, check_count, check_positive
 from hesscurv.plots.monitor_report import make_report
 from hesscurv.plots.records import Record, as_records
 from hesscurv.plots.report_page import assemble_page, check_file_path, encode_page, write_page
+
+if TYPE_CHECKING:
+    from hesscurv.hooks.page_server import PageServer
 
 logger = logging.getLogger(__name__)
 
@@ -93,8 +95,7 @@ class LiveReport:
         check_count("port", port, least=0)
         if port > 65535:
             raise ValueError(f"expected port <= 65535, got {port}; 0 takes any free one")
-        if not callable(clock):
-            raise TypeError(f"expected clock to be callable, got {clock!r}")
+        check_callable("clock", clock)
         earlier = list(getattr(records, "records", records))
         # Absolute: training may change the working directory.
         self.path = check_file_path(path).absolute()
@@ -185,6 +186,8 @@ class _Page:
         self.lock = threading.Lock()
 
     def start_server(self, port: int) -> None:
+        from hesscurv.hooks.page_server import PageServer  # an HTTP server, which few ask for
+
         self.server = PageServer(self._html(self._refresh()), port)
 
     def add(self, record: Record) -> None:

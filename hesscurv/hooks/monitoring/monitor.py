@@ -37,6 +37,7 @@ from hesscurv.interface.uncompiled import uncompiled
 from hesscurv.linalg.random_matrices import draw_seed, next_seeds
 from hesscurv.objective.parameters import ParamSelection, unwrap
 from hesscurv.operators.summed_operator import device_of
+from hesscurv.plots.records import failed
 
 _VERSION = 1
 
@@ -212,7 +213,7 @@ class CurvatureMonitor:
 
     def __repr__(self) -> str:
         """Return the quantities, the schedule, and the number of measurements."""
-        failed = sum(record.get("status", "ok") != "ok" for record in self.records)
+        num_failed = sum(map(failed, self.records))
         return describe_object(
             self,
             model=Words(type(unwrap(self.model)).__name__),
@@ -221,7 +222,7 @@ class CurvatureMonitor:
             quantities=Words(", ".join(self.quantities)),
             schedule=self.schedule,
             records=len(self.records),
-            failed=failed,
+            failed=num_failed,
             last_step=self._last,
         )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hesscurv.interface.notebook_html import Points, draw_points, notebook_html
+from hesscurv.plots.records import failed
 
 # Columns of the table, where any record has a value.
 _COLUMNS = (
@@ -36,13 +37,14 @@ def records_html(title: str, records: list[dict[str, Any]]) -> str:
         title: The heading.
         records: The records, oldest first.
     """
-    failed = sum(record.get("status", "ok") != "ok" for record in records)
+    num_failed = sum(map(failed, records))
     columns = [
         name
         for name in _COLUMNS
-        if any(_is_shown(record.get(name)) for record in records) and (name != "status" or failed)
+        if any(_is_shown(record.get(name)) for record in records)
+        and (name != "status" or num_failed)
     ]
-    facts: dict[str, Any] = {"measurements": len(records), "failed": failed}
+    facts: dict[str, Any] = {"measurements": len(records), "failed": num_failed}
     if records:
         facts["products"] = sum(int(record.get("num_matvecs") or 0) for record in records)
         facts["seconds"] = float(sum(float(record.get("seconds") or 0) for record in records))
