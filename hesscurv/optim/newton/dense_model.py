@@ -30,8 +30,6 @@ class DenseModel:
         self._A = jacobian @ jacobian.mT if self._is_dual else jacobian.mT @ jacobian
         self._steps: dict[float, Tensor] = {}
 
-    num_negative = 0  # a sum of squares' model has no negative curvature
-
     def direction(self, damping: float) -> Tensor:
         """Return d(mu), shape (D,)."""
         if damping not in self._steps:

@@ -139,21 +139,17 @@ class Recorder(Interception):
         """Differentiate the sum of squares by the rows of its residuals' Jacobian, if there are."""
         if self.sample_weights is None or len({p.dtype for p in self.params}) > 1:
             return None
-        parts = returned if isinstance(returned, (tuple, list)) else (returned,)
-        found = self.sample_weights.jacobian(parts, values, places)
+        found = self.sample_weights.jacobian(parts_of(returned), values, places)
         if found is None:
             return None
         rows_ND, slopes, places = found
-        kept = [rows for rows, s in zip(self.split(rows_ND), slopes, strict=True) if s is not None]
+        columns = rows_ND.split([p.numel() for p in self.params], dim=1)
+        kept = [rows for rows, s in zip(columns, slopes, strict=True) if s is not None]
         self.value = float(values.detach().square().sum())
         self.slopes = slopes
         rows_ND = rows_ND if len(kept) == len(slopes) else torch.cat(kept, 1)
         values = values.detach()
         return ResidualGraph(values, values, None, rows_ND, places)
-
-    def split(self, rows_ND: Tensor) -> tuple[Tensor, ...]:
-        """Return each parameter's columns."""
-        return rows_ND.split([p.numel() for p in self.params], dim=1)
 
     def pull_back(self, values: Tensor) -> ResidualGraph:
         """Differentiate the sum of squares, and keep the graph from a cotangent to its pullback."""
@@ -226,9 +222,14 @@ def require_loss(returned: Any) -> Tensor:
     return returned
 
 
+def parts_of(returned: Any) -> Any:
+    """Return what a closure returned as several, also where it is one."""
+    return returned if isinstance(returned, (tuple, list)) else (returned,)
+
+
 def require_residuals(returned: Any, calls: int) -> Tensor:
     """Return what a closure returned as one vector, if it is residuals with a graph."""
-    parts = returned if isinstance(returned, (tuple, list)) else (returned,)
+    parts = parts_of(returned)
     if calls or not parts or not all(isinstance(part, Tensor) for part in parts):
         got = "a call of backward" if calls else type(returned).__name__
         raise TypeError(

@@ -5,16 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.optim.newton.conjugate_gradients import require_finite
-from hesscurv.optim.newton.dense_model import DenseModel
 from hesscurv.optim.preconditioner.low_rank_preconditioner import LowRankPreconditioner
 
 _FIRST_ROOM = 16
+
+
+class StepModel(Protocol):
+    """A quadratic model of the loss that has the step of any damping."""
+
+    def direction(self, damping: float) -> Tensor:
+        """Return d(mu), shape (D,)."""
+
+    def decrease(self, damping: float, length: float = 1.0) -> float:
+        """Return what the model promises of a step of this length along d(mu)."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +169,7 @@ class DampedStep:
 def search_damping(
     evaluate: Callable[[Tensor, float], float],
     loss: float,
-    model: KrylovModel | DenseModel,
+    model: StepModel,
     damping: float,
     *,
     length: float,

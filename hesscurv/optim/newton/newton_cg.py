@@ -23,7 +23,7 @@ from hesscurv.optim.newton.conjugate_gradients import (
     newton_direction,
 )
 from hesscurv.optim.newton.dense_model import DenseModel
-from hesscurv.optim.newton.krylov_model import KrylovModel, krylov_model
+from hesscurv.optim.newton.krylov_model import StepModel, krylov_model
 from hesscurv.optim.newton.newton_eigenspace import (
     BASIS,
     EIGENVALUES,
@@ -333,7 +333,7 @@ class NewtonCG(Optimizer):
 
     def _solve(
         self, graph: LossGraph, options: dict[str, Any], numbers: dict[str, Any]
-    ) -> tuple[NewtonDirection | KrylovModel | DenseModel, NewtonEigenspace | None]:
+    ) -> tuple[NewtonDirection | StepModel, NewtonEigenspace | None]:
         """Return the direction, or a model of many, and the eigenspace if it is a new one."""
         if graph.residuals is not None and graph.residuals.rows is not None:
             numbers |= {"cg_iterations": 0, "fallback": 0, "negative_curvature": 0}

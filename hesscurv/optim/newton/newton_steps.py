@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from hesscurv.optim.flat_parameters import FlatParameters
 from hesscurv.optim.newton.closure_loss import ClosureLoss
 from hesscurv.optim.newton.conjugate_gradients import NewtonDirection
-from hesscurv.optim.newton.dense_model import DenseModel
-from hesscurv.optim.newton.krylov_model import KrylovModel, search_damping
+from hesscurv.optim.newton.krylov_model import StepModel, search_damping
 from hesscurv.optim.newton.line_search import armijo, next_damping
 from hesscurv.optim.snapshot import Snapshot
 
@@ -23,7 +22,7 @@ _FACTOR = 4.0  # between one damping and the next; 10 missed the best one by too
 
 
 def take_step(
-    solved: NewtonDirection | KrylovModel | DenseModel,
+    solved: NewtonDirection | StepModel,
     loss: ClosureLoss,
     moving: Sequence[nn.Parameter],
     before: Snapshot,
@@ -62,7 +61,7 @@ def take_step(
 
 
 def _by_damping(
-    model: KrylovModel | DenseModel,
+    model: StepModel,
     evaluate: Any,
     place: Any,
     options: dict[str, Any],
