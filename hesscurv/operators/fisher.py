@@ -25,11 +25,7 @@ class FisherCurvature(GaussNewtonCurvature):
         rows = WeightedRows(self.objective.task_parts, batch)
 
         def scaled_losses(params: Params) -> Tensor:
-            # Times the roots of their weights: F is of their Jacobian.
-            losses = self._losses_of(self.objective.outputs(params, batch), rows)
-            if rows.weights is None:
-                return losses
-            return losses * rows.weights.sqrt().to(losses.device, losses.dtype)
+            return self._scaled_losses(self.objective.outputs(params, batch), rows)
 
         return scaled_losses, scaled_identity
 
@@ -37,9 +33,7 @@ class FisherCurvature(GaussNewtonCurvature):
         """Return the slopes of the samples' losses, scaled as their mean outer product is."""
         rows = WeightedRows(self.objective.task_parts, batch)
         z = outputs.detach().requires_grad_()
-        losses = self._losses_of(z, rows)
-        if rows.weights is not None:
-            losses = losses * rows.weights.sqrt().to(losses.device, losses.dtype)
+        losses = self._scaled_losses(z, rows)
         (slopes,) = torch.autograd.grad(losses.sum(), z)
         return slopes.unsqueeze(0) / len(losses) ** 0.5
 
@@ -57,6 +51,13 @@ class FisherCurvature(GaussNewtonCurvature):
             return random_sum(self._losses_of(outputs, rows))
 
         return Slope("the samples' losses", False, fn)
+
+    def _scaled_losses(self, outputs: Tensor, rows: WeightedRows) -> Tensor:
+        """Return the losses times the roots of their weights: F is of their Jacobian."""
+        losses = self._losses_of(outputs, rows)
+        if rows.weights is None:
+            return losses
+        return losses * rows.weights.sqrt().to(losses.device, losses.dtype)
 
     def _losses_of(self, outputs: Tensor, rows: WeightedRows) -> Tensor:
         losses = rows.losses(outputs)

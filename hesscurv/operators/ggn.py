@@ -66,8 +66,8 @@ class GGNCurvature(GaussNewtonCurvature):
 
     def output_rows(self, outputs: Tensor, batch: Any) -> Tensor:
         """Return columns of the root of the loss's Hessian in the outputs."""
-        task = self.objective.task_parts
-        return root_columns(output_hessian(lambda z: task.loss(z, batch))(outputs), outputs)
+        _, curvature = self.parts(batch)
+        return root_columns(curvature(outputs), outputs)
 
     def needs(self, batch: Any) -> Iterable[Differentiation]:
         """Return what is differentiated on a batch, and how often."""

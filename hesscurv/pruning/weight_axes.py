@@ -15,6 +15,8 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from hesscurv.objective.layer_kinds import is_conv1d
+
 
 @dataclass(frozen=True)
 class WeightAxes:
@@ -64,17 +66,6 @@ def _transposed(module: Any) -> WeightAxes:
     return WeightAxes(1, 0, module.groups, "inputs")
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is a `transformers.pytorch_utils.Conv1D`, without importing that."""
-    weight = module._parameters.get("weight", module._parameters.get("weight_orig"))
-    return (
-        any(cls.__name__ == "Conv1D" for cls in type(module).__mro__)
-        and weight is not None
-        and weight.ndim == 2
-        and weight.shape[1] == getattr(module, "nf", None)
-    )
-
-
 # Layer type, pattern of tensor names, and their axes. An embedding (tokens, width) has the axes of
 # the output layer that is often tied to it.
 _Axes = WeightAxes | Callable[[Any], WeightAxes]
@@ -102,7 +93,7 @@ def find_axes(module: nn.Module, name: str) -> WeightAxes | None:
     for cls in type(module).__mro__:
         if name in _REGISTERED.get(cls, {}):
             return _REGISTERED[cls][name]
-    if name == "weight" and _is_conv1d(module):
+    if name == "weight" and is_conv1d(module):
         return REVERSED
     for cls, pattern, axes in _TABLE:
         if isinstance(module, cls) and re.fullmatch(pattern, name):

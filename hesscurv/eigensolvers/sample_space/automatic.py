@@ -8,16 +8,15 @@ from math import prod
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.residuals import ConvergenceWarning
-from hesscurv.eigensolvers.sample_space.sample_space import MOST_ROWS
 from hesscurv.eigensolvers.sample_space.solver import sample_space
 from hesscurv.objective.data.samples import num_rows
 from hesscurv.operators.curvature_operator import CurvatureOperator
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.sample_space.output_rows import NoRowsError
+from hesscurv.operators.sample_space.sample_rows import MOST_ROWS, require_rows
 
 logger = logging.getLogger(__name__)
 
@@ -41,15 +40,14 @@ def sample_space_if_cheaper(
     None as well where rows cannot be had, or the dtype carries fewer digits than `tol` needs: the
     caller then takes products.
     """
-    if which == "SA" or not isinstance(H, CurvatureOperator):
-        return None
-    if not H.curvature.needs_parts or H.communicator.size > 1 or H.objective.is_closure:
-        return None
-    if H.objective.precision != "highest":
+    if which == "SA":
         return None
     state = None if generator is None else generator.get_state()
     try:
-        rows, products = predicted_costs(H, k)
+        G = require_rows(H)
+        if G.objective.precision != "highest":
+            return None
+        rows, products = predicted_costs(G, k)
         logger.info("predicted multiply-adds: %.2g by rows, %.2g by products", rows, products)
         if rows > _MARGIN * products:
             return None
@@ -72,6 +70,8 @@ def predicted_costs(H: CurvatureOperator, k: int) -> tuple[float, float]:
     Returns:
         Both costs.
     """
+    from torch.utils.flop_counter import FlopCounterMode  # which an import need not wait for
+
     H.refresh()
     local, dim = H.products.local, H.shape[0]
     few = local.micro_batches.few(2)

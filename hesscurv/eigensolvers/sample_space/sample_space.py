@@ -10,11 +10,10 @@ from torch import Tensor
 
 from hesscurv.interface.descriptions import Words, describe_object
 from hesscurv.interface.integers import as_int
-from hesscurv.operators.curvature_operator import CurvatureOperator
-from hesscurv.operators.sample_space.output_rows import NoRowsError
+from hesscurv.interface.ranges import check_positive
+from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.sample_space.sample_rows import SampleRows
 
-MOST_ROWS = 20_000  # of a Gram matrix: 3.2 GB, and its eigendecomposition minutes
 _NOISE = 30  # roundings of the largest eigenvalue, below which others are noise
 
 
@@ -58,15 +57,9 @@ class SampleSpace:
         True
     """
 
-    def __init__(self, H: CurvatureOperator) -> None:
+    def __init__(self, H: LinearOperator) -> None:
         with torch.inference_mode(False), torch.no_grad():
             self.rows = SampleRows(H)
-            n = self.rows.num_rows
-            if n > MOST_ROWS:
-                raise NoRowsError(
-                    f"expected at most {MOST_ROWS:,} rows, samples times their outputs, got "
-                    f"{n:,}; take fewer samples, or method='block_krylov'"
-                )
             values, vectors = torch.linalg.eigh(self.rows.gram())
         self.eigenvalues: Tensor = values.flip(0).clamp(min=0)
         self._vectors_nn = vectors.flip(1)
@@ -122,9 +115,9 @@ class SampleSpace:
         out_D = torch.empty(self.rows.layout.numel, dtype=torch.float64, device=self.rows.device)
         with torch.no_grad():
             for place, parameter in self.rows.parameters():
-                for columns, rows in parameter.chunks():
-                    square = (rows.mT @ weights_nk).double().square().sum(1)
-                    out_D[place.start + columns.start : place.start + columns.stop] = square
+                vectors_kP = weights_nk.new_empty(k, parameter.numel)
+                parameter.combine_into(vectors_kP, weights_nk)
+                out_D[place] = vectors_kP.double().square().sum(0)
         return out_D
 
     def overlap(self, mask_D: Tensor, k: int) -> float:
@@ -195,12 +188,8 @@ class SampleSpace:
         weights_nk = self.weights(k).to(self.rows.dtype)
         out_m = torch.empty(len(index_m), dtype=torch.float64, device=self.rows.device)
         with torch.no_grad():
-            for place, parameter in self.rows.parameters():
-                for columns, rows in parameter.chunks():
-                    start, stop = place.start + columns.start, place.start + columns.stop
-                    here = ((index_m >= start) & (index_m < stop)).nonzero()[:, 0]
-                    V_mk = rows[:, index_m[here] - start].mT @ weights_nk
-                    out_m[here] = V_mk.double().square().sum(1)
+            for here, rows in self.rows.columns_at(index_m):
+                out_m[here] = (rows.mT @ weights_nk).double().square().sum(1)
         return out_m
 
     # -- functions of the eigenvalues -------------------------------------------------------------
@@ -215,7 +204,7 @@ class SampleSpace:
         Args:
             damping: delta > 0, in the unit of the eigenvalues.
         """
-        _check_damping(damping)
+        check_positive("damping", damping)
         ratios = torch.log1p(self.eigenvalues / damping)
         return float(ratios.sum()) + self.rows.layout.numel * math.log(damping)
 
@@ -228,10 +217,5 @@ class SampleSpace:
         Args:
             damping: delta > 0, in the unit of the eigenvalues.
         """
-        _check_damping(damping)
+        check_positive("damping", damping)
         return float((self.eigenvalues / (self.eigenvalues + damping)).sum())
-
-
-def _check_damping(damping: float) -> None:
-    if not (math.isfinite(damping) and damping > 0):
-        raise ValueError(f"expected a finite damping > 0, got {damping}")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from hesscurv.eigensolvers.eigenpairs import Eigenpairs
 from hesscurv.eigensolvers.residuals import ConvergenceWarning, converged
 from hesscurv.eigensolvers.sample_space.sample_space import SampleSpace
+from hesscurv.interface.progress_bar import ProgressBar
+from hesscurv.linalg.device_memory import used_memory
 from hesscurv.linalg.orthogonalization import orthonormalize_
-from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.linalg.random_matrices import default_generator
 from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.sample_space.output_rows import NoRowsError
 from hesscurv.operators.sample_space.sample_rows import SampleRows
@@ -72,17 +74,11 @@ def sample_space(
             "expected which='LM' or 'LA', got 'SA': the smallest eigenvalues of a matrix of low "
             "rank are zero; use method='block_krylov'"
         )
-    if not isinstance(H, CurvatureOperator):
-        raise NoRowsError(
-            f"expected a GGNOperator or an EmpiricalFisherOperator, got {type(H).__name__}; use "
-            "method='block_krylov'"
-        )
-    generator = generator or torch.Generator().manual_seed(0)
-    bar = tqdm(total=4, disable=not progress, desc="sample space", unit="pass")
+    generator = default_generator(generator)
+    bar = ProgressBar(4, "sample space", " passes", progress, partial(used_memory, H.device))
     with torch.inference_mode(False), torch.no_grad(), bar:
         space = SampleSpace(H)
-        bar.set_postfix(rows=len(space))
-        bar.update()
+        bar.update(note=f"{len(space):,} rows")
         weights_nk = space.weights(k)
         gap = _compare(H, space.rows, generator)
         V_kD = space.rows.combine(weights_nk)
@@ -116,12 +112,12 @@ def sample_space(
         done,
         num_matvecs=1,
         method="sample_space",
-        layout=H.layout,
+        layout=space.rows.layout,
         info=info,
     )
 
 
-def _compare(H: CurvatureOperator, rows: SampleRows, generator: torch.Generator) -> float:
+def _compare(H: LinearOperator, rows: SampleRows, generator: torch.Generator) -> float:
     """Require a product by the rows to be that of the operator; return their relative gap."""
     x_D = torch.randn(H.shape[0], generator=generator, dtype=torch.float64, device="cpu")
     x_D = x_D.to(H.device, H.dtype)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from hesscurv.objective.layer_kinds import is_conv1d
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -38,7 +40,7 @@ def rule_of(module: nn.Module) -> Rule | None:
     for kind, rule in _RULES.items():
         if isinstance(module, kind) and type(module).forward is kind.forward:
             return rule
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # of transformers
+    if is_conv1d(module) and type(module).__name__ == "Conv1D":
         return _conv1d
     return None
 

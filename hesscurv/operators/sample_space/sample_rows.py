@@ -9,10 +9,31 @@ import torch
 from torch import Tensor
 
 from hesscurv.operators.curvature_operator import CurvatureOperator
+from hesscurv.operators.linear_operator import LinearOperator
 from hesscurv.operators.sample_space.captured_rows import capture_rows
 from hesscurv.operators.sample_space.layer_rules import Factors
 from hesscurv.operators.sample_space.output_rows import NoRowsError
 from hesscurv.operators.sample_space.parameter_rows import DenseRows, OuterRows, ParameterRows
+
+MOST_ROWS = 20_000  # of a Gram matrix: 3.2 GB, and its eigendecomposition minutes
+
+
+def require_rows(H: LinearOperator) -> CurvatureOperator:
+    """Return an operator that is a sum over samples, in this process alone.
+
+    Raises:
+        NoRowsError: If it is not.
+    """
+    if not isinstance(H, CurvatureOperator) or not H.curvature.needs_parts:
+        raise NoRowsError(
+            f"expected a GGNOperator or an EmpiricalFisherOperator, got {type(H).__name__}: "
+            "other matrices are no sums over samples; use method='block_krylov'"
+        )
+    if H.communicator.size > 1:
+        raise NoRowsError(
+            "expected a single process, got batches spread over several; use method='block_krylov'"
+        )
+    return H
 
 
 class SampleRows:
@@ -31,18 +52,8 @@ class SampleRows:
     once as fit the operator's budget. Of what has no rule, the rows themselves.
     """
 
-    def __init__(self, H: CurvatureOperator) -> None:
-        if not isinstance(H, CurvatureOperator) or not H.curvature.needs_parts:
-            raise NoRowsError(
-                f"expected a GGNOperator or an EmpiricalFisherOperator, got {type(H).__name__}: "
-                "other matrices are no sums over samples; use method='block_krylov'"
-            )
-        if H.communicator.size > 1:
-            raise NoRowsError(
-                "expected a single process, got batches spread over several; use "
-                "method='block_krylov'"
-            )
-        self._H = H
+    def __init__(self, H: LinearOperator) -> None:
+        self._H = H = require_rows(H)
         H.refresh()
         self.layout, self.dtype, self.device = H.layout, H.dtype, H.device
         self._kept: dict[str, ParameterRows] = {}
@@ -68,6 +79,11 @@ class SampleRows:
             found = capture_rows(curvature, batch, share, names)
             first = next(iter(found.values())).slopes
             self._sizes.append(first.shape[0] * first.shape[1])
+            if self.num_rows > MOST_ROWS:
+                raise NoRowsError(
+                    f"expected at most {MOST_ROWS:,} rows, samples times their outputs, got more; "
+                    "take fewer samples, or method='block_krylov'"
+                )
             for name, factors in found.items():
                 size = _bytes(factors)
                 self._bytes[name] = self._bytes.get(name, 0) + size
@@ -152,12 +168,17 @@ class SampleRows:
     def at(self, index_m: Tensor) -> Tensor:
         """Return the columns of R at some coordinates, in their order; shape (n, m)."""
         out_nm = torch.empty(self.num_rows, len(index_m), dtype=self.dtype, device=self.device)
+        for here, rows in self.columns_at(index_m):
+            out_nm[:, here] = rows
+        return out_nm
+
+    def columns_at(self, index_m: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield some places in an index of coordinates, and the columns of R there, few at once."""
         for place, parameter in self.parameters():
             for columns, rows in parameter.chunks():
                 start, stop = place.start + columns.start, place.start + columns.stop
                 here = ((index_m >= start) & (index_m < stop)).nonzero()[:, 0]
-                out_nm[:, here] = rows[:, index_m[here] - start]
-        return out_nm
+                yield here, rows[:, index_m[here] - start]
 
 
 def _bytes(factors: Factors) -> int:
